@@ -1,0 +1,142 @@
+use core::mem::size_of;
+
+use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
+
+/// Bits of [`FlowValue::flags`].
+pub mod flow_flags {
+    /// The end that sorts higher opened the flow.
+    pub const OPENER_HIGH: u32 = 1;
+    /// A reply was seen: the flow is established.
+    pub const REPLIED: u32 = 2;
+    /// The opener's side sent FIN.
+    pub const FIN_OPENER: u32 = 4;
+    /// The other side sent FIN.
+    pub const FIN_OTHER: u32 = 8;
+    /// RST was seen, or both FINs: only a short time left.
+    pub const CLOSING: u32 = 16;
+    /// The opener addresses a Service; packets are rewritten to `nat_address` and back.
+    pub const TRANSLATED: u32 = 32;
+    /// The flow's close event was emitted.
+    pub const CLOSE_LOGGED: u32 = 64;
+    /// The sender is the node itself or a remote address: no egress policy of ours applies.
+    pub const OPENER_REMOTE: u32 = 128;
+}
+
+/// Key of `FLOWS4*`: the flow's ends in ascending order of (address, port), so that both
+/// directions meet the same entry.
+///
+/// ICMP echo: the requester's port is the identifier, the other's is 0, and `direction` says
+/// which end asks; an Echo Request can thus never be taken for a reply.
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+#[repr(C, align(4))]
+pub struct FlowKey4 {
+    /// Lower address.
+    pub low: [u8; 4],
+    /// Higher address.
+    pub high: [u8; 4],
+    /// Port of `low`.
+    pub low_port: u16,
+    /// Port of `high`.
+    pub high_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// ICMP: 1 when `low` asks, 2 when `high` does. Other protocols: 0.
+    pub direction: u8,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// Key of `FLOWS6*`; see [`FlowKey4`].
+#[derive(
+    Clone,
+    Copy,
+    Debug,
+    PartialEq,
+    Eq,
+    PartialOrd,
+    Ord,
+    Hash,
+    FromBytes,
+    IntoBytes,
+    Immutable,
+    KnownLayout,
+)]
+#[repr(C, align(4))]
+pub struct FlowKey6 {
+    /// Lower address.
+    pub low: [u8; 16],
+    /// Higher address.
+    pub high: [u8; 16],
+    /// Port of `low`.
+    pub low_port: u16,
+    /// Port of `high`.
+    pub high_port: u16,
+    /// IP protocol.
+    pub protocol: u8,
+    /// As in [`FlowKey4`].
+    pub direction: u8,
+    /// Zero.
+    pub reserved: u16,
+}
+
+/// Value of `FLOWS*`.
+#[derive(
+    Clone, Copy, Debug, Default, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout,
+)]
+#[repr(C, align(8))]
+pub struct FlowValue {
+    /// Bits of [`flow_flags`].
+    pub flags: u32,
+    /// `jiffies` (its low 32 bits) after which the flow is gone.
+    pub expires: u32,
+    /// Row of the opener, `ROW_NONE` where it is not local.
+    pub opener_row: u32,
+    /// Row of the other end, `ROW_NONE` where it is not local.
+    pub other_row: u32,
+    /// Revision of the opener's row when its egress policy was asked; 0: not asked.
+    pub opener_revision: u32,
+    /// Revision of the other end's row when its ingress policy was asked; 0: not asked.
+    pub other_revision: u32,
+    /// Revision of the shard of the remote end's address, 0 where both ends are local.
+    pub shard_revision: u32,
+    /// Shard of the remote end's address.
+    pub shard: u32,
+    /// Packets from the opener.
+    pub packets: u64,
+    /// Bytes from the opener, from the IP header on.
+    pub bytes: u64,
+    /// Packets from the other end.
+    pub reply_packets: u64,
+    /// Bytes from the other end, from the IP header on.
+    pub reply_bytes: u64,
+    /// Identity of the opener when it was judged.
+    pub opener_identity: u32,
+    /// Identity of the other end when it was judged.
+    pub other_identity: u32,
+    /// Translated flows: the address that is not in the key, of the Service in the entry of the
+    /// real flow and of the backend in the entry of the flow to the Service.
+    pub nat_address: [u8; 16],
+    /// Port that goes with it.
+    pub nat_port: u16,
+    /// Zero.
+    pub reserved: u16,
+    /// Zero.
+    pub reserved2: u32,
+}
+
+const _: () = assert!(size_of::<FlowKey4>() == 16);
+const _: () = assert!(size_of::<FlowKey6>() == 40);
+const _: () = assert!(size_of::<FlowValue>() == 96);

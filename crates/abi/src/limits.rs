@@ -1,0 +1,30 @@
+//! Sizes of the kernel's tables. A full table never opens anything: see each map's writer.
+
+/// Local endpoints of a node, the reserved rows included.
+pub const ENDPOINT_ROWS: u32 = 4096;
+/// Pod and node addresses of the whole cluster.
+pub const ENDPOINTS: u32 = 131_072;
+/// CIDR prefixes that policies or the cluster's own networks name.
+pub const IPCACHE: u32 = 131_072;
+/// Slices of remote addresses with a revision of their own. A power of two.
+pub const SHARDS: u32 = 4096;
+/// Chunks of compiled rules over all groups, directions and versions.
+pub const CHUNKS: u32 = 16_384;
+/// Peer bitmaps over all chunks.
+pub const PEERS: u32 = 1_048_576;
+/// Port bitmaps over all chunks.
+pub const PORTS: u32 = 262_144;
+/// TCP flows per family.
+pub const FLOWS_TCP: u32 = 131_072;
+/// Flows of other protocols per family.
+pub const FLOWS_ANY: u32 = 65_536;
+/// Service addresses (frontend address, port and protocol).
+pub const SERVICES: u32 = 65_536;
+/// Backends over all services and versions.
+pub const BACKENDS: u32 = 262_144;
+/// Sockets whose peer was translated.
+pub const SOCKETS: u32 = 131_072;
+/// Fragmented datagrams in flight.
+pub const FRAGMENTS: u32 = 8192;
+/// Bytes of the event ring.
+pub const EVENTS_BYTES: u32 = 4 << 20;
