@@ -1,1 +1,4 @@
 //! Messages between processes.
+
+pub mod admin;
+pub mod flow;

@@ -1,0 +1,182 @@
+//! Flow records: what the observer tells of a connection that was opened, ended or refused.
+
+use std::net::IpAddr;
+
+use serde::{Deserialize, Serialize};
+
+/// One record, always in the direction of the packet that caused it.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Flow {
+    /// When the packet was judged: RFC 3339, UTC, with nanoseconds.
+    pub time: String,
+    /// Node that judged it.
+    pub node: String,
+    /// What happened.
+    pub kind: FlowKind,
+    /// Whether the packet went on.
+    pub verdict: Verdict,
+    /// Why it was dropped, in the words of `palisade_abi::DropReason`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub drop_reason: Option<String>,
+    /// Where it was judged: where it left a pod, or where it entered one.
+    pub direction: Direction,
+    /// The packet went from the server to the client.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub reply: bool,
+    /// The flow had been allowed before and was judged again after a change.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub rejudged: bool,
+    /// Protocol name (`TCP`, `ICMPv6`), or its number where it has no name here.
+    pub protocol: String,
+    /// TCP flags of the packet, as in `SYN,ACK`; empty for other protocols.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub tcp_flags: String,
+    /// Sender.
+    pub source: FlowEnd,
+    /// Receiver.
+    pub destination: FlowEnd,
+    /// What the sender's egress policy said; none where it was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub egress: Option<Judgement>,
+    /// What the receiver's ingress policy said; none where it was not asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ingress: Option<Judgement>,
+    /// Final counters of a flow that ended.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub counters: Option<Counters>,
+}
+
+/// What a [`Flow`] tells.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum FlowKind {
+    /// A flow began.
+    Open,
+    /// A flow ended.
+    Close,
+    /// A packet was dropped.
+    Drop,
+}
+
+/// Whether the packet went on.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "UPPERCASE")]
+pub enum Verdict {
+    /// It did.
+    Forwarded,
+    /// It did not.
+    Dropped,
+}
+
+impl Verdict {
+    /// The word that people see.
+    #[must_use]
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Forwarded => "FORWARDED",
+            Self::Dropped => "DROPPED",
+        }
+    }
+}
+
+/// Seen from the pod at which the packet was judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum Direction {
+    /// Into a pod.
+    Ingress,
+    /// Out of a pod.
+    Egress,
+}
+
+/// One end of a flow.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct FlowEnd {
+    /// Address.
+    pub address: IpAddr,
+    /// Port; of ICMP the message type. 0 for protocols without ports.
+    pub port: u16,
+    /// Security identity.
+    pub identity: u32,
+    /// Labels of the identity, as in `k8s:app=web` or `reserved:world-ipv4`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub labels: Vec<String>,
+    /// Namespace of the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub namespace: Option<String>,
+    /// Name of the pod.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub pod: Option<String>,
+    /// Node of the address, where it is a node's.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub node: Option<String>,
+    /// Endpoint number of a pod on the observing node.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub endpoint: Option<u32>,
+}
+
+impl FlowEnd {
+    /// A name for people: `namespace/pod`, the node's name, the reserved identity, else the
+    /// address.
+    #[must_use]
+    pub fn name(&self) -> String {
+        match (&self.namespace, &self.pod, &self.node) {
+            (Some(namespace), Some(pod), _) => format!("{namespace}/{pod}"),
+            (_, _, Some(node)) => node.clone(),
+            _ => self.address.to_string(),
+        }
+    }
+}
+
+/// What one policy said.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Judgement {
+    /// Allowed or denied, and on what ground.
+    pub outcome: Outcome,
+    /// The rule that decided, where one did.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub rule: Option<RuleName>,
+    /// Default deny: the policies that select the pod in this direction, as `Kind namespace/name`.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub default_deny_by: Vec<String>,
+}
+
+/// The ground of a [`Judgement`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Outcome {
+    /// No policy selects the pod in this direction.
+    NoPolicy,
+    /// A rule allowed it.
+    AllowedByRule,
+    /// A rule denied it.
+    DeniedByRule,
+    /// Policies select the pod and none of their rules allows it.
+    DefaultDeny,
+    /// The rule is no longer known: the policy changed since.
+    Unknown,
+}
+
+/// A rule of a policy object.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct RuleName {
+    /// `Kind namespace/name` of the policy object, or the built-in rule's name
+    /// (`allow-localhost-ingress`).
+    pub policy: String,
+    /// Field of the object, as in `spec.ingress[0]`; empty for built-in rules.
+    #[serde(default, skip_serializing_if = "String::is_empty")]
+    pub path: String,
+}
+
+/// Packets and bytes of a flow.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Counters {
+    /// Packets from the opener.
+    pub packets: u64,
+    /// Bytes from the opener.
+    pub bytes: u64,
+    /// Packets from the other end.
+    pub reply_packets: u64,
+    /// Bytes from the other end.
+    pub reply_bytes: u64,
+}
