@@ -1,0 +1,41 @@
+# Palisade: everything a clean clone needs. `make help` lists the targets.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+
+NODES ?= 1
+CARGO ?= cargo
+# Tools that setup installs for this clone only (bpf-linker, kubectl).
+export PATH := $(CURDIR)/.tools/bin:$(PATH)
+TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
+
+.PHONY: help setup build release demo test lint bench clean
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@echo
+	@echo "  make demo NODES=3 runs the walk-through across three nodes."
+
+setup: ## Install what is missing: toolchain for eBPF, bpf-linker, kubectl (needs root)
+	@scripts/setup.sh
+
+build: setup ## Build every binary (development profile, first result soonest)
+	@$(CARGO) build --workspace --locked
+
+release: setup ## Build every binary, optimised
+	@$(CARGO) build --workspace --locked --release
+
+demo: build ## Bring up a cluster, run the Star Wars walk-through, take it down again
+	@$(TARGET_DIR)/debug/palisade demo starwars --nodes $(NODES)
+
+test: build ## Run every test, those that need root and the kernel included
+	@scripts/test.sh
+
+lint: setup ## Check formatting and run clippy with warnings denied
+	@$(CARGO) fmt --all --check
+	@$(CARGO) clippy --workspace --all-targets --locked -- --deny warnings
+
+bench: release ## Measure the data path and the control path, as a table and as JSON
+	@$(TARGET_DIR)/release/palisade bench
+
+clean: ## Remove build output (tools installed by setup stay in .tools)
+	@$(CARGO) clean
