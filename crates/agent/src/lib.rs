@@ -1,1 +1,3 @@
 //! agent library.
+
+pub mod cni;

@@ -1,4 +1,5 @@
 //! Messages between processes.
 
 pub mod admin;
+pub mod cni;
 pub mod flow;

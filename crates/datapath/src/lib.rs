@@ -1,1 +1,3 @@
 //! Kernel datapath.
+
+pub mod netlink;

@@ -1,0 +1,1 @@
+//! Interfaces, addresses, routes and neighbours of the node and of pods.
