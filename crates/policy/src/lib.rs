@@ -1,1 +1,25 @@
-//! Policy.
+//! Network policy as a pure library: objects in, tables out. No I/O, no clock, no async.
+//!
+//! | module | question it answers |
+//! |---|---|
+//! | [`label`], [`identity`] | who is a peer? |
+//! | [`selector`] | whom does a rule speak of? |
+//! | [`model`] | what does a policy say, whatever object it was written as? |
+//! | [`resolve`] | which tables does the kernel need, and what changed? |
+//! | [`evaluate`] | is this packet allowed? (naively, the yardstick for the tables) |
+//! | [`explain`] | why? |
+
+#[cfg(feature = "arbitrary")]
+pub mod arbitrary;
+mod compile;
+pub mod evaluate;
+pub mod explain;
+mod hash;
+pub mod identity;
+pub mod label;
+mod lookup;
+pub mod model;
+pub mod resolve;
+pub mod selector;
+
+pub use compile::{Chunk, CompiledPolicy, PortPrefix, RuleInfo, RuleSource, words};
