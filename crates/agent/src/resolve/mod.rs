@@ -1,0 +1,149 @@
+//! From intent to desired: which identity has which address, which tables an endpoint's policy
+//! comes to, which backends a Service has.
+//!
+//! Every rule here is a function of the intent tables alone; the [`Resolver`] adds the indexes
+//! that let a change cost what it affects. Whatever the order of events, the desired tables
+//! depend only on the intent tables as they are in the end.
+
+mod identities;
+mod nodes;
+mod pods;
+mod policies;
+mod services;
+
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    net::IpAddr,
+    sync::Arc,
+};
+
+use ipnet::IpNet;
+use palisade_policy::{
+    label::Labels,
+    model::{Policy, PolicyRef},
+    resolve::{Changes, Repository},
+};
+
+use crate::tables::{
+    Delta, ObjectName, Tables,
+    policies::{Condition, PolicyObject},
+};
+
+/// Who the agent works for.
+#[derive(Clone, Debug)]
+pub struct Scope {
+    /// The node's name.
+    pub node: String,
+    /// The cluster's name.
+    pub cluster: String,
+}
+
+/// What follows from a round besides the desired tables.
+#[derive(Debug, Default)]
+pub struct Outcome {
+    /// What became of compiled policies.
+    pub changes: Changes,
+    /// Labels of this node's pods that have no number in the cluster yet.
+    pub unnumbered: Vec<Arc<Labels>>,
+    /// Policy objects whose status says something else than what was found.
+    pub conditions: Vec<(Arc<PolicyObject>, Condition)>,
+}
+
+/// The indexes and the policy engine.
+pub struct Resolver {
+    scope: Scope,
+    repository: Repository,
+    /// Numbers that the cluster has for a set of labels.
+    numbers: HashMap<Arc<Labels>, BTreeSet<u32>>,
+    /// Pods that have a set of labels.
+    holders: HashMap<Arc<Labels>, BTreeSet<ObjectName>>,
+    /// Pods that say an address is theirs.
+    claims: HashMap<IpAddr, BTreeSet<ObjectName>>,
+    /// Endpoints by address.
+    local: HashMap<IpAddr, u32>,
+    /// Nodes by address.
+    node_addresses: BTreeMap<IpAddr, String>,
+    /// The newest version of a policy that was accepted.
+    last_good: BTreeMap<PolicyRef, Policy>,
+}
+
+/// What a round has to look at again.
+#[derive(Debug, Default)]
+struct Dirty {
+    pods: BTreeSet<ObjectName>,
+    endpoints: BTreeSet<u32>,
+    addresses: BTreeSet<IpAddr>,
+    services: BTreeSet<ObjectName>,
+    nodes: bool,
+}
+
+impl Resolver {
+    /// Knows nothing but the numbers of prefixes that the kernel already uses.
+    pub fn new(scope: Scope, prefixes: impl IntoIterator<Item = (IpNet, u32)>) -> Self {
+        let mut repository = Repository::new();
+        repository.adopt_prefixes(prefixes);
+        Self {
+            scope,
+            repository,
+            numbers: HashMap::new(),
+            holders: HashMap::new(),
+            claims: HashMap::new(),
+            local: HashMap::new(),
+            node_addresses: BTreeMap::new(),
+            last_good: BTreeMap::new(),
+        }
+    }
+
+    /// Brings the desired tables up to the intent tables.
+    pub fn resolve(&mut self, tables: &mut Tables) -> Outcome {
+        let mut dirty = Dirty::default();
+        let mut outcome = Outcome::default();
+
+        self.note_nodes(tables, &mut dirty);
+        self.note_identities(tables, &mut dirty, &mut outcome);
+        self.note_pods(tables, &mut dirty);
+        self.note_endpoints(tables, &mut dirty);
+        self.note_policies(tables, &mut outcome);
+        note_services(tables, &mut dirty);
+
+        self.resolve_pods(tables, &mut dirty, &mut outcome);
+        self.resolve_endpoints(tables, &dirty);
+        let owners = self.resolve_owners(tables, &dirty);
+
+        outcome.changes = self.repository.commit();
+        self.resolve_addresses(tables, owners, outcome.changes.prefixes_changed);
+        self.resolve_policies(tables, &outcome.changes);
+        if dirty.nodes {
+            tables.routes.replace(nodes::routes(tables, &self.scope.node));
+        }
+        if dirty.nodes || outcome.changes.prefixes_changed || tables.prefixes.is_empty() {
+            let prefixes = nodes::prefixes(tables, self.repository.prefixes());
+            tables.prefixes.replace(prefixes);
+        }
+        for name in &dirty.services {
+            services::resolve(tables, name);
+        }
+        outcome
+    }
+
+    /// No address in the kernel refers to removed prefixes any more.
+    pub fn acknowledge_prefixes(&mut self) {
+        self.repository.acknowledge_prefixes();
+    }
+}
+
+/// The rows of a delta, the old one first.
+fn both<R>(delta: &Delta<R>) -> impl Iterator<Item = &Arc<R>> {
+    delta.before.iter().chain(&delta.after)
+}
+
+fn note_services(tables: &mut Tables, dirty: &mut Dirty) {
+    for delta in tables.services.take_changes() {
+        dirty.services.extend(both(&delta).map(|service| service.name.clone()));
+    }
+    for delta in tables.slices.take_changes() {
+        dirty.services.extend(both(&delta).map(|slice| {
+            ObjectName::new(slice.name.namespace.clone(), slice.service.clone())
+        }));
+    }
+}

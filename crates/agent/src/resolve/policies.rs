@@ -1,0 +1,118 @@
+//! Policy objects to the policies in force, and endpoints to their compiled tables.
+
+use std::sync::Arc;
+
+use palisade_policy::{
+    model::{Policy, PolicyKind},
+    resolve::{Changes, GroupDirection},
+};
+
+use super::{Outcome, Resolver};
+use crate::tables::{
+    POLICY_KINDS, Tables,
+    policies::{Condition, Enforcement, PolicyContent, PolicyEntry, PolicyObject},
+};
+
+impl Resolver {
+    /// Takes over changed policy objects.
+    pub(super) fn note_policies(&mut self, tables: &mut Tables, outcome: &mut Outcome) {
+        for kind in POLICY_KINDS {
+            for delta in tables.policies.of_mut(kind).take_changes() {
+                let Some(after) = delta.after else {
+                    if let Some(before) = delta.before {
+                        self.last_good.remove(&before.id);
+                        self.repository.remove_policy(&before.id);
+                    }
+                    continue;
+                };
+                let same = |before: &Arc<PolicyObject>| {
+                    before.content == after.content && before.uid == after.uid
+                };
+                if !delta.before.as_ref().is_some_and(same) {
+                    if delta.before.is_some_and(|before| before.uid != after.uid) {
+                        self.last_good.remove(&after.id);
+                    }
+                    let policy = self.policy_in_force(&after);
+                    self.repository.upsert_policy(policy);
+                }
+                if let Some(condition) = condition_to_report(kind, &after) {
+                    outcome.conditions.push((after, condition));
+                }
+            }
+        }
+    }
+
+    /// A refused policy closes its subjects, and what its last good version said stands.
+    fn policy_in_force(&mut self, object: &PolicyObject) -> Policy {
+        match &object.content {
+            PolicyContent::Accepted(policy) => {
+                self.last_good.insert(object.id.clone(), policy.clone());
+                policy.clone()
+            }
+            PolicyContent::Refused { lockdown, .. } => {
+                let good = self.last_good.get(&object.id).map(|policy| &policy.rules);
+                let rules = good.into_iter().flatten().chain(&lockdown.rules).cloned().collect();
+                Policy { id: object.id.clone(), rules }
+            }
+        }
+    }
+
+    /// Whether an accepted version of a refused policy is still in force.
+    pub fn has_last_good(&self, object: &PolicyObject) -> bool {
+        matches!(object.content, PolicyContent::Refused { .. })
+            && self.last_good.contains_key(&object.id)
+    }
+
+    /// Takes over what became of endpoints' policies.
+    pub(super) fn resolve_policies(&self, tables: &mut Tables, changes: &Changes) {
+        for (id, policy) in &changes.endpoints {
+            if tables.endpoints.get(&id.0).is_some() {
+                tables.policy_entries.put(PolicyEntry {
+                    endpoint: id.0,
+                    ingress: enforcement(&policy.ingress),
+                    egress: enforcement(&policy.egress),
+                });
+            }
+        }
+        let gone: Vec<u32> = tables
+            .policy_entries
+            .rows()
+            .map(|row| row.endpoint)
+            .filter(|id| tables.endpoints.get(id).is_none())
+            .collect();
+        for id in gone {
+            tables.policy_entries.delete(&id);
+        }
+    }
+}
+
+fn enforcement(direction: &GroupDirection) -> Enforcement {
+    match direction {
+        GroupDirection::AllowAll => Enforcement::AllowAll,
+        GroupDirection::Enforced(group, policy) => Enforcement::Enforced(*group, policy.clone()),
+    }
+}
+
+/// The condition that the object's status should have and has not. The status of a
+/// `NetworkPolicy` has no conditions: only what is wrong with it is worth an event.
+fn condition_to_report(kind: PolicyKind, object: &PolicyObject) -> Option<Condition> {
+    let condition = match &object.content {
+        PolicyContent::Accepted(_) => Condition {
+            valid: true,
+            message: "Policy validation succeeded".into(),
+            generation: Some(object.generation),
+        },
+        PolicyContent::Refused { message, .. } => Condition {
+            valid: false,
+            message: message.clone(),
+            generation: Some(object.generation),
+        },
+    };
+    if kind == PolicyKind::NetworkPolicy && condition.valid {
+        return None;
+    }
+    let reported = object.reported.as_ref().is_some_and(|reported| {
+        reported.valid == condition.valid && reported.message == condition.message
+    });
+    (!reported).then_some(condition)
+}
