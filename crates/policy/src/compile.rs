@@ -1,10 +1,25 @@
 //! Compiled policies: the tables of one group and direction, as the kernel reads them.
 
-use std::{collections::BTreeMap, fmt, sync::Arc};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt,
+    hash::Hash,
+    net::IpAddr,
+    sync::Arc,
+};
 
-use palisade_abi::{CHUNK_RULES, ChunkValue};
+use ipnet::IpNet;
+use palisade_abi::{CHUNK_RULES, ChunkValue, PREFIX_ID_BIT, PREFIX_POD_BIT, identity};
+use roaring::RoaringBitmap;
 
-use crate::model::{Action, PolicyRef};
+use crate::{
+    hash::StableHasher,
+    index::{Index, SelectorId},
+    lookup::mask,
+    model::{Action, Cidr, PolicyRef},
+    prefix::Prefixes,
+    resolve::PeerDelta,
+};
 
 /// Protocol, leading bits of the port that count, port: as in `abi::PortKey`.
 pub type PortPrefix = (u8, u8, u16);
@@ -117,4 +132,247 @@ impl CompiledPolicy {
             (hit != 0).then(|| n * CHUNK_RULES + hit.trailing_zeros())
         })
     }
+}
+
+/// Whom a rule matches, resolved.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub(crate) struct BitPeers {
+    pub(crate) any: bool,
+    /// The unknown identity, on top of what the rest says.
+    pub(crate) unknown: bool,
+    pub(crate) selectors: Vec<SelectorId>,
+    pub(crate) cidrs: Vec<Cidr>,
+    pub(crate) identities: RoaringBitmap,
+    /// Pods, each by its own address.
+    pub(crate) addresses: BTreeSet<IpAddr>,
+}
+
+impl BitPeers {
+    fn matches_identity(&self, id: u32, index: &Index) -> bool {
+        self.any
+            || self.unknown && id == identity::UNKNOWN
+            || self.identities.contains(id)
+            || self.selectors.iter().any(|selector| index.contains(*selector, id))
+    }
+
+    fn matches_prefix(&self, net: IpNet, pod: bool) -> bool {
+        let own = net.prefix_len() == net.max_prefix_len() && self.addresses.contains(&net.addr());
+        pod && own || self.cidrs.iter().any(|cidr| (cidr.matches_pods || !pod) && covers(cidr, net))
+    }
+}
+
+/// Whether the CIDR matches the addresses whose longest prefix is `net`. Every `except` has a
+/// prefix of its own, so none of them lies inside `net` without being the longer one.
+fn covers(cidr: &Cidr, net: IpNet) -> bool {
+    cidr.net.contains(&net) && !cidr.except.iter().any(|except| except.contains(&net))
+}
+
+/// Which ports a rule matches, resolved.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Hash)]
+pub(crate) struct BitPorts {
+    pub(crate) any: bool,
+    pub(crate) prefixes: BTreeSet<PortPrefix>,
+}
+
+impl BitPorts {
+    pub(crate) fn is_empty(&self) -> bool {
+        !self.any && self.prefixes.is_empty()
+    }
+
+    pub(crate) fn add_range(&mut self, protocol: u8, first: u16, last: u16) {
+        let (mut at, end) = (u32::from(first), u32::from(last));
+        while at <= end {
+            // The largest aligned block that starts here and does not reach beyond the end.
+            let mut bits = at.trailing_zeros().min(16);
+            while at + (1 << bits) - 1 > end {
+                bits -= 1;
+            }
+            let (Ok(port), Ok(len)) = (u16::try_from(at), u8::try_from(16 - bits)) else { return };
+            self.prefixes.insert((protocol, len, port));
+            at += 1 << bits;
+        }
+    }
+}
+
+/// One rule, resolved: one bit of the tables.
+#[derive(Clone, Debug)]
+pub(crate) struct Bit {
+    pub(crate) info: RuleInfo,
+    pub(crate) peers: BitPeers,
+    pub(crate) ports: BitPorts,
+}
+
+/// Turns rules, in the order of their precedence, into tables.
+pub(crate) fn compile(
+    bits: &[Bit],
+    default_deny_by: Vec<PolicyRef>,
+    index: &Index,
+    prefixes: &Prefixes,
+) -> CompiledPolicy {
+    let mut chunks: Vec<Arc<Chunk>> = bits
+        .chunks(CHUNK_RULES as usize)
+        .map(|bits| Arc::new(compile_chunk(bits, index, prefixes)))
+        .collect();
+    if chunks.is_empty() {
+        chunks.push(Arc::default());
+    }
+    let rules = bits.iter().map(|bit| bit.info.clone()).collect();
+    let mut policy = CompiledPolicy { chunks, rules, default_deny_by, hash: 0 };
+    policy.hash = policy.structure_hash() ^ policy.peers_hash();
+    policy
+}
+
+fn compile_chunk(bits: &[Bit], index: &Index, prefixes: &Prefixes) -> Chunk {
+    let mut chunk = Chunk::default();
+    for (n, bit) in bits.iter().enumerate() {
+        let mask = 1u128 << n;
+        if bit.info.action == Action::Deny {
+            chunk.deny |= mask;
+        }
+        if bit.peers.any {
+            chunk.default_peers |= mask;
+        }
+        if bit.ports.any {
+            chunk.default_ports |= mask;
+        }
+        add_peers(&mut chunk.peers, mask, &bit.peers, index, prefixes);
+        for prefix in &bit.ports.prefixes {
+            *chunk.ports.entry(*prefix).or_default() |= mask;
+        }
+    }
+    let default = chunk.default_peers;
+    for (id, rules) in &mut chunk.peers {
+        if *id < PREFIX_ID_BIT {
+            *rules |= default;
+        }
+    }
+    chunk.peers.retain(|id, rules| *id >= PREFIX_ID_BIT || *rules != default);
+    inherit_ports(&mut chunk);
+    chunk
+}
+
+fn add_peers(
+    table: &mut BTreeMap<u32, u128>,
+    mask: u128,
+    peers: &BitPeers,
+    index: &Index,
+    prefixes: &Prefixes,
+) {
+    let mut add = |id: u32| *table.entry(id).or_default() |= mask;
+    for selector in &peers.selectors {
+        index.matches(*selector).for_each(&mut add);
+    }
+    peers.identities.iter().for_each(&mut add);
+    if peers.unknown {
+        add(identity::UNKNOWN);
+    }
+    for cidr in &peers.cidrs {
+        for (net, number) in prefixes.inside(cidr.net) {
+            if covers(cidr, net) {
+                add(number);
+                if cidr.matches_pods {
+                    add(number | PREFIX_POD_BIT);
+                }
+            }
+        }
+    }
+    for address in &peers.addresses {
+        if let Some(number) = prefixes.number(IpNet::from(*address)) {
+            add(number | PREFIX_POD_BIT);
+        }
+    }
+}
+
+/// The first entry found decides: give each the rules of the shorter prefixes that cover it.
+fn inherit_ports(chunk: &mut Chunk) {
+    let own = std::mem::take(&mut chunk.ports);
+    chunk.ports = own
+        .keys()
+        .map(|&(protocol, len, port)| {
+            let covering = (0..=len)
+                .filter_map(|shorter| own.get(&(protocol, shorter, port & mask(shorter))))
+                .fold(chunk.default_ports, |all, rules| all | rules);
+            ((protocol, len, port), covering)
+        })
+        .collect();
+}
+
+impl CompiledPolicy {
+    /// The same tables with the entries of some peers computed anew, and what differs.
+    pub(crate) fn with_peers(
+        &self,
+        ids: &BTreeSet<u32>,
+        bits: &[Bit],
+        index: &Index,
+        prefixes: &Prefixes,
+    ) -> (Self, Vec<PeerDelta>) {
+        let mut policy = self.clone();
+        let mut delta = Vec::new();
+        for (n, bits) in (0u32..).zip(bits.chunks(CHUNK_RULES as usize)) {
+            for &id in ids {
+                let Some(chunk) = policy.chunks.get_mut(n as usize) else { continue };
+                let rules = rules_of(id, bits, chunk.default_peers, index, prefixes);
+                let old = chunk.peers.get(&id).copied();
+                if old == rules {
+                    continue;
+                }
+                policy.hash ^= old.map_or(0, |rules| entry_hash(n, id, rules))
+                    ^ rules.map_or(0, |rules| entry_hash(n, id, rules));
+                let table = &mut Arc::make_mut(chunk).peers;
+                match rules {
+                    Some(rules) => table.insert(id, rules),
+                    None => table.remove(&id),
+                };
+                delta.push(PeerDelta { chunk: n, id, rules });
+            }
+        }
+        (policy, delta)
+    }
+
+    fn structure_hash(&self) -> u64 {
+        let mut hasher = StableHasher::new();
+        self.rules.hash(&mut hasher);
+        self.default_deny_by.hash(&mut hasher);
+        for chunk in &self.chunks {
+            (chunk.default_peers, chunk.default_ports, chunk.deny).hash(&mut hasher);
+            chunk.ports.hash(&mut hasher);
+        }
+        hasher.finish()
+    }
+
+    /// Does not depend on the order, so that one entry's change is one step.
+    fn peers_hash(&self) -> u64 {
+        (0u32..).zip(&self.chunks).fold(0, |all, (n, chunk)| {
+            chunk.peers.iter().fold(all, |all, (id, rules)| all ^ entry_hash(n, *id, *rules))
+        })
+    }
+}
+
+fn entry_hash(chunk: u32, id: u32, rules: u128) -> u64 {
+    let mut hasher = StableHasher::new();
+    (chunk, id, rules).hash(&mut hasher);
+    hasher.finish()
+}
+
+/// The entry of one peer in one chunk.
+fn rules_of(
+    id: u32,
+    bits: &[Bit],
+    default: u128,
+    index: &Index,
+    prefixes: &Prefixes,
+) -> Option<u128> {
+    let collect = |matches: &dyn Fn(&BitPeers) -> bool| {
+        bits.iter()
+            .enumerate()
+            .filter(|(_, bit)| matches(&bit.peers))
+            .fold(0u128, |all, (n, _)| all | 1 << n)
+    };
+    if id < PREFIX_ID_BIT {
+        let rules = collect(&|peers| peers.matches_identity(id, index));
+        return (rules != default).then_some(rules);
+    }
+    let net = prefixes.net(id & !PREFIX_POD_BIT)?;
+    let rules = collect(&|peers| peers.matches_prefix(net, id & PREFIX_POD_BIT != 0));
+    (rules != 0).then_some(rules)
 }

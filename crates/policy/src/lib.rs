@@ -16,10 +16,14 @@ pub mod evaluate;
 pub mod explain;
 mod hash;
 pub mod identity;
+mod index;
 pub mod label;
 mod lookup;
 pub mod model;
+mod pods;
+mod prefix;
 pub mod resolve;
 pub mod selector;
 
 pub use compile::{Chunk, CompiledPolicy, PortPrefix, RuleInfo, RuleSource, words};
+pub use prefix::is_ipv4_mapped;
