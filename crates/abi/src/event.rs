@@ -94,3 +94,25 @@ pub struct Event {
 }
 
 const _: () = assert!(size_of::<Event>() == 120);
+
+impl Event {
+    /// Fills what a flow knows of its ends, in the direction of the packet.
+    #[inline(always)]
+    pub fn fill_flow(&mut self, flow: &crate::FlowValue, from_opener: bool, egress: bool) {
+        let opener = (flow.opener_identity, flow.opener_row);
+        let other = (flow.other_identity, flow.other_row);
+        let (source, destination) = if from_opener { (opener, other) } else { (other, opener) };
+        (self.source_identity, self.source_row) = source;
+        (self.destination_identity, self.destination_row) = destination;
+        self.packets = flow.packets;
+        self.bytes = flow.bytes;
+        self.reply_packets = flow.reply_packets;
+        self.reply_bytes = flow.reply_bytes;
+        if !from_opener {
+            self.flags |= event_flags::REPLY;
+        }
+        if egress {
+            self.flags |= event_flags::EGRESS;
+        }
+    }
+}

@@ -1,0 +1,378 @@
+//! Loading, attaching and pinning. A second agent finds the pins of the first and takes over:
+//! maps are reused, links get the new programs in one step each, so there is no instant without
+//! a program.
+
+use std::{
+    fs, io,
+    path::{Path, PathBuf},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::Duration,
+};
+
+use aya::{
+    Ebpf, EbpfError, EbpfLoader,
+    maps::{Array, MapError, RingBuf},
+    programs::{
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
+        TestRun, TestRunOptions,
+        links::{FdLink, LinkError, PinnedLink},
+        tc::{SchedClassifierLink, TcAttachOptions},
+    },
+};
+use palisade_abi::map;
+
+use crate::{
+    events::EventReader,
+    maps::{FlowStats, Maps, Metrics},
+    step::Kernel,
+};
+
+static OBJECT: &[u8] = aya::include_bytes_aligned!(env!("PALISADE_EBPF_OBJECT"));
+
+/// The socket programs, by name; each is of the cgroup hook of the same name.
+const SOCKET_PROGRAMS: [&str; 8] = [
+    "connect4",
+    "connect6",
+    "sendmsg4",
+    "sendmsg6",
+    "recvmsg4",
+    "recvmsg6",
+    "getpeername4",
+    "getpeername6",
+];
+const PACKET_PROGRAMS: [&str; 4] = ["from_pod", "to_pod", "from_net", "clock_probe"];
+
+/// Where a node keeps its eBPF objects.
+#[derive(Clone, Debug)]
+pub struct Config {
+    /// Directory in a bpffs, of this node alone.
+    pub bpffs: PathBuf,
+    /// cgroup v2 directory of the node's pods and processes.
+    pub cgroup: PathBuf,
+}
+
+/// Why the data path cannot run.
+#[derive(Debug, thiserror::Error)]
+#[expect(missing_docs, reason = "the messages say it")]
+pub enum LoadError {
+    #[error("cannot use {}: it must be a directory in a bpffs (mount -t bpf bpf /sys/fs/bpf)", path.display())]
+    Bpffs { path: PathBuf, source: io::Error },
+    #[error(
+        "the kernel refuses the eBPF object (Linux 6.6 or later, root or CAP_BPF and CAP_NET_ADMIN are needed)"
+    )]
+    Object(#[from] EbpfError),
+    #[error(
+        "the kernel refuses the eBPF program {name} (Linux 6.6 or later, root or CAP_BPF and CAP_NET_ADMIN are needed)"
+    )]
+    Program { name: &'static str, source: ProgramError },
+    #[error("the eBPF object has no {name}: it was built from other sources than this binary")]
+    Missing { name: &'static str },
+    #[error("the eBPF map {name}")]
+    Map { name: &'static str, source: MapError },
+    #[error("cannot use the cgroup {}: it must be a directory in a cgroup v2 hierarchy", path.display())]
+    Cgroup { path: PathBuf, source: io::Error },
+    #[error("cannot pin the link {}", path.display())]
+    Pin { path: PathBuf, source: Box<dyn std::error::Error + Send + Sync> },
+    #[error("the interface {interface}: cannot attach {program}")]
+    Attach { interface: String, program: &'static str, source: ProgramError },
+    #[error("the event ring")]
+    Events(#[source] io::Error),
+}
+
+/// A node's loaded programs and tables.
+pub struct Datapath {
+    object: Mutex<Ebpf>,
+    maps: Arc<Maps>,
+    links: PathBuf,
+}
+
+impl Datapath {
+    /// Loads the programs, with the tables that are pinned already where there are any, and
+    /// attaches the socket programs.
+    ///
+    /// # Errors
+    /// See [`LoadError`].
+    pub fn open(config: &Config) -> Result<Self, LoadError> {
+        let tables = config.bpffs.join("maps");
+        let links = config.bpffs.join("links");
+        for path in [&tables, &links] {
+            fs::create_dir_all(path)
+                .map_err(|source| LoadError::Bpffs { path: path.clone(), source })?;
+        }
+        let mut object = EbpfLoader::new().default_map_pin_directory(&tables).load(OBJECT)?;
+        for name in PACKET_PROGRAMS {
+            classifier(&mut object, name)?
+                .load()
+                .map_err(|source| LoadError::Program { name, source })?;
+        }
+        set_clock(&mut object)?;
+        let maps = Arc::new(Maps::take(&mut object)?);
+        let datapath = Self { object: Mutex::new(object), maps, links };
+        datapath.attach_sockets(&config.cgroup)?;
+        Ok(datapath)
+    }
+
+    /// The tables.
+    #[must_use]
+    pub fn kernel(&self) -> Arc<dyn Kernel> {
+        self.maps.clone()
+    }
+
+    /// Attaches the pod programs to the host side of a pod's veth. Repeating it is harmless.
+    ///
+    /// # Errors
+    /// [`LoadError::Attach`] or [`LoadError::Pin`].
+    pub fn attach_endpoint(&self, interface: &str) -> Result<(), LoadError> {
+        self.attach(interface, "from_pod", TcAttachType::Ingress)?;
+        self.attach(interface, "to_pod", TcAttachType::Egress)
+    }
+
+    /// Attaches the uplink program. Repeating it is harmless.
+    ///
+    /// # Errors
+    /// [`LoadError::Attach`] or [`LoadError::Pin`].
+    pub fn attach_uplink(&self, interface: &str) -> Result<(), LoadError> {
+        self.attach(interface, "from_net", TcAttachType::Ingress)
+    }
+
+    /// Removes the pins of an interface that is gone or about to go.
+    ///
+    /// # Errors
+    /// The pins cannot be removed.
+    pub fn detach_endpoint(&self, interface: &str) -> io::Result<()> {
+        for program in ["from_pod", "to_pod"] {
+            match fs::remove_file(self.pin(program, interface)) {
+                Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// Whether both pod programs are attached to the interface.
+    #[must_use]
+    pub fn is_attached(&self, interface: &str) -> bool {
+        let object = self.lock();
+        [("from_pod", TcAttachType::Ingress), ("to_pod", TcAttachType::Egress)].iter().all(
+            |(name, direction)| {
+                let Some(aya::programs::Program::SchedClassifier(program)) = object.program(name)
+                else {
+                    return false;
+                };
+                let Ok(own) = program.info() else { return false };
+                SchedClassifier::query_tcx(interface, *direction)
+                    .is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == own.id()))
+            },
+        )
+    }
+
+    /// Interfaces that have pins of ours.
+    ///
+    /// # Errors
+    /// The directory cannot be read.
+    pub fn attached_interfaces(&self) -> io::Result<Vec<String>> {
+        let mut interfaces = Vec::new();
+        for entry in fs::read_dir(&self.links)? {
+            let name = entry?.file_name().to_string_lossy().into_owned();
+            if let Some(interface) = name.strip_prefix("from_pod-") {
+                interfaces.push(interface.to_owned());
+            }
+        }
+        interfaces.sort();
+        Ok(interfaces)
+    }
+
+    /// A reader of the event ring.
+    ///
+    /// # Errors
+    /// The ring was taken already, or cannot be polled.
+    pub fn events(&self) -> Result<EventReader, LoadError> {
+        let ring =
+            self.lock().take_map(map::EVENTS).ok_or(LoadError::Missing { name: map::EVENTS })?;
+        let ring = RingBuf::try_from(ring)
+            .map_err(|source| LoadError::Map { name: map::EVENTS, source })?;
+        EventReader::new(ring).map_err(LoadError::Events)
+    }
+
+    /// Removes expired TCP flows.
+    ///
+    /// # Errors
+    /// The kernel's clock cannot be read.
+    pub fn collect_flows(&self) -> Result<FlowStats, LoadError> {
+        let now = jiffies(&mut self.lock())?;
+        Ok(self.maps.collect_flows(now, monotonic_nanos()))
+    }
+
+    /// Counters of the data path.
+    ///
+    /// # Errors
+    /// The kernel refuses to read.
+    pub fn metrics(&self) -> Result<Metrics, LoadError> {
+        self.maps.metrics().map_err(|source| LoadError::Map { name: map::METRICS, source })
+    }
+
+    /// Runs a pod program on a packet without sending it (`BPF_PROG_TEST_RUN`), as if it had been
+    /// met on interface `ifindex` of the caller's network namespace. Returns the tc action.
+    ///
+    /// # Errors
+    /// The kernel refuses the run.
+    pub fn test_run(
+        &self,
+        program: &'static str,
+        ifindex: u32,
+        frame: &[u8],
+        repeat: u32,
+    ) -> Result<(u32, Duration), LoadError> {
+        // Offset of `ifindex` in `struct __sk_buff` (linux/bpf.h).
+        const IFINDEX: usize = 40;
+        let mut context = [0_u8; 192];
+        context[IFINDEX..IFINDEX + 4].copy_from_slice(&ifindex.to_ne_bytes());
+        let mut object = self.lock();
+        let options = TestRunOptions {
+            data_in: Some(frame),
+            ctx_in: Some(&context),
+            repeat,
+            ..TestRunOptions::new()
+        };
+        let result = classifier(&mut object, program)?
+            .test_run(options)
+            .map_err(|source| LoadError::Program { name: program, source })?;
+        Ok((result.return_value, result.duration))
+    }
+
+    fn lock(&self) -> MutexGuard<'_, Ebpf> {
+        self.object.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    fn pin(&self, program: &str, target: &str) -> PathBuf {
+        self.links.join(format!("{program}-{target}"))
+    }
+
+    fn attach(
+        &self,
+        interface: &str,
+        name: &'static str,
+        direction: TcAttachType,
+    ) -> Result<(), LoadError> {
+        let pin = self.pin(name, interface);
+        let mut object = self.lock();
+        let program = classifier(&mut object, name)?;
+        if let Some(old) = pinned(&pin)?
+            && let Ok(link) = SchedClassifierLink::try_from(old)
+            && let Ok(id) = program.attach_to_link(link)
+        {
+            // The pin keeps the link; letting go of our handle changes nothing.
+            drop(program.take_link(id));
+            return Ok(());
+        }
+        // No pin, or one that outlived its interface.
+        remove_pin(&pin)?;
+        let attach =
+            |source| LoadError::Attach { interface: interface.to_owned(), program: name, source };
+        let options = TcAttachOptions::TcxOrder(LinkOrder::first());
+        let id = program.attach_with_options(interface, direction, options).map_err(attach)?;
+        let link = program.take_link(id).map_err(attach)?;
+        let link = FdLink::try_from(link).map_err(|error| pin_error(&pin, error))?;
+        link.pin(&pin).map_err(|error| pin_error(&pin, error))?;
+        Ok(())
+    }
+
+    fn attach_sockets(&self, cgroup: &Path) -> Result<(), LoadError> {
+        let directory = fs::File::open(cgroup)
+            .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
+        let mut object = self.lock();
+        for name in SOCKET_PROGRAMS {
+            let pin = self.pin(name, "cgroup");
+            let refused = |source| LoadError::Program { name, source };
+            let program: &mut CgroupSockAddr = object
+                .program_mut(name)
+                .ok_or(LoadError::Missing { name })?
+                .try_into()
+                .map_err(refused)?;
+            program.load().map_err(refused)?;
+            // aya cannot update a cgroup link. A second link beside the first is harmless (an
+            // address that is translated is no Service's any more), and the first goes when its
+            // pin does.
+            // A link always lets others attach beside it; the kernel wants no flag for that.
+            let id = program.attach(&directory, CgroupAttachMode::Single).map_err(refused)?;
+            let link = program.take_link(id).map_err(refused)?;
+            let link = FdLink::try_from(link).map_err(|error| pin_error(&pin, error))?;
+            remove_pin(&pin)?;
+            link.pin(&pin).map_err(|error| pin_error(&pin, error))?;
+        }
+        Ok(())
+    }
+}
+
+fn classifier<'a>(
+    object: &'a mut Ebpf,
+    name: &'static str,
+) -> Result<&'a mut SchedClassifier, LoadError> {
+    object
+        .program_mut(name)
+        .ok_or(LoadError::Missing { name })?
+        .try_into()
+        .map_err(|source| LoadError::Program { name, source })
+}
+
+fn pin_error(
+    path: &Path,
+    source: impl Into<Box<dyn std::error::Error + Send + Sync>>,
+) -> LoadError {
+    LoadError::Pin { path: path.to_owned(), source: source.into() }
+}
+
+fn pinned(path: &Path) -> Result<Option<FdLink>, LoadError> {
+    match PinnedLink::from_pin(path) {
+        Ok(link) => Ok(Some(link.into())),
+        Err(LinkError::SyscallError(error)) if error.io_error.kind() == io::ErrorKind::NotFound => {
+            Ok(None)
+        }
+        Err(error) => Err(pin_error(path, error)),
+    }
+}
+
+fn remove_pin(path: &Path) -> Result<(), LoadError> {
+    match fs::remove_file(path) {
+        Err(error) if error.kind() != io::ErrorKind::NotFound => Err(pin_error(path, error)),
+        _ => Ok(()),
+    }
+}
+
+/// The low 32 bits of the kernel's jiffies.
+fn jiffies(object: &mut Ebpf) -> Result<u32, LoadError> {
+    const NAME: &str = "clock_probe";
+    // The kernel wants at least an Ethernet and an IP header to run a tc program on.
+    let frame = [0_u8; 64];
+    let options = TestRunOptions { data_in: Some(&frame), ..TestRunOptions::new() };
+    let result = classifier(object, NAME)?
+        .test_run(options)
+        .map_err(|source| LoadError::Program { name: NAME, source })?;
+    Ok(result.return_value)
+}
+
+fn monotonic_nanos() -> u64 {
+    let time = rustix::time::clock_gettime(rustix::time::ClockId::Monotonic);
+    let (seconds, nanos) = (time.tv_sec.unsigned_abs(), time.tv_nsec.unsigned_abs());
+    seconds * 1_000_000_000 + nanos
+}
+
+/// Finds the kernel's timer frequency and tells it the programs. Jiffies start at −300 seconds
+/// (`INITIAL_JIFFIES`, linux/jiffies.h), so that one reading and the monotonic clock suffice.
+fn set_clock(object: &mut Ebpf) -> Result<(), LoadError> {
+    const NAME: &str = "SETTINGS";
+    let now = jiffies(object)?;
+    let millis = monotonic_nanos() / 1_000_000;
+    let hz = [100_u32, 250, 300, 1000]
+        .into_iter()
+        .min_by_key(|hz| {
+            let expected = (millis * u64::from(*hz) / 1000) as u32;
+            let expected = expected.wrapping_sub(300 * hz);
+            now.wrapping_sub(expected).cast_signed().unsigned_abs()
+        })
+        .unwrap_or(250);
+    let map = object.map_mut(NAME).ok_or(LoadError::Missing { name: NAME })?;
+    let wrong = |source| LoadError::Map { name: NAME, source };
+    let mut settings: Array<_, u32> = Array::try_from(map).map_err(wrong)?;
+    settings.set(0, hz, 0).map_err(wrong)
+}

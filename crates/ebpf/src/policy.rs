@@ -1,0 +1,164 @@
+//! The verdict of one compiled policy: see `palisade_abi`'s policy tables for the algorithm.
+
+use core::ffi::c_void;
+
+use aya_ebpf::helpers::generated::bpf_loop;
+use palisade_abi::{
+    CHUNK_RULES, ChunkKey, ChunkValue, DropReason, MAX_CHUNKS, PREFIX_POD_BIT, PeerKey, PortKey,
+    RULE_NONE, TABLE_ALLOW_ALL, TABLE_NONE, identity,
+};
+
+use crate::maps::{CHUNKS, PEERS, PORTS};
+
+/// A question to a table, and which rule answered it.
+#[derive(Clone, Copy)]
+#[repr(C)]
+pub struct Query {
+    pub table: u32,
+    /// Identity of the peer.
+    pub identity: u32,
+    /// Longest policy prefix of the peer's address, 0 for none.
+    pub prefix: u32,
+    pub rule: u32,
+    /// Destination port or ICMP type, host byte order.
+    pub port: u16,
+    pub protocol: u8,
+}
+
+/// The walk over a table's chunks.
+#[repr(C)]
+struct Walk {
+    query: Query,
+    /// 0: allowed; else the number of a [`DropReason`].
+    answer: u32,
+    denied: u32,
+}
+
+/// Zero: allowed; else the number of a [`DropReason`], of which `denied` is the one for default
+/// deny and deny rules.
+#[inline(never)]
+pub fn judge(query: &mut Query, denied: DropReason) -> u32 {
+    query.rule = RULE_NONE;
+    if query.table == TABLE_ALLOW_ALL {
+        return 0;
+    }
+    if query.table == TABLE_NONE {
+        return DropReason::PolicyMissing as u32;
+    }
+    let mut walk = Walk { query: *query, answer: denied as u32, denied: denied as u32 };
+    // `bpf_loop` (Linux 5.17): the verifier walks the callback until it learns nothing new, where
+    // it would walk every turn of a plain loop.
+    // SAFETY: the callback has the signature that the helper documents, and the walk outlives it.
+    unsafe {
+        bpf_loop(MAX_CHUNKS, ask_chunk as *mut c_void, (&raw mut walk).cast(), 0);
+    }
+    query.rule = walk.query.rule;
+    walk.answer
+}
+
+const NEXT: i64 = 0;
+const STOP: i64 = 1;
+
+extern "C" fn ask_chunk(index: u64, walk: *mut Walk) -> i64 {
+    // SAFETY: `judge`'s own, handed through by the helper.
+    let walk = unsafe { &mut *walk };
+    let chunk = index as u32;
+    let key = ChunkKey { table: walk.query.table, chunk };
+    // SAFETY: not preallocated, so the value stays while this program runs.
+    let Some(head) = (unsafe { CHUNKS.get(&key) }) else {
+        walk.answer = DropReason::PolicyMissing as u32;
+        return STOP;
+    };
+    let peers = peer_rules(&walk.query, chunk, head);
+    if peers[0] | peers[1] != 0 {
+        let ports = port_rules(&walk.query, chunk, head);
+        let low = peers[0] & ports[0];
+        let high = peers[1] & ports[1];
+        if low | high != 0 {
+            let (bit, deny) = if low != 0 {
+                (low.trailing_zeros(), low & low.wrapping_neg() & head.deny[0])
+            } else {
+                (64 + high.trailing_zeros(), high & high.wrapping_neg() & head.deny[1])
+            };
+            walk.query.rule = chunk * CHUNK_RULES + bit;
+            walk.answer = if deny != 0 { walk.denied } else { 0 };
+            return STOP;
+        }
+    }
+    if chunk + 1 >= head.chunks { STOP } else { NEXT }
+}
+
+#[inline(always)]
+fn peer_rules(query: &Query, chunk: u32, head: &ChunkValue) -> [u64; 2] {
+    let key = PeerKey { table: query.table, chunk, id: query.identity };
+    // SAFETY: as in `ask_chunk`.
+    let mut rules = unsafe { PEERS.get(&key) }.map_or(head.default_peers, |peer| peer.rules);
+    if query.prefix != 0 {
+        let kind = if identity::is_world(query.identity) { 0 } else { PREFIX_POD_BIT };
+        let key = PeerKey { table: query.table, chunk, id: query.prefix | kind };
+        // SAFETY: as in `ask_chunk`.
+        if let Some(prefix) = unsafe { PEERS.get(&key) } {
+            rules[0] |= prefix.rules[0];
+            rules[1] |= prefix.rules[1];
+        }
+    }
+    rules
+}
+
+/// The walk over the prefix lengths of a chunk's ports, from the longest to the shortest.
+#[repr(C)]
+struct PortWalk {
+    key: PortKey,
+    port: u32,
+    lengths: u32,
+    rules: [u64; 2],
+}
+
+#[inline(always)]
+fn port_rules(query: &Query, chunk: u32, head: &ChunkValue) -> [u64; 2] {
+    let mut walk = PortWalk {
+        key: PortKey {
+            table: query.table,
+            chunk: chunk as u16,
+            prefix_len: 0,
+            protocol: query.protocol,
+            port: 0,
+            reserved: 0,
+        },
+        port: u32::from(query.port),
+        lengths: head.port_prefixes,
+        rules: head.default_ports,
+    };
+    // SAFETY: as in `judge`.
+    unsafe {
+        bpf_loop(PORT_BITS + 1, ask_port as *mut c_void, (&raw mut walk).cast(), 0);
+    }
+    walk.rules
+}
+
+const PORT_BITS: u32 = 16;
+
+extern "C" fn ask_port(index: u64, walk: *mut PortWalk) -> i64 {
+    // SAFETY: `port_rules`' own, handed through by the helper.
+    let walk = unsafe { &mut *walk };
+    let skipped = index as u32 & 31;
+    let bit = (1 << PORT_BITS) >> skipped;
+    // What is left of the mask once the longer prefixes are done.
+    let left = walk.lengths & (bit | (bit - 1));
+    if left == 0 {
+        return STOP;
+    }
+    if left & bit == 0 {
+        return NEXT;
+    }
+    walk.key.prefix_len = (PORT_BITS - skipped) as u8;
+    walk.key.port = (walk.port & (0xffff << skipped)) as u16;
+    // SAFETY: as in `ask_chunk`.
+    match unsafe { PORTS.get(&walk.key) } {
+        Some(port) => {
+            walk.rules = port.rules;
+            STOP
+        }
+        None => NEXT,
+    }
+}

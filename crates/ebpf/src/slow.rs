@@ -1,0 +1,602 @@
+//! The slow path: every packet that [`crate::fast`] does not know. Guards against spoofing,
+//! translates services, judges both ends' policies and remembers the verdict.
+//!
+//! `?` carries the reason of a drop out; there is one way to forward, at the very end.
+
+use aya_ebpf::{
+    bindings::__sk_buff, helpers::generated::bpf_redirect_peer, macros::map, maps::PerCpuArray,
+};
+use palisade_abi::{
+    Address, DropReason, EndpointKey, EndpointRow, EventKind, FlowValue, ROW_NONE, RULE_NONE,
+    event_flags, flow_flags, identity, metric_index, protocol, row_flags,
+};
+
+use crate::{
+    Hook, clock, event, flow,
+    flow::{Key, Side},
+    guard,
+    guard::Ruling,
+    maps::{ENDPOINT_ROWS, ENDPOINTS, INTERFACES, IPCACHE},
+    packet,
+    packet::{
+        ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, RST, SYN, load, unmapped,
+    },
+    policy,
+    policy::Query,
+    service,
+    service::{Choice, End},
+};
+
+const TC_ACT_OK: i32 = 0;
+const TC_ACT_SHOT: i32 = 2;
+
+/// Who stands behind an address.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Peer {
+    identity: u32,
+    prefix: u32,
+    row: u32,
+}
+
+/// Working memory: the stack (512 bytes, `MAX_BPF_STACK`) is too small for it.
+#[repr(C)]
+pub struct Scratch {
+    packet: Packet,
+    quoted: Packet,
+    source: Peer,
+    destination: Peer,
+    /// What the Service was, for a packet that was translated.
+    service: Address,
+    service_port: u16,
+    translated: bool,
+    quiet: bool,
+    rejudged: bool,
+    reply: bool,
+    side: Side,
+    hook: Hook,
+    source_shard: Shard,
+    destination_shard: Shard,
+    key: Key,
+    egress: Query,
+    ingress: Query,
+    flow: FlowValue,
+}
+
+/// The slice of remote addresses that an address is in, and its revision before anything was
+/// looked up.
+#[derive(Clone, Copy)]
+#[repr(C)]
+struct Shard {
+    number: u32,
+    revision: u32,
+}
+
+impl Shard {
+    #[inline(always)]
+    fn of(address: &Address) -> Self {
+        let number = flow::shard_of(address);
+        Self { number, revision: flow::shard_revision(number) }
+    }
+}
+
+#[map]
+static SCRATCH: PerCpuArray<Scratch> = PerCpuArray::with_max_entries(1, 0);
+
+#[inline(never)]
+pub fn slow(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    let Some(scratch) = SCRATCH.get_ptr_mut(0) else { return TC_ACT_SHOT };
+    // SAFETY: programs of one CPU do not interrupt each other in tc, so this is the one user of
+    // the slot; all fields are plain data that may be zero.
+    let s = unsafe {
+        core::ptr::write_bytes(scratch, 0, 1);
+        &mut *scratch
+    };
+    s.hook = hook;
+    match decide(skb, s) {
+        Ok(action) => action,
+        Err(reason) => {
+            // SAFETY: a live context.
+            event::count_drop(reason, unsafe { (*skb).len });
+            if !s.quiet && event::drop_budget() {
+                record(EventKind::Drop, s, reason as u8);
+            }
+            TC_ACT_SHOT
+        }
+    }
+}
+
+#[inline(always)]
+fn decide(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
+    let hook = s.hook;
+    // SAFETY: a live context.
+    let (ifindex, ethertype) = unsafe { ((*skb).ifindex, (*skb).protocol) };
+    // SAFETY: a row number is one word; whatever it says is checked against the row.
+    let own = *unsafe { INTERFACES.get(&ifindex) }.ok_or(DropReason::UnknownEndpoint)?;
+    let row = ENDPOINT_ROWS.get(own).ok_or(DropReason::UnknownEndpoint)?;
+    if row.flags & row_flags::VALID == 0 {
+        return Err(DropReason::PolicyMissing);
+    }
+    if row.ifindex != ifindex {
+        return Err(DropReason::UnknownEndpoint);
+    }
+    if hook == Hook::FromPod {
+        guard::source_mac(skb, row)?;
+    }
+    match ethertype {
+        ETH_P_IP => packet::read(skb, &mut s.packet, ETH_LEN, false, false)?,
+        ETH_P_IPV6 => packet::read(skb, &mut s.packet, ETH_LEN, true, false)?,
+        ETH_P_ARP if hook == Hook::FromPod => {
+            guard::arp(skb, row)?;
+            return Ok(TC_ACT_OK);
+        }
+        ETH_P_ARP => return Ok(TC_ACT_OK),
+        _ => return Err(DropReason::ForbiddenProtocol),
+    }
+    match hook {
+        Hook::FromPod => {
+            if leaving(skb, s, row)? {
+                return Ok(TC_ACT_OK);
+            }
+        }
+        Hook::ToPod => {
+            if guard::icmpv6_to(&s.packet) {
+                return Ok(TC_ACT_OK);
+            }
+            if !owns(row, &s.packet.destination, s.packet.ipv6) {
+                s.quiet = guard::is_group_or_link(&s.packet);
+                return Err(DropReason::UnknownEndpoint);
+            }
+        }
+    }
+    judge(skb, s, own, row)
+}
+
+#[inline(always)]
+fn owns(row: &EndpointRow, address: &Address, ipv6: bool) -> bool {
+    if ipv6 {
+        return *address == row.ipv6 && row.ipv6 != [0; 16];
+    }
+    unmapped(address) == row.ipv4 && row.ipv4 != [0; 4]
+}
+
+/// Guards on what leaves an endpoint. True: upkeep of the link, which passes without judgement.
+#[inline(never)]
+fn leaving(skb: *mut __sk_buff, s: &mut Scratch, row: &EndpointRow) -> Result<bool, DropReason> {
+    if s.packet.ipv6 && !owns(row, &s.packet.source, true) {
+        return match guard::icmpv6_from(skb, &s.packet, row)? {
+            Ruling::Pass => Ok(true),
+            Ruling::Judge => Err(DropReason::Spoofed),
+            Ruling::DropQuietly => {
+                s.quiet = s.packet.source[0] == 0xfe || s.packet.source == [0; 16];
+                Err(DropReason::Spoofed)
+            }
+        };
+    }
+    if s.packet.ipv6 && s.packet.protocol == protocol::ICMPV6 {
+        match guard::icmpv6_from(skb, &s.packet, row)? {
+            Ruling::Judge => {}
+            Ruling::Pass => return Ok(true),
+            Ruling::DropQuietly => {
+                s.quiet = true;
+                return Err(DropReason::ForbiddenProtocol);
+            }
+        }
+    }
+    if !owns(row, &s.packet.source, s.packet.ipv6) {
+        return Err(DropReason::Spoofed);
+    }
+    if guard::is_group_or_link(&s.packet) {
+        s.quiet = true;
+        return Err(DropReason::ForbiddenProtocol);
+    }
+    Ok(false)
+}
+
+#[inline(always)]
+fn judge(
+    skb: *mut __sk_buff,
+    s: &mut Scratch,
+    own: u32,
+    row: &EndpointRow,
+) -> Result<i32, DropReason> {
+    if s.hook == Hook::FromPod {
+        translate(skb, s)?;
+    }
+    // Revisions first, then what they stand for: a change in between makes the entry stale, never
+    // wrongly fresh.
+    s.source_shard = Shard::of(&s.packet.source);
+    s.destination_shard = Shard::of(&s.packet.destination);
+    find_peer(&s.packet.source, &mut s.source);
+    find_peer(&s.packet.destination, &mut s.destination);
+    let me = if s.hook == Hook::FromPod { &mut s.source } else { &mut s.destination };
+    me.row = own;
+    me.identity = row.identity;
+
+    if s.packet.kind == Kind::IcmpError {
+        if related(skb, s)? {
+            return deliver(s);
+        }
+        s.packet.kind = Kind::IcmpOther;
+    }
+
+    s.side = s.key.set(&s.packet);
+    let opening = s.packet.protocol == protocol::TCP && s.packet.tcp_flags & (SYN | ACK) == SYN;
+    let known = s.key.find();
+    if let Some(known) = known {
+        // SAFETY: a live map value; concurrent writers only move counters and timers.
+        let flow = unsafe { &mut *known };
+        if !clock::passed(flow.expires, clock::now()) && !opening {
+            follow(skb, s, flow)?;
+            return deliver(s);
+        }
+    }
+    // An answer opens nothing.
+    if s.packet.kind == Kind::EchoReply {
+        return Err(DropReason::NoFlow);
+    }
+    open(s, known)?;
+    deliver(s)
+}
+
+/// A packet of a flow that is alive.
+#[inline(never)]
+fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<(), DropReason> {
+    let now = clock::now();
+    let opener = flow::from_opener(flow, s.side);
+    s.reply = !opener;
+    if s.translated && (flow.flags & flow_flags::TRANSLATED == 0 || !same_service(s, flow)) {
+        return Err(DropReason::TranslationCollision);
+    }
+    if !s.translated && opener && flow.flags & flow_flags::TRANSLATED != 0 {
+        return Err(DropReason::TranslationCollision);
+    }
+    if !flow::fresh(flow) {
+        s.rejudged = true;
+        if let Err(reason) = rejudge(s, opener, flow) {
+            s.key.remove();
+            return Err(reason);
+        }
+        event::count(metric_index::FLOWS_REJUDGED, 0);
+    }
+    let tcp = s.packet.protocol == protocol::TCP;
+    let length = s.packet.length;
+    if flow::advance(flow, opener, length, tcp, s.packet.tcp_flags, now) {
+        s.flow = *flow;
+        closed(s, opener);
+    }
+    if !opener && flow.flags & flow_flags::TRANSLATED != 0 {
+        let (address, port) = (flow.nat_address, flow.nat_port);
+        service::rewrite(skb, &mut s.packet, End::Source, &address, port)?;
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn same_service(s: &Scratch, flow: &FlowValue) -> bool {
+    flow.nat_address == s.service && flow.nat_port == s.service_port
+}
+
+/// Judges a flow again, always as its opener opened it.
+#[inline(always)]
+fn rejudge(s: &mut Scratch, from_opener: bool, flow: &mut FlowValue) -> Result<(), DropReason> {
+    let (opener, other, port) = if from_opener {
+        (s.source, s.destination, u16::from_be(s.packet.destination_port))
+    } else {
+        (s.destination, s.source, u16::from_be(s.packet.source_port))
+    };
+    let remote_shard = flow.shard;
+    let shard_revision =
+        if flow.shard_revision == 0 { 0 } else { flow::shard_revision(remote_shard) };
+    let opener_revision = revision(opener.row);
+    let other_revision = revision(other.row);
+    verdict(s, from_opener, question_port(&s.packet, port))?;
+    // An end that moved between rows is another flow's business: its rows no longer agree.
+    if flow.opener_row != flow::endpoint_row(opener.row)
+        || flow.other_row != flow::endpoint_row(other.row)
+    {
+        return Err(DropReason::NoFlow);
+    }
+    flow.opener_identity = opener.identity;
+    flow.other_identity = other.identity;
+    flow.shard_revision = shard_revision;
+    flow.opener_revision = opener_revision;
+    flow.other_revision = other_revision;
+    Ok(())
+}
+
+/// What the policy is asked for: the port, or for ICMP the type of the message that opened.
+#[inline(always)]
+fn question_port(packet: &Packet, port: u16) -> u16 {
+    match (packet.kind, packet.ipv6) {
+        (Kind::Plain, _) => port,
+        (Kind::EchoRequest | Kind::EchoReply, false) => 8,
+        (Kind::EchoRequest | Kind::EchoReply, true) => 128,
+        (Kind::IcmpError | Kind::IcmpOther, _) => u16::from(packet.icmp_type),
+    }
+}
+
+#[inline(always)]
+fn revision(row: u32) -> u32 {
+    let row = flow::endpoint_row(row);
+    ENDPOINT_ROWS.get(row).map_or(0, |row| row.revision)
+}
+
+/// Asks the opener's egress policy and the other end's ingress policy, where they are local.
+#[inline(never)]
+fn verdict(s: &mut Scratch, from_opener: bool, port: u16) -> Result<(), DropReason> {
+    let (opener, other) =
+        if from_opener { (s.source, s.destination) } else { (s.destination, s.source) };
+    s.egress.rule = RULE_NONE;
+    s.ingress.rule = RULE_NONE;
+    if flow::endpoint_row(opener.row) != ROW_NONE {
+        let row = valid_row(opener.row)?;
+        s.egress.table = row.egress_table;
+        ask(&mut s.egress, &other, s.packet.protocol, port, DropReason::EgressDenied)?;
+    }
+    if flow::endpoint_row(other.row) != ROW_NONE {
+        let row = valid_row(other.row)?;
+        s.ingress.table = row.ingress_table;
+        ask(&mut s.ingress, &opener, s.packet.protocol, port, DropReason::IngressDenied)?;
+    }
+    Ok(())
+}
+
+#[inline(always)]
+fn valid_row(row: u32) -> Result<&'static EndpointRow, DropReason> {
+    let row = ENDPOINT_ROWS.get(row).ok_or(DropReason::PolicyMissing)?;
+    if row.flags & row_flags::VALID == 0 {
+        return Err(DropReason::PolicyMissing);
+    }
+    Ok(row)
+}
+
+#[inline(always)]
+fn ask(
+    query: &mut Query,
+    peer: &Peer,
+    protocol: u8,
+    port: u16,
+    denied: DropReason,
+) -> Result<(), DropReason> {
+    query.identity = peer.identity;
+    query.prefix = peer.prefix;
+    query.protocol = protocol;
+    query.port = port;
+    match policy::judge(query, denied) {
+        0 => Ok(()),
+        reason if reason == DropReason::PolicyMissing as u32 => Err(DropReason::PolicyMissing),
+        _ => Err(denied),
+    }
+}
+
+/// A packet that no living flow covers: judged, and remembered where it can have answers.
+#[inline(never)]
+fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason> {
+    let now = clock::now();
+    let opener_revision = revision(s.source.row);
+    let other_revision = revision(s.destination.row);
+    let port = question_port(&s.packet, u16::from_be(s.packet.destination_port));
+    verdict(s, true, port)?;
+    let (source, destination) = (s.source, s.destination);
+    event::count(metric_index::SLOW_PATH, s.packet.length);
+    let tcp = s.packet.protocol == protocol::TCP;
+    if s.packet.kind == Kind::IcmpOther || (tcp && s.packet.tcp_flags & RST != 0) {
+        return Ok(());
+    }
+    let (source_row, destination_row) =
+        (flow::endpoint_row(source.row), flow::endpoint_row(destination.row));
+    let (shard, shard_revision) = match (source_row, destination_row) {
+        (ROW_NONE, _) => (s.source_shard.number, s.source_shard.revision),
+        (_, ROW_NONE) => (s.destination_shard.number, s.destination_shard.revision),
+        _ => (0, 0),
+    };
+    let mut flags = if s.side == Side::High { flow_flags::OPENER_HIGH } else { 0 };
+    if s.translated {
+        flags |= flow_flags::TRANSLATED;
+    }
+    s.flow = FlowValue {
+        flags,
+        opener_row: source_row,
+        other_row: destination_row,
+        opener_revision,
+        other_revision,
+        shard_revision,
+        shard,
+        opener_identity: source.identity,
+        other_identity: destination.identity,
+        nat_address: s.service,
+        nat_port: s.service_port,
+        ..FlowValue::default()
+    };
+    let retransmitted = is_retransmission(known, flags, now);
+    flow::advance(&mut s.flow, true, s.packet.length, tcp, s.packet.tcp_flags, now);
+    if s.key.insert(&s.flow) != 0 {
+        return Err(DropReason::FlowTableFull);
+    }
+    if !retransmitted {
+        event::count(metric_index::FLOWS_CREATED, 0);
+        record(EventKind::Open, s, 0);
+    }
+    Ok(())
+}
+
+/// The same end opens again what was never answered: a SYN sent twice.
+#[inline(always)]
+fn is_retransmission(known: Option<*mut FlowValue>, flags: u32, now: u32) -> bool {
+    let Some(known) = known else { return false };
+    // SAFETY: a live map value.
+    let known = unsafe { &*known };
+    known.flags == flags && !clock::passed(known.expires, now)
+}
+
+/// Whether an ICMP error is about a flow that lives, sent by an end of it or by a router.
+#[inline(never)]
+fn related(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
+    let version: u8 = load(skb, s.packet.l4 + 8)?;
+    let ipv6 = version >> 4 == 6;
+    if ipv6 != s.packet.ipv6 {
+        return Err(DropReason::Malformed);
+    }
+    let offset = s.packet.l4 + 8;
+    packet::read(skb, &mut s.quoted, offset, ipv6, true)?;
+    // The error goes to whoever sent the quoted packet.
+    if s.quoted.source != s.packet.destination {
+        return Ok(false);
+    }
+    let from_end = s.quoted.destination == s.packet.source;
+    let from_pod = s.hook == Hook::FromPod || s.source.identity >= identity::CLUSTER_MIN;
+    if from_pod && !from_end {
+        return Ok(false);
+    }
+    s.key.set(&s.quoted);
+    let Some(flow) = s.key.find() else { return Ok(false) };
+    // SAFETY: a live map value.
+    let flow = unsafe { &*flow };
+    Ok(!clock::passed(flow.expires, clock::now()) && flow::fresh(flow))
+}
+
+/// Sends a packet to a Service address on to a backend.
+#[inline(never)]
+fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
+    if !matches!(s.packet.protocol, protocol::TCP | protocol::UDP) {
+        return Ok(());
+    }
+    let port = s.packet.destination_port;
+    let choice = service::choose(&s.packet.destination, port, s.packet.protocol);
+    let backend = match choice {
+        Choice::NoService => return Ok(()),
+        Choice::NoBackend => None,
+        Choice::Backend(backend) => Some((backend.address, backend.port)),
+    };
+    let side = s.key.set(&s.packet);
+    let now = clock::now();
+    let opening = s.packet.protocol == protocol::TCP && s.packet.tcp_flags & (SYN | ACK) == SYN;
+    // A flow that began stays with its backend, whatever became of the Service since.
+    let (address, port) = match kept(&s.key, opening, now) {
+        Some(backend) => backend,
+        None => {
+            let (address, port) = backend.ok_or(DropReason::NoBackend)?;
+            let tcp = s.packet.protocol == protocol::TCP;
+            s.flow = FlowValue {
+                flags: flow_flags::TRANSLATED
+                    | if side == Side::High { flow_flags::OPENER_HIGH } else { 0 },
+                nat_address: address,
+                nat_port: port,
+                ..FlowValue::default()
+            };
+            flow::advance(&mut s.flow, true, 0, tcp, 0, now);
+            if s.key.insert(&s.flow) != 0 {
+                return Err(DropReason::FlowTableFull);
+            }
+            (address, port)
+        }
+    };
+    s.service = s.packet.destination;
+    s.service_port = s.packet.destination_port;
+    s.translated = true;
+    service::rewrite(skb, &mut s.packet, End::Destination, &address, port)
+}
+
+#[inline(always)]
+fn kept(key: &Key, opening: bool, now: u32) -> Option<(Address, u16)> {
+    // SAFETY: a live map value.
+    let flow = unsafe { &mut *key.find()? };
+    let closing = flow.flags & flow_flags::CLOSING != 0;
+    if flow.flags & flow_flags::TRANSLATED == 0
+        || clock::passed(flow.expires, now)
+        || (opening && closing)
+    {
+        return None;
+    }
+    flow.expires = now.wrapping_add(clock::seconds(flow::TRANSLATION_SECONDS));
+    Some((flow.nat_address, flow.nat_port))
+}
+
+#[inline(never)]
+fn find_peer(address: &Address, peer: &mut Peer) {
+    // SAFETY: not preallocated, so the value stays while this program runs.
+    if let Some(value) = unsafe { ENDPOINTS.get(&EndpointKey { address: *address }) } {
+        peer.row = value.row;
+        peer.prefix = value.prefix;
+        peer.identity = value.identity;
+        if flow::endpoint_row(value.row) != ROW_NONE
+            && let Some(row) = ENDPOINT_ROWS.get(value.row)
+        {
+            // The row is what the local policy was compiled for.
+            peer.identity = row.identity;
+        }
+        return;
+    }
+    peer.row = ROW_NONE;
+    let key = aya_ebpf::maps::lpm_trie::Key::new(128, *address);
+    match IPCACHE.get(&key) {
+        Some(value) => (peer.identity, peer.prefix) = (value.identity, value.prefix),
+        None => (peer.identity, peer.prefix) = (identity::UNKNOWN, 0),
+    }
+}
+
+/// Forwards: into the endpoint of this node that the packet is for, else into the node's stack.
+#[inline(always)]
+fn deliver(s: &Scratch) -> Result<i32, DropReason> {
+    if s.hook == Hook::ToPod || flow::endpoint_row(s.destination.row) == ROW_NONE {
+        return Ok(TC_ACT_OK);
+    }
+    let row = valid_row(s.destination.row)?;
+    if !owns(row, &s.packet.destination, s.packet.ipv6) {
+        return Err(DropReason::UnknownEndpoint);
+    }
+    // SAFETY: the helper checks the interface.
+    Ok(unsafe { bpf_redirect_peer(row.ifindex, 0) } as i32)
+}
+
+#[inline(always)]
+fn closed(s: &mut Scratch, opener: bool) {
+    event::emit(EventKind::Close, |event| {
+        describe(event, s);
+        event.fill_flow(&s.flow, opener, s.hook == Hook::FromPod);
+    });
+}
+
+#[inline(always)]
+fn describe(event: &mut palisade_abi::Event, s: &Scratch) {
+    event.source = s.packet.source;
+    event.destination = s.packet.destination;
+    event.protocol = s.packet.protocol;
+    event.tcp_flags = s.packet.tcp_flags;
+    match s.packet.kind {
+        Kind::Plain => {
+            event.source_port = u16::from_be(s.packet.source_port);
+            event.destination_port = u16::from_be(s.packet.destination_port);
+        }
+        _ => event.destination_port = u16::from(s.packet.icmp_type),
+    }
+    if s.packet.ipv6 {
+        event.flags |= event_flags::IPV6;
+    }
+}
+
+#[inline(never)]
+fn record(kind: EventKind, s: &mut Scratch, reason: u8) {
+    event::emit(kind, |event| {
+        describe(event, s);
+        event.reason = reason;
+        event.source_identity = s.source.identity;
+        event.destination_identity = s.destination.identity;
+        event.source_row = flow::endpoint_row(s.source.row);
+        event.destination_row = flow::endpoint_row(s.destination.row);
+        event.egress_table = s.egress.table;
+        event.egress_rule = s.egress.rule;
+        event.ingress_table = s.ingress.table;
+        event.ingress_rule = s.ingress.rule;
+        if s.hook == Hook::FromPod {
+            event.flags |= event_flags::EGRESS;
+        }
+        if s.reply {
+            event.flags |= event_flags::REPLY;
+        }
+        if s.rejudged {
+            event.flags |= event_flags::REJUDGED;
+        }
+    });
+}
