@@ -9,7 +9,7 @@
 //! | [`evaluate`] | is this packet allowed? (naively, the yardstick for the tables) |
 //! | [`explain`] | why? |
 
-#[cfg(feature = "arbitrary")]
+#[cfg(any(test, feature = "arbitrary"))]
 pub mod arbitrary;
 mod compile;
 pub mod evaluate;
