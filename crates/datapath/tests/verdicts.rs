@@ -341,6 +341,8 @@ fn a_change_stops_live_flows_and_spares_the_allowed() {
             node.row(TABLE_ALLOW_ALL, 2);
             assert_eq!(node.enters(&cut.reversed().flags(ACK)), SHOT, "the answer stops too");
             assert_eq!(node.leaves(&cut.clone().flags(ACK)), SHOT);
+            assert_eq!(node.enters(&cut.reversed().flags(ACK)), SHOT, "nor does it open anew");
+            assert_eq!(node.leaves(&cut.clone().flags(ACK)), SHOT);
             assert_eq!(node.leaves(&kept.clone().flags(ACK)), OK);
             assert_eq!(node.enters(&kept.reversed().flags(ACK)), OK);
             // The peer becomes somebody else.

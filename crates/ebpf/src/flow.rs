@@ -172,17 +172,6 @@ impl Key {
         };
         if done.is_ok() { 0 } else { -1 }
     }
-
-    #[inline(never)]
-    pub fn remove(&self) {
-        // Not there any more is as good as removed.
-        let _ = match (self.ipv6, self.tcp) {
-            (false, true) => FLOWS4.remove(&self.v4),
-            (false, false) => FLOWS4_ANY.remove(&self.v4),
-            (true, true) => FLOWS6.remove(&self.v6),
-            (true, false) => FLOWS6_ANY.remove(&self.v6),
-        };
-    }
 }
 
 #[inline(always)]

@@ -18,9 +18,7 @@ use crate::{
     guard::Ruling,
     maps::{ENDPOINT_ROWS, ENDPOINTS, INTERFACES, IPCACHE},
     packet,
-    packet::{
-        ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, RST, SYN, load, unmapped,
-    },
+    packet::{ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, SYN, load, unmapped},
     policy,
     policy::Query,
     service,
@@ -231,8 +229,10 @@ fn judge(
             return deliver(s);
         }
     }
-    // An answer opens nothing.
-    if s.packet.kind == Kind::EchoReply {
+    // Only a SYN opens a TCP flow, and an answer opens nothing. A late packet of the far end would
+    // otherwise open a flow of its own, and what policy denies would return in it as a reply.
+    let late = s.packet.protocol == protocol::TCP && !opening;
+    if late || s.packet.kind == Kind::EchoReply {
         return Err(DropReason::NoFlow);
     }
     open(s, known)?;
@@ -253,10 +253,9 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     }
     if !flow::fresh(flow) {
         s.rejudged = true;
-        if let Err(reason) = rejudge(s, opener, flow) {
-            s.key.remove();
-            return Err(reason);
-        }
+        // A denied flow stays in the table until it expires: its packets keep being judged as what
+        // they are, and it goes on if policy allows it again.
+        rejudge(s, opener, flow)?;
         event::count(metric_index::FLOWS_REJUDGED, 0);
     }
     let tcp = s.packet.protocol == protocol::TCP;
@@ -381,7 +380,7 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
     let (source, destination) = (s.source, s.destination);
     event::count(metric_index::SLOW_PATH, s.packet.length);
     let tcp = s.packet.protocol == protocol::TCP;
-    if s.packet.kind == Kind::IcmpOther || (tcp && s.packet.tcp_flags & RST != 0) {
+    if s.packet.kind == Kind::IcmpOther {
         return Ok(());
     }
     let (source_row, destination_row) =

@@ -1,0 +1,18 @@
+//! Kernel settings of the calling thread's network namespace.
+
+use std::fs;
+use std::io;
+
+use super::NetlinkError;
+
+/// Writes a setting unless it has the value already: some writes take the kernel's global lock.
+/// A family that the kernel lacks has no settings, and needs none.
+pub(super) fn set(name: &str, value: &str) -> Result<(), NetlinkError> {
+    let path = format!("/proc/sys/net/{name}");
+    match fs::read_to_string(&path) {
+        Ok(present) if present.trim() == value => return Ok(()),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
+        _ => {}
+    }
+    fs::write(&path, value).map_err(|source| NetlinkError::Sysctl { path, source })
+}
