@@ -1,4 +1,12 @@
 //! A whole Kubernetes cluster on one machine: API server, controllers, pod runner, nodes, DNS.
 
 pub mod apiserver;
+pub mod builtin;
+pub mod container;
+pub mod dns;
+pub mod controllers;
+pub mod fabric;
+pub mod layout;
+pub mod runner;
 pub mod runtime;
+pub mod sys;
