@@ -60,11 +60,8 @@ pub fn evaluate<'a>(
             selected |= !section.is_empty();
             default_deny |= section.default_deny;
             for entry in &section.entries {
-                let destination = if direction == Direction::Ingress { subject } else { peer };
-                let unknown = direction == Direction::Egress && peer.identity == number::UNKNOWN;
-                let matches = peer_matches(entry, peer)
-                    && (port_matches(&entry.ports, destination, protocol, port)
-                        || unknown && name_may_match(entry, protocol));
+                let matches = matches_peer(entry, peer)
+                    && matches_port(entry, direction, subject, peer, protocol, port);
                 let first = if entry.action == Action::Deny { &mut deny } else { &mut allow };
                 if matches && first.is_none() {
                     let (policy, path) = (policy.id.clone(), entry.path.clone());
@@ -88,7 +85,7 @@ pub fn evaluate<'a>(
 
 /// A peer that is not known yet is matched by whatever matches everybody, by what matches its
 /// address, and, to be safe, by everything that denies anybody at all.
-fn peer_matches(entry: &Entry, peer: &End) -> bool {
+pub(crate) fn matches_peer(entry: &Entry, peer: &End) -> bool {
     let Peers::List(list) = &entry.peers else { return true };
     let unknown = peer.identity == number::UNKNOWN;
     list.iter().any(|one| match one {
@@ -102,6 +99,21 @@ fn peer_matches(entry: &Entry, peer: &End) -> bool {
         Peer::Entity(entity) => entity.matches(&peer.labels),
         Peer::Selector(selector) => selector.matches(&peer.labels),
     })
+}
+
+/// Named ports are those of the destination.
+pub(crate) fn matches_port(
+    entry: &Entry,
+    direction: Direction,
+    subject: &End,
+    peer: &End,
+    protocol: u8,
+    port: u16,
+) -> bool {
+    let destination = if direction == Direction::Ingress { subject } else { peer };
+    let unknown = direction == Direction::Egress && peer.identity == number::UNKNOWN;
+    port_matches(&entry.ports, destination, protocol, port)
+        || unknown && name_may_match(entry, protocol)
 }
 
 fn port_matches(ports: &Ports, destination: &End, protocol: u8, port: u16) -> bool {

@@ -1,1 +1,210 @@
 //! Why a packet is allowed or denied.
+
+use std::fmt;
+
+use palisade_abi::identity;
+
+use crate::{
+    compile::RuleSource,
+    evaluate::{End, Verdict, evaluate, matches_peer, matches_port},
+    model::{Action, Direction, Entry, Policy, PolicyRef, Ports},
+};
+
+/// What a rule that did not match lacks.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Missing {
+    /// It matches the peer, on other ports.
+    Port,
+    /// It matches the port, for other peers.
+    Peer,
+    /// Neither.
+    Both,
+}
+
+/// A rule that allows something close to what was asked.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Nearest {
+    /// The rule.
+    pub source: RuleSource,
+    /// What it lacks.
+    pub missing: Missing,
+    /// The ports that it allows, for people.
+    pub ports: String,
+}
+
+/// Why one end's policies decide as they do.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Reason {
+    /// Whose policies, seen from that end.
+    pub direction: Direction,
+    /// The verdict and the rule that made it.
+    pub verdict: Verdict,
+    /// Rules that match, in the order of their precedence; the first one decides.
+    pub matched: Vec<(Action, RuleSource)>,
+    /// Policies that close the end for whatever no rule allows.
+    pub default_deny_by: Vec<PolicyRef>,
+    /// Where it is denied: the rule that comes closest to allowing it.
+    pub nearest: Option<Nearest>,
+}
+
+/// Why a packet passes or does not.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Explanation {
+    /// What the sender's policies say; `None`: they are not enforced here.
+    pub egress: Option<Reason>,
+    /// What the receiver's policies say; `None`: they are not enforced here.
+    pub ingress: Option<Reason>,
+}
+
+impl Explanation {
+    /// Whether both ends agree to the packet.
+    #[must_use]
+    pub fn allowed(&self) -> bool {
+        [&self.egress, &self.ingress].into_iter().flatten().all(|reason| reason.verdict.allowed)
+    }
+}
+
+/// Explains a packet from `source` to `destination`. Only pods are subject to policies.
+#[must_use]
+pub fn explain(
+    policies: &[&Policy],
+    source: &End,
+    destination: &End,
+    protocol: u8,
+    port: u16,
+) -> Explanation {
+    let reason = |direction, subject: &End, peer| {
+        let subject_to_policy = subject.identity >= identity::CLUSTER_MIN
+            || matches!(subject.identity, identity::INIT | identity::HEALTH);
+        subject_to_policy.then(|| reason(policies, direction, subject, peer, protocol, port))
+    };
+    Explanation {
+        egress: reason(Direction::Egress, source, destination),
+        ingress: reason(Direction::Ingress, destination, source),
+    }
+}
+
+fn reason(
+    policies: &[&Policy],
+    direction: Direction,
+    subject: &End,
+    peer: &End,
+    protocol: u8,
+    port: u16,
+) -> Reason {
+    let verdict = evaluate(policies.iter().copied(), direction, subject, peer, protocol, port);
+    let mut matched = Vec::new();
+    let mut default_deny_by = Vec::new();
+    let mut nearest: Option<Nearest> = None;
+    let mut sorted = policies.to_vec();
+    sorted.sort_by(|a, b| a.id.cmp(&b.id));
+    for policy in sorted {
+        let selecting = policy.rules.iter().filter(|rule| rule.subject.matches(&subject.labels));
+        for section in selecting.map(|rule| rule.section(direction)) {
+            if section.default_deny && !default_deny_by.contains(&policy.id) {
+                default_deny_by.push(policy.id.clone());
+            }
+            for entry in &section.entries {
+                let source =
+                    RuleSource::Policy { policy: policy.id.clone(), path: entry.path.clone() };
+                let to_port = matches_port(entry, direction, subject, peer, protocol, port);
+                let missing = match (matches_peer(entry, peer), to_port) {
+                    (true, true) => {
+                        matched.push((entry.action, source));
+                        continue;
+                    }
+                    (true, false) => Missing::Port,
+                    (false, true) => Missing::Peer,
+                    (false, false) => Missing::Both,
+                };
+                let closer = nearest.as_ref().is_none_or(|found| missing < found.missing);
+                if entry.action == Action::Allow && closer {
+                    nearest = Some(Nearest { source, missing, ports: describe_ports(entry) });
+                }
+            }
+        }
+    }
+    matched.sort_by_key(|(action, _)| *action);
+    if matches!(verdict.rule, Some(RuleSource::AllowLocalhost | RuleSource::NoDefaultDeny)) {
+        let synthetic = (Action::Allow, verdict.rule.clone());
+        if let (action, Some(source)) = synthetic {
+            matched.insert(0, (action, source));
+        }
+    }
+    let nearest = nearest.filter(|_| !verdict.allowed && verdict.rule.is_none());
+    Reason { direction, verdict, matched, default_deny_by, nearest }
+}
+
+fn describe_ports(entry: &Entry) -> String {
+    match &entry.ports {
+        Ports::Any => "every port".into(),
+        Ports::List(list) if list.is_empty() => "no port".into(),
+        Ports::List(list) => list.iter().map(ToString::to_string).collect::<Vec<_>>().join(", "),
+    }
+}
+
+fn names(policies: &[PolicyRef]) -> String {
+    policies.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
+}
+
+impl fmt::Display for Reason {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = if self.verdict.allowed { "allowed" } else { "denied" };
+        write!(f, "{}: {word} ", self.direction)?;
+        match &self.verdict.rule {
+            Some(rule) => write!(f, "by {rule}")?,
+            None if self.verdict.allowed => f.write_str("because no policy selects the pod")?,
+            None if self.default_deny_by.is_empty() => {
+                f.write_str("because the pod's labels are not known yet")?;
+            }
+            None => write!(f, "by default; closed by {}", names(&self.default_deny_by))?,
+        }
+        let Some(nearest) = &self.nearest else { return Ok(()) };
+        let Nearest { source, missing, ports } = nearest;
+        match missing {
+            Missing::Port => write!(f, "; {source} allows this peer, on {ports}"),
+            Missing::Peer => write!(f, "; {source} allows this port, for other peers"),
+            Missing::Both => {
+                write!(f, "; the nearest rule, {source}, allows other peers on {ports}")
+            }
+        }
+    }
+}
+
+impl fmt::Display for Explanation {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let verdict = if self.allowed() { "ALLOWED" } else { "DENIED" };
+        f.write_str(verdict)?;
+        for reason in [&self.egress, &self.ingress].into_iter().flatten() {
+            write!(f, "\n  {reason}")?;
+        }
+        Ok(())
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbitrary::{self, Random};
+
+    #[test]
+    fn the_first_rule_that_matches_is_the_one_that_decides() {
+        for seed in 0..2000 {
+            let mut random = Random::new(seed);
+            let world = arbitrary::world(&mut random);
+            let policies: Vec<&Policy> = world.policies.iter().collect();
+            let packet = world.packet(&mut random);
+            let found = reason(
+                &policies,
+                packet.direction,
+                &packet.subject,
+                &packet.peer,
+                packet.protocol,
+                packet.port,
+            );
+            let first = found.matched.first().map(|(_, source)| source.clone());
+            assert_eq!(found.verdict.rule, first, "seed {seed}");
+            assert!(!found.to_string().is_empty());
+        }
+    }
+}

@@ -371,7 +371,7 @@ fn peers(
                     "FQDNs" => "use toCIDR, or the entity `world`",
                     _ => "use CIDRs",
                 };
-                reader.problem(format!("{path}.{member}"), "is not supported", suggestion);
+                reader.problem(path, "is not supported", suggestion);
                 break;
             }
         }

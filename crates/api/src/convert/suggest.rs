@@ -8,7 +8,9 @@ pub(super) fn did_you_mean(written: &str, known: &[&str]) -> String {
         .map(|word| (distance(&written, &word.to_lowercase()), word))
         .min_by_key(|(distance, _)| *distance);
     match closest {
-        Some((distance, word)) if distance <= (written.len() / 3).max(1) => {
+        Some((distance, word))
+            if distance <= (written.len() / 3).max(if written.len() > 3 { 2 } else { 1 }) =>
+        {
             format!("did you mean `{word}`?")
         }
         _ => format!("write one of {}", known.join(", ")),
