@@ -8,6 +8,9 @@ use std::{
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
 use palisade_abi::PREFIX_ID_BIT;
 
+/// Networks and their numbers.
+type Numbered = Vec<(IpNet, u32)>;
+
 /// A network that has a number.
 #[derive(Clone, Copy, Debug)]
 struct Prefix {
@@ -69,7 +72,7 @@ impl Prefixes {
     }
 
     /// Networks that came into use, and those that went out of use.
-    pub(crate) fn take_changes(&mut self) -> (Vec<(IpNet, u32)>, Vec<(IpNet, u32)>) {
+    pub(crate) fn take_changes(&mut self) -> (Numbered, Numbered) {
         let (mut added, mut removed) = (Vec::new(), Vec::new());
         for (net, was_used) in std::mem::take(&mut self.touched) {
             let Some(prefix) = self.by_net.get(&net) else { continue };
