@@ -40,7 +40,9 @@ fn build(source: &Path, target: &Path, root: &Path) -> Result<(), Box<dyn Error>
     // What cargo tells this build script is about the host's build, not about this one.
     for (name, _) in env::vars() {
         let about_host = name.starts_with("CARGO_") && name != "CARGO_HOME";
-        if about_host || matches!(name.as_str(), "RUSTFLAGS" | "RUSTDOC" | "RUSTC_WRAPPER") {
+        // Clippy, too, comes as a wrapper around the compiler.
+        let wrapper = name.ends_with("_WRAPPER") || name == "CLIPPY_ARGS";
+        if about_host || wrapper || matches!(name.as_str(), "RUSTFLAGS" | "RUSTDOC") {
             command.env_remove(name);
         }
     }

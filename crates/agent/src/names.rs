@@ -3,7 +3,7 @@
 use palisade_abi::protocol as number;
 
 /// Name of an IP protocol; its number where it has no name here.
-pub fn protocol(protocol: u8) -> String {
+pub(crate) fn protocol(protocol: u8) -> String {
     match protocol {
         number::TCP => "TCP".into(),
         number::UDP => "UDP".into(),
@@ -15,7 +15,8 @@ pub fn protocol(protocol: u8) -> String {
 }
 
 /// Number of a protocol that Kubernetes names; TCP where it names none.
-pub fn protocol_number(name: Option<&str>) -> Option<u8> {
+#[expect(dead_code, reason = "for the reflectors, which no target builds yet")]
+pub(crate) fn protocol_number(name: Option<&str>) -> Option<u8> {
     match name {
         None | Some("TCP") => Some(number::TCP),
         Some("UDP") => Some(number::UDP),

@@ -20,6 +20,7 @@ use crate::flow::Flow;
 pub const SOCKET: &str = "admin.sock";
 
 /// A question.
+#[expect(clippy::large_enum_variant, reason = "one request lives for one question")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {

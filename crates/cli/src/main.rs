@@ -1,2 +1,22 @@
-//! cli.
-fn main() {}
+//! `palisade`: how people ask Palisade what it does, check policies, and try it out.
+
+mod agents;
+mod check;
+mod cli;
+mod cluster;
+mod commands;
+mod demo;
+mod exit;
+mod output;
+mod progress;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+fn main() -> ExitCode {
+    match commands::run(cli::Cli::parse()) {
+        Ok(exit) => exit.into(),
+        Err(error) => exit::report(&error).into(),
+    }
+}

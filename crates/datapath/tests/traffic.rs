@@ -3,6 +3,7 @@
 //! Needs root. The node is a network namespace of the test's own, made by `unshare`; the machine's
 //! interfaces are not touched.
 #![expect(unsafe_code, reason = "unshare is unsafe to call from a program with threads")]
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use std::{
     fs,
@@ -243,7 +244,9 @@ fn connect(inside: &Inside, address: SocketAddr) -> io::Result<TcpStream> {
 
 fn answered(stream: &mut TcpStream) -> bool {
     let mut buffer = [0; 4];
-    stream.write_all(b"ping").is_ok() && stream.read_exact(&mut buffer).is_ok() && &buffer == b"ping"
+    stream.write_all(b"ping").is_ok()
+        && stream.read_exact(&mut buffer).is_ok()
+        && &buffer == b"ping"
 }
 
 fn datagram(inside: &Inside, address: SocketAddr) -> bool {

@@ -2,6 +2,8 @@
 //!
 //! Needs root, a bpffs at `/sys/fs/bpf` and a cgroup v2 hierarchy; `make setup` provides them.
 
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
 use std::{
     fs,
     net::IpAddr,

@@ -73,7 +73,11 @@ fn add_node(fabric: &Path, node: &NodePlan) -> anyhow::Result<()> {
         let handle = connect()?;
         up(&handle, "lo").await?;
         let uplink = index(&handle, UPLINK).await?;
-        handle.link().set(LinkUnspec::new_with_index(uplink).mtu(MTU).up().build()).execute().await?;
+        handle
+            .link()
+            .set(LinkUnspec::new_with_index(uplink).mtu(MTU).up().build())
+            .execute()
+            .await?;
         for (address, length) in [(IpAddr::from(plan.v4()), 24), (plan.v6().into(), 64)] {
             handle.address().add(uplink, address, length).execute().await?;
         }
@@ -123,11 +127,10 @@ where
     F: Future<Output = anyhow::Result<()>>,
     W: FnOnce() -> F + Send + 'static,
 {
-    let outcome = netns::run_in(path, move || {
+    netns::run_in(path, move || {
         let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
         Ok(runtime.block_on(work()))
-    })?;
-    outcome
+    })?
 }
 
 /// Listens for the nodes: the sockets belong to the fabric for ever.

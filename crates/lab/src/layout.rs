@@ -169,10 +169,7 @@ impl NodePlan {
 
     /// IPv6 range of the node's pods.
     pub fn pods_v6(&self) -> Ipv6Net {
-        Ipv6Net::new_assert(
-            Ipv6Addr::new(0xfd44, 0, 0, u16::from(self.number), 0, 0, 0, 0),
-            64,
-        )
+        Ipv6Net::new_assert(Ipv6Addr::new(0xfd44, 0, 0, u16::from(self.number), 0, 0, 0, 0), 64)
     }
 }
 

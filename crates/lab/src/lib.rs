@@ -3,8 +3,8 @@
 pub mod apiserver;
 pub mod builtin;
 pub mod container;
-pub mod dns;
 pub mod controllers;
+pub mod dns;
 pub mod fabric;
 pub mod layout;
 pub mod runner;

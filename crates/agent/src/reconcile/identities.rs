@@ -12,7 +12,10 @@ use super::{
     mirror::{Mirror, address_bytes, ipcache_key},
     put,
 };
-use crate::tables::{Tables, identities::{AddressEntry, PrefixEntry}};
+use crate::tables::{
+    Tables,
+    identities::{AddressEntry, PrefixEntry},
+};
 
 /// Writes what is new or has changed, before the rows flip.
 pub(super) fn lead(
@@ -107,10 +110,7 @@ fn write_address(
         return Ok(());
     }
     let address = address_bytes(entry.address);
-    writer.run(&[
-        put(Entry::Endpoint(EndpointKey { address }, wanted)),
-        Step::BumpShard(address),
-    ])
+    writer.run(&[put(Entry::Endpoint(EndpointKey { address }, wanted)), Step::BumpShard(address)])
 }
 
 fn address_value(entry: &AddressEntry) -> EndpointValue {

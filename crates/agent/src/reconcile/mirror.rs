@@ -74,11 +74,7 @@ pub fn frontend_from(key: &ServiceKey) -> Frontend {
 
 /// The backend as the kernel's table has it.
 pub fn backend_value(backend: SocketAddr) -> BackendValue {
-    BackendValue {
-        address: address_bytes(backend.ip()),
-        port: backend.port().to_be(),
-        reserved: 0,
-    }
+    BackendValue { address: address_bytes(backend.ip()), port: backend.port().to_be(), reserved: 0 }
 }
 
 /// The tables that are compared with what is wanted. The compiled policies' entries are not among

@@ -145,8 +145,7 @@ impl Reconciler {
         }
         let mut report = Report::default();
         let mut writer = Writer { kernel: &*self.kernel, mirror: &mut self.mirror };
-        report.problems =
-            self.policies.write(&mut writer, &self.prefixes, &changes.prefixes_added);
+        report.problems = self.policies.write(&mut writer, &self.prefixes, &changes.prefixes_added);
         if let Err(error) = self.finish(tables) {
             report.problems.push(error.to_string());
             return report;

@@ -10,9 +10,7 @@ use std::{
 };
 
 use ipnet::IpNet;
-use palisade_abi::{
-    ChunkKey, PREFIX_POD_BIT, PeerKey, PeerValue, PortKey, PortValue, TABLE_NONE,
-};
+use palisade_abi::{ChunkKey, PREFIX_POD_BIT, PeerKey, PeerValue, PortKey, PortValue, TABLE_NONE};
 use palisade_datapath::{Entry, Key, Step};
 use palisade_policy::{
     CompiledPolicy,
@@ -24,7 +22,7 @@ use super::{Writer, mirror::TableEntries};
 
 /// A table in the kernel and what it holds.
 #[derive(Clone, Debug)]
-pub struct LiveTable {
+pub(super) struct LiveTable {
     /// Number.
     pub number: u32,
     /// Content.
@@ -43,7 +41,7 @@ struct Group {
 
 /// Which groups have which tables.
 #[derive(Debug)]
-pub struct PolicyTables {
+pub(super) struct PolicyTables {
     groups: BTreeMap<GroupId, Group>,
     pending: BTreeSet<GroupId>,
     next: u32,
@@ -57,7 +55,7 @@ pub struct PolicyTables {
 
 impl PolicyTables {
     /// Knows the tables that were found in the kernel.
-    pub fn new(found: BTreeMap<u32, TableEntries>, rows_highest: u32) -> Self {
+    pub(super) fn new(found: BTreeMap<u32, TableEntries>, rows_highest: u32) -> Self {
         let highest = found.keys().copied().max().unwrap_or(1).max(rows_highest).max(1);
         Self {
             groups: BTreeMap::new(),
@@ -70,13 +68,13 @@ impl PolicyTables {
     }
 
     /// The table that rows of the group are to point to.
-    pub fn table_of(&self, group: GroupId) -> u32 {
+    pub(super) fn table_of(&self, group: GroupId) -> u32 {
         let live = self.groups.get(&group).and_then(|group| group.live.as_ref());
         live.map_or(TABLE_NONE, |live| live.number)
     }
 
     /// Takes over what became of compiled policies.
-    pub fn note(&mut self, changes: &[GroupChange]) {
+    pub(super) fn note(&mut self, changes: &[GroupChange]) {
         for change in changes {
             match &change.update {
                 GroupUpdate::Removed => {
@@ -105,7 +103,7 @@ impl PolicyTables {
 
     /// After a restart: takes the table that the group's rows use as the group's, if it holds
     /// exactly what is wanted.
-    pub fn adopt(&mut self, id: GroupId, number: u32) {
+    pub(super) fn adopt(&mut self, id: GroupId, number: u32) {
         let Some(group) = self.groups.get_mut(&id).filter(|group| group.live.is_none()) else {
             return;
         };
@@ -117,7 +115,7 @@ impl PolicyTables {
     }
 
     /// After a restart and all adoptions: the tables that nobody took are to go.
-    pub fn retire_found(&mut self) {
+    pub(super) fn retire_found(&mut self) {
         for (number, found) in std::mem::take(&mut self.found) {
             self.retired.insert(number, found.into_keys().collect());
         }
@@ -132,7 +130,7 @@ impl PolicyTables {
 
     /// Writes what is pending. Nothing refers to the new tables yet when this returns, and old
     /// ones are not touched. The problems name groups that are closed because of them.
-    pub fn write(
+    pub(super) fn write(
         &mut self,
         writer: &mut Writer<'_>,
         old_prefixes: &BTreeMap<IpNet, u32>,
@@ -188,7 +186,7 @@ impl PolicyTables {
     }
 
     /// Removes what no row and no address refers to any more.
-    pub fn collect(&mut self, writer: &mut Writer<'_>) -> Result<(), super::Refused> {
+    pub(super) fn collect(&mut self, writer: &mut Writer<'_>) -> Result<(), super::Refused> {
         while let Some(key) = self.retired_peers.pop() {
             if let Err(error) = writer.run(&[Step::Delete(key)]) {
                 self.retired_peers.push(key);
@@ -206,18 +204,18 @@ impl PolicyTables {
     }
 
     /// Whether something could not be written yet.
-    pub fn is_pending(&self) -> bool {
+    pub(super) fn is_pending(&self) -> bool {
         !self.pending.is_empty()
     }
 
     /// The tables in use, for naming rules of events.
-    pub fn live(&self) -> impl Iterator<Item = &LiveTable> {
+    pub(super) fn live(&self) -> impl Iterator<Item = &LiveTable> {
         self.groups.values().filter_map(|group| group.live.as_ref())
     }
 }
 
 /// Everything that a compiled policy is in the kernel, under this number.
-pub fn entries(policy: &CompiledPolicy, table: u32) -> TableEntries {
+pub(super) fn entries(policy: &CompiledPolicy, table: u32) -> TableEntries {
     let count = u32::try_from(policy.chunks.len()).unwrap_or(u32::MAX);
     let mut entries = TableEntries::new();
     for (number, chunk) in (0u32..).zip(&policy.chunks) {
@@ -283,11 +281,7 @@ fn update_peers(
 /// A table that is about to be replaced still judges while new prefixes are written to the
 /// address tables. Until it goes it treats a new prefix as it treated the addresses in it: as the
 /// longest old prefix around.
-fn inherit(
-    live: &LiveTable,
-    old: &BTreeMap<IpNet, u32>,
-    added: &[(IpNet, u32)],
-) -> Vec<Step> {
+fn inherit(live: &LiveTable, old: &BTreeMap<IpNet, u32>, added: &[(IpNet, u32)]) -> Vec<Step> {
     let mut steps = Vec::new();
     for (network, id) in added {
         let around = std::iter::successors(network.supernet(), IpNet::supernet)

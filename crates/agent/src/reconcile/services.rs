@@ -90,7 +90,9 @@ fn collect(writer: &mut Writer<'_>) -> Result<(), Refused> {
         .backends
         .keys()
         .filter(|(version, _)| !used.contains(version))
-        .map(|(version, index)| Step::Delete(Key::Backend(BackendKey { version: *version, index: *index })))
+        .map(|(version, index)| {
+            Step::Delete(Key::Backend(BackendKey { version: *version, index: *index }))
+        })
         .collect();
     writer.run(&orphans)
 }

@@ -4,7 +4,7 @@
 //! A watcher lists, then watches; after an outage or a `410 Gone` it lists again, and the new
 //! list replaces what was known. Between, what was known stands.
 
-mod identities;
+pub(crate) mod identities;
 mod namespaces;
 mod nodes;
 mod pods;
@@ -24,6 +24,7 @@ use tracing::{debug, warn};
 
 use crate::{
     engine::Command,
+    resources,
     tables::{Change, Intent, Row},
 };
 
@@ -40,11 +41,11 @@ pub fn follow_all(client: &Client, commands: &mpsc::Sender<Command>) -> JoinSet<
     tasks.spawn(follow(Api::all(client.clone()), services::Services, to()));
     tasks.spawn(follow(Api::all(client.clone()), services::Slices, to()));
     tasks.spawn(follow(Api::all(client.clone()), nodes::Nodes, to()));
-    tasks.spawn(follow(Api::all(client.clone()), nodes::CiliumNodes, to()));
-    tasks.spawn(follow(Api::all(client.clone()), identities::Reflect, to()));
+    let dynamic = |kind: &str| Api::all_with(client.clone(), &resources::cilium(kind));
+    tasks.spawn(follow(dynamic("CiliumNode"), nodes::CiliumNodes, to()));
+    tasks.spawn(follow(dynamic("CiliumIdentity"), identities::Reflect, to()));
     for kind in crate::tables::POLICY_KINDS {
-        let resource = policies::resource(kind);
-        let api = Api::all_with(client.clone(), &resource);
+        let api = Api::all_with(client.clone(), &resources::policy(kind));
         tasks.spawn(follow(api, policies::Reflect(kind), to()));
     }
     tasks
@@ -53,6 +54,9 @@ pub fn follow_all(client: &Client, commands: &mpsc::Sender<Command>) -> JoinSet<
 /// How objects of a kind become rows.
 trait Parse: Send + 'static {
     /// Kind of object.
+    ///
+    /// Those of `cilium.io` and all policies are read as plain JSON: one malformed object must not
+    /// keep the others from being read.
     type Object: Resource + Clone + DeserializeOwned + Debug + Send + 'static;
     /// What they become.
     type Row: Row;

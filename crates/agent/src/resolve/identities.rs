@@ -72,9 +72,8 @@ impl Resolver {
     }
 
     fn owner(&self, tables: &Tables, address: IpAddr) -> (Option<AddressEntry>, Option<PodPorts>) {
-        let entry = |identity, row, node| {
-            Some(AddressEntry { address, identity, prefix: 0, row, node })
-        };
+        let entry =
+            |identity, row, node| Some(AddressEntry { address, identity, prefix: 0, row, node });
         let node = self.node_addresses.get(&address);
         if node.is_some_and(|node| *node == self.scope.node) {
             return (entry(number::HOST, ROW_HOST, NODE_NONE), None);
@@ -128,8 +127,8 @@ impl Resolver {
 /// A number for a node that every agent and every later run gives it (FNV-1a); never
 /// [`NODE_NONE`].
 fn node_number(name: &str) -> u32 {
-    let hash = name.bytes().fold(0x811c_9dc5_u32, |hash, byte| {
-        (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193)
-    });
+    let hash = name
+        .bytes()
+        .fold(0x811c_9dc5_u32, |hash, byte| (hash ^ u32::from(byte)).wrapping_mul(0x0100_0193));
     hash.max(1)
 }

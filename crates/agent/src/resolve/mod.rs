@@ -142,8 +142,9 @@ fn note_services(tables: &mut Tables, dirty: &mut Dirty) {
         dirty.services.extend(both(&delta).map(|service| service.name.clone()));
     }
     for delta in tables.slices.take_changes() {
-        dirty.services.extend(both(&delta).map(|slice| {
-            ObjectName::new(slice.name.namespace.clone(), slice.service.clone())
-        }));
+        dirty.services.extend(
+            both(&delta)
+                .map(|slice| ObjectName::new(slice.name.namespace.clone(), slice.service.clone())),
+        );
     }
 }

@@ -20,8 +20,11 @@ impl Resolver {
     /// Finds the pods that changed, or whose namespace did.
     pub(super) fn note_pods(&mut self, tables: &mut Tables, dirty: &mut Dirty) {
         for delta in tables.pods.take_changes() {
-            for (pod, present) in
-                delta.before.iter().map(|pod| (pod, false)).chain(delta.after.iter().map(|pod| (pod, true)))
+            for (pod, present) in delta
+                .before
+                .iter()
+                .map(|pod| (pod, false))
+                .chain(delta.after.iter().map(|pod| (pod, true)))
             {
                 self.claim(pod, present);
                 dirty.pods.insert(pod.name.clone());
@@ -139,7 +142,12 @@ impl Resolver {
         }
     }
 
-    fn hold(&mut self, pod: &ObjectName, before: Option<&Arc<Labels>>, after: Option<&Arc<Labels>>) {
+    fn hold(
+        &mut self,
+        pod: &ObjectName,
+        before: Option<&Arc<Labels>>,
+        after: Option<&Arc<Labels>>,
+    ) {
         if before == after {
             return;
         }

@@ -38,9 +38,10 @@ impl Row for Service {
     }
 
     fn columns(&self) -> Vec<String> {
-        let ports = self.ports.iter().map(|port| {
-            format!("{}/{}", port.port, crate::names::protocol(port.protocol))
-        });
+        let ports = self
+            .ports
+            .iter()
+            .map(|port| format!("{}/{}", port.port, crate::names::protocol(port.protocol)));
         vec![
             self.name.namespace.clone(),
             self.name.name.clone(),

@@ -115,7 +115,8 @@ pub struct Snapshot {
 impl Store {
     /// A store that forgets everything with the process.
     pub fn in_memory() -> Self {
-        let state = State { revision: 1, start: 1, kinds: HashMap::new() };
+        let start = initial_revision();
+        let state = State { revision: start, start, kinds: HashMap::new() };
         Self { state: Mutex::new(state), database: None }
     }
 
@@ -230,13 +231,18 @@ impl Store {
                     None => objects.remove(write.key.encode().as_str())?,
                 };
             }
-            transaction
-                .open_table(META)?
-                .insert("revision", revision.to_be_bytes().as_slice())?;
+            transaction.open_table(META)?.insert("revision", revision.to_be_bytes().as_slice())?;
         }
         transaction.commit()?;
         Ok(())
     }
+}
+
+/// Counts on from the clock, so that a revision of an earlier run is always older than the
+/// oldest that this one knows, and its watcher is told to list again.
+fn initial_revision() -> u64 {
+    let now = std::time::SystemTime::now().duration_since(std::time::UNIX_EPOCH);
+    now.map_or(1, |now| now.as_secs())
 }
 
 impl State {

@@ -150,7 +150,9 @@ fn http(request: &Request<Incoming>, peer: SocketAddr) -> Answer {
     match request.uri().path() {
         "/" => Answer::text(format!("NOW: {}\n", jiff::Timestamp::now())),
         "/hostname" | "/hostName" => Answer::text(super::hostname()),
-        "/clientip" => Answer::text(SocketAddr::new(peer.ip().to_canonical(), peer.port()).to_string()),
+        "/clientip" => {
+            Answer::text(SocketAddr::new(peer.ip().to_canonical(), peer.port()).to_string())
+        }
         "/echo" => Answer::text(query.strip_prefix("msg=").unwrap_or_default()),
         "/healthz" | "/readyz" => Answer::text("ok"),
         "/shutdown" | "/exit" => {
@@ -174,8 +176,7 @@ mod tests {
             ("SERVE_PORT_none", "d"),
             ("HOME", "/"),
         ];
-        let servers =
-            porter(variables.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())));
+        let servers = porter(variables.into_iter().map(|(k, v)| (k.to_owned(), v.to_owned())));
         assert_eq!(
             servers,
             [Server::Text(80, "a".into()), Server::Sctp(81, "b".into()), Server::Udp(82)]

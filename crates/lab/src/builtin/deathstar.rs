@@ -46,10 +46,11 @@ fn answer(method: &Method, path: &str, description: &str) -> Answer {
             eprint!("{PANIC}");
             Answer { exit: Some(PANIC_EXIT), ..Answer::text(PANIC) }
         }
-        (_, "/v1" | "/v1/healthz" | "/v1/request-landing" | "/v1/cargobay" | "/v1/exhaust-port") => {
-            Answer::text(format!("method {method} is not allowed, but {path} has others\n"))
-                .status(StatusCode::METHOD_NOT_ALLOWED)
-        }
+        (
+            _,
+            "/v1" | "/v1/healthz" | "/v1/request-landing" | "/v1/cargobay" | "/v1/exhaust-port",
+        ) => Answer::text(format!("method {method} is not allowed, but {path} has others\n"))
+            .status(StatusCode::METHOD_NOT_ALLOWED),
         _ => Answer::text(format!("path {path} was not found\n")).status(StatusCode::NOT_FOUND),
     }
 }

@@ -23,12 +23,7 @@ pub(super) struct Answer {
 
 impl Answer {
     pub(super) fn text(body: impl Into<String>) -> Self {
-        Self {
-            status: StatusCode::OK,
-            content_type: "text/plain",
-            body: body.into(),
-            exit: None,
-        }
+        Self { status: StatusCode::OK, content_type: "text/plain", body: body.into(), exit: None }
     }
 
     pub(super) fn status(self, status: StatusCode) -> Self {
@@ -67,7 +62,8 @@ where
         let mut response = Response::new(Full::new(Bytes::from(answer.body)));
         *response.status_mut() = answer.status;
         let headers = response.headers_mut();
-        headers.insert("content-type", hyper::header::HeaderValue::from_static(answer.content_type));
+        headers
+            .insert("content-type", hyper::header::HeaderValue::from_static(answer.content_type));
         if last {
             headers.insert("connection", hyper::header::HeaderValue::from_static("close"));
         }

@@ -21,7 +21,9 @@ struct Resolver {
 pub(super) fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
     let (options, names): (Vec<_>, Vec<_>) =
         arguments.iter().partition(|argument| argument.starts_with('-'));
-    let Some(name) = names.first() else { bail!("usage: nslookup [-type=A|AAAA|SRV|PTR|TXT|CNAME|SOA] NAME [SERVER]") };
+    let Some(name) = names.first() else {
+        bail!("usage: nslookup [-type=A|AAAA|SRV|PTR|TXT|CNAME|SOA] NAME [SERVER]")
+    };
     let mut resolver = Resolver::read(&std::fs::read_to_string("/etc/resolv.conf")?)?;
     if let Some(server) = names.get(1) {
         resolver.server =

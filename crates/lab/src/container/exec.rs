@@ -65,8 +65,7 @@ pub fn run(tty: bool, argv: &[String]) -> anyhow::Result<ExitCode> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     rustix::process::setsid().context("cannot start a session")?;
     if tty {
-        rustix::process::ioctl_tiocsctty(std::io::stdin())
-            .context("cannot take the terminal")?;
+        rustix::process::ioctl_tiocsctty(std::io::stdin()).context("cannot take the terminal")?;
     }
     let Some((name, arguments)) = argv.split_first() else { bail!("no command specified") };
     Err(Command::new(name).args(arguments).exec()).with_context(|| format!("exec: {name:?}"))

@@ -2,8 +2,8 @@
 //! everything else fresh and its own.
 
 use std::fs::{self, File};
-use std::os::unix::fs::symlink;
 use std::os::fd::OwnedFd;
+use std::os::unix::fs::symlink;
 use std::path::Path;
 
 use anyhow::Context;
@@ -16,8 +16,7 @@ use super::{ContainerSpec, Volume};
 use crate::builtin;
 
 /// Directories of the machine that containers see, read-only.
-const SHARED: [&str; 8] =
-    ["/usr", "/opt", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
+const SHARED: [&str; 8] = ["/usr", "/opt", "/bin", "/sbin", "/lib", "/lib32", "/lib64", "/libx32"];
 /// Directories that every container has for itself.
 const FRESH: [&str; 9] =
     ["tmp", "run", "root", "home", "var/tmp", "var/lib", "var/log", "mnt", "srv"];

@@ -26,9 +26,7 @@ async fn wait(pid: Pid) -> anyhow::Result<ExitCode> {
     for which in FORWARDED {
         let mut stream = signal(SignalKind::from_raw(which.as_raw()))?;
         signals.push(
-            futures::stream::poll_fn(move |cx| stream.poll_recv(cx))
-                .map(move |()| which)
-                .boxed(),
+            futures::stream::poll_fn(move |cx| stream.poll_recv(cx)).map(move |()| which).boxed(),
         );
     }
     loop {

@@ -91,8 +91,7 @@ async fn watch(server: Arc<Server>, client: Client) -> anyhow::Result<()> {
     loop {
         serial += 1;
         let (services, slices) = (services.state(), slices.state());
-        let zone =
-            Zone::build(services.iter().map(|s| &**s), slices.iter().map(|s| &**s), serial);
+        let zone = Zone::build(services.iter().map(|s| &**s), slices.iter().map(|s| &**s), serial);
         if let Ok(mut current) = server.zone.write() {
             *current = Arc::new(zone);
         }
@@ -147,8 +146,7 @@ async fn serve_udp(server: Arc<Server>, socket: Arc<UdpSocket>) -> anyhow::Resul
                 let (server, socket) = (Arc::clone(&server), Arc::clone(&socket));
                 let message = buffer[..length].to_vec();
                 tokio::spawn(async move {
-                    let failed =
-                        || query.datagram(&Answer::code(number::SERVER_FAILURE));
+                    let failed = || query.datagram(&Answer::code(number::SERVER_FAILURE));
                     let answer = server.ask_outside(&message).await.unwrap_or_else(failed);
                     let _ = socket.send_to(&answer, peer).await;
                 });

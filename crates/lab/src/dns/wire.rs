@@ -319,11 +319,8 @@ impl Query {
         if without_additional.len() <= limit {
             return without_additional;
         }
-        let mut cut = self.stream(&Answer {
-            answers: Vec::new(),
-            authority: Vec::new(),
-            ..trimmed
-        });
+        let mut cut =
+            self.stream(&Answer { answers: Vec::new(), authority: Vec::new(), ..trimmed });
         cut[2] |= 0x02;
         cut
     }
@@ -336,12 +333,9 @@ impl Query {
         out.push(0x80 | authoritative | u8::from(self.recursion_desired));
         out.push(0x80 | (answer.code & 0x0f));
         let edns = usize::from(self.edns.is_some());
-        for count in [
-            1,
-            answer.answers.len(),
-            answer.authority.len(),
-            answer.additional.len() + edns,
-        ] {
+        for count in
+            [1, answer.answers.len(), answer.authority.len(), answer.additional.len() + edns]
+        {
             out.extend(u16::try_from(count).unwrap_or(u16::MAX).to_be_bytes());
         }
         self.write_question(&mut out);
@@ -532,9 +526,7 @@ mod tests {
         let answer = Answer {
             code: 0,
             authoritative: true,
-            answers: records
-                .map(|data| Record { name: asked.name.clone(), ttl: 5, data })
-                .to_vec(),
+            answers: records.map(|data| Record { name: asked.name.clone(), ttl: 5, data }).to_vec(),
             ..Answer::default()
         };
         assert_eq!(asked.read_answer(&got.stream(&answer)), Some(answer));

@@ -88,7 +88,11 @@ impl Attachment {
         if output.status.success() {
             return Ok(output.stdout);
         }
-        bail!("plugin type=\"palisade-cni\" failed ({}): {}", command.to_lowercase(), explain(&output))
+        bail!(
+            "plugin type=\"palisade-cni\" failed ({}): {}",
+            command.to_lowercase(),
+            explain(&output)
+        )
     }
 }
 

@@ -102,7 +102,8 @@ impl Running {
 
     /// Asks the command to end.
     pub(super) fn terminate(&self) {
-        if let Some(pid) = self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
+        if let Some(pid) =
+            self.child.id().and_then(|pid| rustix::process::Pid::from_raw(pid as i32))
         {
             // It may have ended by itself.
             let _ = rustix::process::kill_process(pid, rustix::process::Signal::TERM);

@@ -56,7 +56,8 @@ async fn from_source(
         return field_value(pod, &field.field_path, node, addresses).map(Some);
     }
     if let Some(key) = &source.config_map_key_ref {
-        let map = Api::<ConfigMap>::namespaced(client.clone(), &namespace).get_opt(&key.name).await?;
+        let map =
+            Api::<ConfigMap>::namespaced(client.clone(), &namespace).get_opt(&key.name).await?;
         let value = map.and_then(|map| map.data?.get(&key.key).cloned());
         if value.is_none() && key.optional != Some(true) {
             bail!("couldn't find key {} in ConfigMap {namespace}/{}", key.key, key.name);
@@ -64,7 +65,8 @@ async fn from_source(
         return Ok(value);
     }
     if let Some(key) = &source.secret_key_ref {
-        let secret = Api::<Secret>::namespaced(client.clone(), &namespace).get_opt(&key.name).await?;
+        let secret =
+            Api::<Secret>::namespaced(client.clone(), &namespace).get_opt(&key.name).await?;
         let value = secret.and_then(|secret| secret.data?.remove(&key.key));
         if value.is_none() && key.optional != Some(true) {
             bail!("couldn't find key {} in Secret {namespace}/{}", key.key, key.name);
@@ -96,9 +98,7 @@ fn field_value(
             .unwrap_or_else(|| "default".to_owned()),
         "status.hostIP" => node.v4().to_string(),
         "status.podIP" => addresses.first().map(IpAddr::to_string).unwrap_or_default(),
-        "status.podIPs" => {
-            addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(",")
-        }
+        "status.podIPs" => addresses.iter().map(IpAddr::to_string).collect::<Vec<_>>().join(","),
         _ => {
             if let Some(rest) = path.strip_prefix("metadata.labels") {
                 in_map(pod.labels(), rest)

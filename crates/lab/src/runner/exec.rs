@@ -59,7 +59,8 @@ impl PodRuntime for Runner {
             let (name, live) = live?;
             let log = if request.previous { live.previous } else { live.current };
             let log = log.ok_or_else(|| {
-                let what = if request.previous { "previous terminated container" } else { "container" };
+                let what =
+                    if request.previous { "previous terminated container" } else { "container" };
                 let (pod, text) = (&request.pod, "is waiting to start or has no output yet");
                 RuntimeError::BadRequest(format!("{what} \"{name}\" in pod \"{pod}\" {text}"))
             })?;
@@ -114,12 +115,8 @@ pub(super) async fn run_quietly(
     scratch: &Path,
 ) -> anyhow::Result<i32> {
     let files = Files::create(scratch, target, command.clone(), false).await?;
-    let mut child = files
-        .command()
-        .stdin(Stdio::null())
-        .stdout(Stdio::null())
-        .stderr(Stdio::null())
-        .spawn()?;
+    let mut child =
+        files.command().stdin(Stdio::null()).stdout(Stdio::null()).stderr(Stdio::null()).spawn()?;
     let status = child.wait().await?;
     Ok(files.outcome(status, &command).await?.code)
 }

@@ -46,10 +46,9 @@ pub(super) fn resolve(reference: &str) -> Result<Image, String> {
         (_, "json-mock") => {
             Image::new(&["/agnhost"], &["netexec", "--http-port=8080", "--udp-port=8081"])
         }
-        ("docker.io/curlimages", "curl") => Image {
-            entrypoint: Vec::new(),
-            ..Image::new(&[], &["sleep", "infinity"])
-        },
+        ("docker.io/curlimages", "curl") => {
+            Image { entrypoint: Vec::new(), ..Image::new(&[], &["sleep", "infinity"]) }
+        }
         (_, "netperf" | "alpine-curl" | "busybox" | "curl" | "alpine" | "netshoot" | "debian") => {
             Image::new(&[], &["sleep", "infinity"])
         }

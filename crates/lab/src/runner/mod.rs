@@ -114,8 +114,11 @@ impl Runner {
                 Ok(watcher::Event::Delete(pod)) => self.forget(&pod.uid().unwrap_or_default()),
                 Ok(watcher::Event::Init) => seen.clear(),
                 Ok(watcher::Event::InitDone) => {
-                    let gone: Vec<_> =
-                        lock(&self.pods).keys().filter(|uid| !seen.contains(uid)).cloned().collect();
+                    let gone: Vec<_> = lock(&self.pods)
+                        .keys()
+                        .filter(|uid| !seen.contains(uid))
+                        .cloned()
+                        .collect();
                     gone.iter().for_each(|uid| self.forget(uid));
                 }
                 Err(error) => tracing::warn!("watching pods: {error}"),
@@ -134,7 +137,10 @@ impl Runner {
         let (namespace, name) = (pod.namespace().unwrap_or_default(), pod.name_any());
         let (updates, receiver) = watch::channel(Some(pod));
         let shared = Arc::new(Shared::default());
-        pods.insert(uid.clone(), PodEntry { namespace, name, updates, shared: Arc::clone(&shared) });
+        pods.insert(
+            uid.clone(),
+            PodEntry { namespace, name, updates, shared: Arc::clone(&shared) },
+        );
         let (runner, client) = (Arc::clone(self), client.clone());
         tokio::spawn(async move {
             worker::run(&runner.settings, client, node, receiver, shared).await;

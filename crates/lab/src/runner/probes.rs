@@ -59,8 +59,12 @@ pub(super) async fn watch(probe: &Probe, scene: &Scene, mut tell: impl FnMut(Res
         }
         // A server that is just coming up should not wait out a whole period.
         let pause = if ever || bad > 20 { period } else { Duration::from_millis(100).min(period) };
-        tokio::time::sleep(if probe.failure_threshold.is_some() && bad > 0 { period } else { pause })
-            .await;
+        tokio::time::sleep(if probe.failure_threshold.is_some() && bad > 0 {
+            period
+        } else {
+            pause
+        })
+        .await;
     }
 }
 
@@ -121,7 +125,7 @@ async fn get(netns: &Path, to: SocketAddr, path: &str) -> anyhow::Result<()> {
          Connection: close\r\n\r\n"
     );
     stream.write_all(request.as_bytes()).await?;
-    let mut answer = vec![0; 64];
+    let mut answer = [0; 64];
     let mut length = 0;
     while length < 12 {
         let read = stream.read(&mut answer[length..]).await?;

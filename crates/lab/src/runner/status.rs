@@ -134,7 +134,8 @@ impl Board {
         loop {
             self.changed.notified().await;
             while let Err(error) = self.write(&api, pod, &uid, node).await {
-                if matches!(&error, kube::Error::Api(status) if status.code == 404 || status.code == 409) {
+                if matches!(&error, kube::Error::Api(status) if status.code == 404 || status.code == 409)
+                {
                     return;
                 }
                 tracing::warn!("status of pod {}: {error}", pod.name_any());
@@ -162,8 +163,7 @@ impl Board {
         let mut model = lock(&self.model);
         let phase = phase(&model);
         let spec = pod.spec.clone().unwrap_or_default();
-        let initialized =
-            model.containers.iter().filter(|c| c.init).all(|c| c.done == Some(0));
+        let initialized = model.containers.iter().filter(|c| c.init).all(|c| c.done == Some(0));
         let unready: Vec<_> = model
             .containers
             .iter()
@@ -239,11 +239,10 @@ fn set_condition(
 ) {
     let status = if holds { "True" } else { "False" };
     let old = conditions.iter().position(|c| c["type"] == kind);
-    let since = old
-        .filter(|at| conditions[*at]["status"] == status)
-        .map_or_else(|| json!(Time(jiff::Timestamp::now())), |at| {
-            conditions[at]["lastTransitionTime"].clone()
-        });
+    let since = old.filter(|at| conditions[*at]["status"] == status).map_or_else(
+        || json!(Time(jiff::Timestamp::now())),
+        |at| conditions[at]["lastTransitionTime"].clone(),
+    );
     let mut condition = json!({
         "type": kind, "status": status, "lastTransitionTime": since,
         "observedGeneration": generation,

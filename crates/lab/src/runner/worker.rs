@@ -258,7 +258,8 @@ impl Worker<'_> {
                 Err(error) => {
                     let message = format!("{error:#}");
                     self.events.warning(&self.pod, "Failed", format!("Error: {message}")).await;
-                    let state = terminated(128, "StartError", Some(message), jiff::Timestamp::now());
+                    let state =
+                        terminated(128, "StartError", Some(message), jiff::Timestamp::now());
                     self.board.update(&container.name, |model| model.state = state);
                     Some(128)
                 }
@@ -300,7 +301,8 @@ impl Worker<'_> {
             self.pod.namespace().unwrap_or_default(),
             self.uid
         );
-        let text = format!("Back-off restarting failed container {name} in pod {}", self.pod.name_any());
+        let text =
+            format!("Back-off restarting failed container {name} in pod {}", self.pod.name_any());
         self.events.warning(&self.pod, "BackOff", text).await;
         self.board.update(name, |model| {
             model.last = Some(model.state.clone());
@@ -319,7 +321,8 @@ impl Worker<'_> {
         loop {
             let reason = match images::resolve(&reference) {
                 Ok(image) => {
-                    let text = format!("Container image \"{reference}\" already present on machine");
+                    let text =
+                        format!("Container image \"{reference}\" already present on machine");
                     self.events.normal(&self.pod, "Pulled", text).await;
                     return image;
                 }
@@ -470,12 +473,16 @@ impl Worker<'_> {
         }
         let readiness = async {
             match &container.readiness_probe {
-                Some(probe) => probes::watch(probe, scene, |result| self.set_ready(container, result)).await,
+                Some(probe) => {
+                    probes::watch(probe, scene, |result| self.set_ready(container, result)).await
+                }
                 None => std::future::pending().await,
             }
         };
         let liveness = async {
-            let Some(probe) = &container.liveness_probe else { return std::future::pending().await };
+            let Some(probe) = &container.liveness_probe else {
+                return std::future::pending().await;
+            };
             let (sender, mut failures) = tokio::sync::mpsc::unbounded_channel();
             tokio::select! {
                 () = probes::watch(probe, scene, |result| { let _ = sender.send(result); }) => String::new(),

@@ -70,9 +70,10 @@ fn pointers() {
         found(&reverse("fd96::7".parse().unwrap()), number::PTR),
         ["deathstar.default.svc.cluster.local."]
     );
-    assert_eq!(found("5.1.244.10.in-addr.arpa", number::PTR), [
-        "db-0.db.default.svc.cluster.local."
-    ]);
+    assert_eq!(
+        found("5.1.244.10.in-addr.arpa", number::PTR),
+        ["db-0.db.default.svc.cluster.local."]
+    );
     assert_eq!(ask("9.0.96.10.in-addr.arpa", number::PTR).0, number::NAME_ERROR);
 }
 

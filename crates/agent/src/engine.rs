@@ -1,0 +1,302 @@
+//! The loop: drain the queue, resolve, reconcile, say what is in force.
+//!
+//! It runs on a thread of its own and does nothing but this, so that the time from an event to the
+//! kernel is the time of the work itself. It has no timers; only a round that failed is repeated
+//! after a pause.
+
+use std::{
+    collections::{BTreeMap, BTreeSet, VecDeque},
+    sync::Arc,
+    time::Duration,
+};
+
+use palisade_policy::CompiledPolicy;
+use tokio::{
+    runtime::Handle,
+    sync::{mpsc, watch},
+};
+use tracing::{info, warn};
+
+use crate::{
+    publish::Publication,
+    reconcile::{Reconciler, Report},
+    resolve::{Outcome, Resolver},
+    tables::{Change, Intent, Tables, TablesWriter, nodes::Route},
+};
+
+/// So many events at most are taken over in one round.
+const BATCH: usize = 4096;
+/// So many replaced tables are remembered, for events that were on their way.
+const REMEMBERED: usize = 256;
+/// Pause after a round that failed: at first, and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_secs(2));
+
+/// What the engine is told.
+#[derive(Debug)]
+pub enum Command {
+    /// An intent table changes.
+    Intent(Intent),
+    /// Try again what failed.
+    Retry,
+}
+
+/// What is in force.
+#[derive(Clone, Debug, Default)]
+pub struct Progress {
+    /// All inputs were complete, and the kernel holds what follows from them.
+    pub synced: bool,
+    /// Goes up with each change of policy that is in force.
+    pub revision: u64,
+    /// Endpoints whose rows are in force.
+    pub endpoints: BTreeMap<u32, InForce>,
+    /// What the kernel lacks, and why.
+    pub problems: Vec<String>,
+    /// Compiled policies by table number, some that were replaced included.
+    pub compiled: Arc<BTreeMap<u32, Arc<CompiledPolicy>>>,
+    /// Policies of which an earlier, accepted version is in force.
+    pub last_good: Arc<BTreeSet<palisade_policy::model::PolicyRef>>,
+}
+
+/// An endpoint in force.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct InForce {
+    /// Identity.
+    pub identity: u32,
+    /// Host-side interface.
+    pub ifindex: u32,
+    /// Table for traffic into it.
+    pub ingress_table: u32,
+    /// Table for traffic out of it.
+    pub egress_table: u32,
+    /// Revision of the policy.
+    pub revision: u64,
+}
+
+/// Where the engine tells what follows.
+#[derive(Debug)]
+pub struct Outputs {
+    /// What is in force.
+    pub progress: watch::Sender<Progress>,
+    /// Routes that are wanted.
+    pub routes: watch::Sender<Vec<Route>>,
+    /// What the API server is to learn.
+    pub publications: mpsc::UnboundedSender<Publication>,
+}
+
+/// See the module.
+pub struct Engine {
+    tables: TablesWriter,
+    resolver: Resolver,
+    reconciler: Reconciler,
+    outputs: Outputs,
+    remembered: VecDeque<(u32, Arc<CompiledPolicy>)>,
+    synced: bool,
+    revision: u64,
+    pause: Duration,
+}
+
+impl Engine {
+    /// An engine that has seen no event yet.
+    pub fn new(
+        tables: TablesWriter,
+        resolver: Resolver,
+        reconciler: Reconciler,
+        outputs: Outputs,
+    ) -> Self {
+        Self {
+            tables,
+            resolver,
+            reconciler,
+            outputs,
+            remembered: VecDeque::new(),
+            synced: false,
+            revision: 0,
+            pause: PAUSE.0,
+        }
+    }
+
+    /// Runs until nobody can send any more. `retry` is where the engine asks itself to try again.
+    pub fn run(
+        mut self,
+        mut commands: mpsc::Receiver<Command>,
+        retry: mpsc::WeakSender<Command>,
+        runtime: &Handle,
+    ) {
+        let mut batch = Vec::new();
+        while commands.blocking_recv_many(&mut batch, BATCH) > 0 {
+            let intents = batch.drain(..).filter_map(|command| match command {
+                Command::Intent(intent) => Some(intent),
+                Command::Retry => None,
+            });
+            if self.round(intents.collect()) {
+                self.pause = PAUSE.0;
+                continue;
+            }
+            let (retry, pause) = (retry.clone(), self.pause);
+            self.pause = (pause * 2).min(PAUSE.1);
+            runtime.spawn(async move {
+                tokio::time::sleep(pause).await;
+                if let Some(retry) = retry.upgrade() {
+                    // The engine ended: nothing is left to try.
+                    let _ = retry.send(Command::Retry).await;
+                }
+            });
+        }
+    }
+
+    /// One round; whether all that is wanted is in force after it.
+    pub fn round(&mut self, intents: Vec<Intent>) -> bool {
+        if self.synced {
+            return self.steady_round(intents);
+        }
+        let released = self.early_releases(&intents);
+        let mut tables = self.tables.write();
+        for intent in intents {
+            tables.apply(intent);
+        }
+        let complete = tables.inputs_complete();
+        drop(tables);
+        if complete {
+            // From here on what is in no table is not wanted.
+            self.synced = true;
+            info!("all inputs are complete");
+            return self.steady_round(Vec::new());
+        }
+        self.outputs.progress.send_modify(|progress| {
+            for id in &released {
+                progress.endpoints.remove(id);
+            }
+        });
+        true
+    }
+
+    /// Before the inputs are complete the kernel keeps what it holds; only an endpoint that goes
+    /// is taken out.
+    fn early_releases(&mut self, intents: &[Intent]) -> Vec<u32> {
+        let mut released = Vec::new();
+        for intent in intents {
+            let Intent::Endpoint(Change::Delete(id)) = intent else { continue };
+            match self.reconciler.release(*id) {
+                Ok(()) => released.push(*id),
+                Err(error) => warn!(endpoint = id, %error, "cannot release the endpoint yet"),
+            }
+        }
+        released
+    }
+
+    fn steady_round(&mut self, intents: Vec<Intent>) -> bool {
+        let mut tables = self.tables.write();
+        for intent in intents {
+            tables.apply(intent);
+        }
+        let mut outcome = self.resolver.resolve(&mut tables);
+        let report = self.reconciler.round(&mut tables, &outcome.changes);
+        if report.prefixes_settled {
+            self.resolver.acknowledge_prefixes();
+        }
+        let problems = outcome.changes.errors.iter().map(ToString::to_string);
+        let problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
+        let changed_policy = !outcome.changes.groups.is_empty();
+        let conditions = std::mem::take(&mut outcome.conditions);
+        drop(tables);
+        self.revision += u64::from(changed_policy);
+        for problem in &report.problems {
+            warn!(%problem, "not everything is in force");
+        }
+        self.tell(&outcome, &report, problems);
+        for (policy, condition) in conditions {
+            self.publish(Publication::Condition(policy, condition));
+        }
+        report.problems.is_empty()
+    }
+
+    fn tell(&mut self, outcome: &Outcome, report: &Report, problems: Vec<String>) {
+        self.remember();
+        let tables = self.tables.read();
+        let endpoints = self.endpoints(&tables);
+        let before = self.outputs.progress.borrow().endpoints.clone();
+        for endpoint in tables.endpoints.rows() {
+            let now = endpoints.get(&endpoint.id);
+            if now.is_some() && now != before.get(&endpoint.id) {
+                self.publish(Publication::endpoint(&tables, endpoint));
+            }
+        }
+        for labels in &outcome.unnumbered {
+            self.publish(Publication::Identity(labels.clone()));
+        }
+        let routes: Vec<Route> = tables.routes.rows().map(|route| (**route).clone()).collect();
+        self.outputs.routes.send_if_modified(|known| {
+            let changed = *known != routes;
+            *known = routes;
+            changed
+        });
+        let last_good = tables
+            .policies
+            .rows()
+            .filter(|policy| self.resolver.has_last_good(policy))
+            .map(|policy| policy.id.clone());
+        let last_good = Arc::new(last_good.collect());
+        drop(tables);
+        let compiled = Arc::new(self.remembered.iter().cloned().collect());
+        let synced = report.problems.is_empty();
+        let revision = self.revision;
+        self.outputs.progress.send_modify(|progress| {
+            progress.synced |= synced;
+            *progress = Progress {
+                synced: progress.synced,
+                revision,
+                endpoints,
+                problems,
+                compiled,
+                last_good,
+            };
+        });
+    }
+
+    fn remember(&mut self) {
+        let live: BTreeMap<u32, Arc<CompiledPolicy>> =
+            self.reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
+        self.remembered.retain(|(number, _)| !live.contains_key(number));
+        let excess = self.remembered.len().saturating_sub(REMEMBERED);
+        self.remembered.drain(..excess);
+        self.remembered.extend(live);
+    }
+
+    fn endpoints(&self, tables: &Tables) -> BTreeMap<u32, InForce> {
+        let before = self.outputs.progress.borrow();
+        let rows = tables.endpoints.rows().filter_map(|endpoint| {
+            let row = self.reconciler.mirror().rows.get(&endpoint.id)?;
+            let mut now = InForce {
+                identity: row.identity,
+                ifindex: row.ifindex,
+                ingress_table: row.ingress_table,
+                egress_table: row.egress_table,
+                revision: self.revision,
+            };
+            if let Some(before) = before.endpoints.get(&endpoint.id)
+                && (InForce { revision: before.revision, ..now }) == *before
+            {
+                now.revision = before.revision;
+            }
+            let wanted = endpoint.addresses().all(|address| {
+                let entry = tables.addresses.get(&address);
+                let known = self.reconciler.mirror().addresses.get(&address);
+                entry.zip(known).is_some_and(|(entry, known)| {
+                    known.row == endpoint.id && known.identity == entry.identity
+                })
+            });
+            (wanted && row.ifindex == endpoint.ifindex).then_some((endpoint.id, now))
+        });
+        rows.collect()
+    }
+
+    fn publish(&self, publication: Publication) {
+        // The publisher ends only when the agent does.
+        let _ = self.outputs.publications.send(publication);
+    }
+
+    /// What the kernel holds, for tests.
+    pub fn reconciler(&self) -> &Reconciler {
+        &self.reconciler
+    }
+}

@@ -1,0 +1,66 @@
+//! Numbers for labels. The API server's atomic create is the only agreement between agents: all
+//! try the same numbers in the same order.
+
+use std::{sync::Arc, time::Duration};
+
+use kube::{
+    Api, Client,
+    api::{DynamicObject, PostParams},
+};
+use palisade_policy::{identity::candidates, label::Labels};
+use tokio::sync::mpsc;
+use tracing::{info, warn};
+
+use super::PAUSE;
+use crate::{
+    engine::Command,
+    reflect::identities::{object, parse},
+    resources,
+    tables::{Change, Intent, identities::Identity},
+};
+
+/// Finds or makes the number for labels and tells the engine.
+pub(super) async fn allocate(
+    client: Client,
+    labels: Arc<Labels>,
+    commands: mpsc::WeakSender<Command>,
+) -> Arc<Labels> {
+    let api: Api<DynamicObject> = Api::all_with(client, &resources::cilium("CiliumIdentity"));
+    let mut pause: Duration = PAUSE.0;
+    loop {
+        match try_allocate(&api, &labels).await {
+            Ok(Some(id)) => {
+                info!(identity = id, %labels, "identity");
+                let identity = Identity { id, labels: labels.clone() };
+                if let Some(commands) = commands.upgrade() {
+                    let intent = Intent::Identity(Change::Put(identity));
+                    // The engine ended: nobody needs the number.
+                    let _ = commands.send(Command::Intent(intent)).await;
+                }
+                return labels;
+            }
+            Ok(None) => warn!(%labels, "every identity of the cluster is taken"),
+            Err(error) => warn!(%labels, %error, "cannot allocate an identity yet"),
+        }
+        if commands.strong_count() == 0 {
+            return labels;
+        }
+        tokio::time::sleep(pause).await;
+        pause = (pause * 2).min(PAUSE.1);
+    }
+}
+
+async fn try_allocate(api: &Api<DynamicObject>, labels: &Labels) -> kube::Result<Option<u32>> {
+    for id in candidates(labels) {
+        match api.create(&PostParams::default(), &object(id, labels)).await {
+            Ok(_) => return Ok(Some(id)),
+            Err(kube::Error::Api(status)) if status.code == 409 => {}
+            Err(error) => return Err(error),
+        }
+        let taken = api.get_opt(&id.to_string()).await?.as_ref().and_then(parse);
+        if taken.is_some_and(|taken| *taken.labels == *labels) {
+            return Ok(Some(id));
+        }
+    }
+    Ok(None)
+}

@@ -1,0 +1,176 @@
+//! What the agent writes to the API server: identities, conditions, `CiliumEndpoint`s and its
+//! `CiliumNode`. Nothing here holds up enforcement; what fails is tried again.
+
+mod endpoints;
+mod identities;
+mod nodes;
+mod policies;
+
+use std::{
+    collections::{BTreeMap, HashSet},
+    sync::Arc,
+    time::Duration,
+};
+
+use kube::Client;
+use palisade_policy::{label::Labels, model::PolicyRef};
+use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tracing::debug;
+
+pub use nodes::publish_node;
+
+use crate::{
+    engine::Command,
+    resolve::Scope,
+    tables::{
+        ObjectName, Tables,
+        pods::Endpoint,
+        policies::{Condition, PolicyObject},
+    },
+};
+
+/// Pauses between attempts: at first, and at most.
+const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
+
+/// One thing to write.
+#[derive(Clone, Debug)]
+pub enum Publication {
+    /// These labels need a number in the cluster.
+    Identity(Arc<Labels>),
+    /// The state of a policy object.
+    Condition(Arc<PolicyObject>, Condition),
+    /// The state of an endpoint.
+    Endpoint(Box<EndpointState>),
+    /// An endpoint of this pod is gone; the uid tells a later pod of the same name apart.
+    EndpointGone(ObjectName, String),
+}
+
+/// What a `CiliumEndpoint` says.
+#[derive(Clone, Debug)]
+pub struct EndpointState {
+    pod: ObjectName,
+    uid: String,
+    id: u32,
+    container_id: String,
+    identity: u32,
+    labels: Vec<String>,
+    addresses: Vec<std::net::IpAddr>,
+    ports: Vec<palisade_policy::model::NamedPort>,
+    service_account: String,
+    ingress: bool,
+    egress: bool,
+}
+
+impl Publication {
+    /// The state of an endpoint as the tables tell.
+    pub fn endpoint(tables: &Tables, endpoint: &Endpoint) -> Self {
+        let pod = tables.pods.get(&endpoint.pod);
+        let identity = tables.pod_identities.get(&endpoint.pod);
+        let entry = tables.policy_entries.get(&endpoint.id);
+        let known = identity.and_then(|row| row.identity.map(|id| (id, row.labels.clone())));
+        let labels = known.as_ref().map(|(_, labels)| labels.iter().map(ToString::to_string));
+        Self::Endpoint(Box::new(EndpointState {
+            pod: endpoint.pod.clone(),
+            uid: pod.map(|pod| pod.uid.clone()).unwrap_or_default(),
+            id: endpoint.id,
+            container_id: endpoint.container_id.clone(),
+            identity: known.as_ref().map_or(palisade_abi::identity::INIT, |(id, _)| *id),
+            labels: labels.map(Iterator::collect).unwrap_or_default(),
+            addresses: endpoint.addresses().collect(),
+            ports: pod.map(|pod| pod.ports.clone()).unwrap_or_default(),
+            service_account: pod.map(|pod| pod.service_account.clone()).unwrap_or_default(),
+            ingress: entry.is_some_and(|entry| entry.ingress.policy().is_some()),
+            egress: entry.is_some_and(|entry| entry.egress.policy().is_some()),
+        }))
+    }
+}
+
+/// What a publication is about: a newer one replaces an older one.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Subject {
+    Condition(PolicyRef),
+    Endpoint(ObjectName),
+}
+
+struct Waiting {
+    publication: Publication,
+    due: Instant,
+    pause: Duration,
+}
+
+/// Writes what it is told until nobody tells any more.
+pub async fn run(
+    client: Client,
+    scope: Scope,
+    mut queue: mpsc::UnboundedReceiver<Publication>,
+    commands: mpsc::WeakSender<Command>,
+) {
+    let mut waiting: BTreeMap<Subject, Waiting> = BTreeMap::new();
+    let mut allocations: JoinSet<Arc<Labels>> = JoinSet::new();
+    let mut allocating: HashSet<Arc<Labels>> = HashSet::new();
+    loop {
+        let due = waiting.values().map(|item| item.due).min();
+        let timer = async {
+            match due {
+                Some(due) => tokio::time::sleep_until(due).await,
+                None => std::future::pending().await,
+            }
+        };
+        tokio::select! {
+            publication = queue.recv() => {
+                let Some(publication) = publication else { return };
+                let subject = match &publication {
+                    Publication::Identity(labels) => {
+                        if allocating.insert(labels.clone()) {
+                            let (client, commands) = (client.clone(), commands.clone());
+                            let labels = labels.clone();
+                            allocations.spawn(identities::allocate(client, labels, commands));
+                        }
+                        continue;
+                    }
+                    Publication::Condition(policy, _) => Subject::Condition(policy.id.clone()),
+                    Publication::Endpoint(state) => Subject::Endpoint(state.pod.clone()),
+                    Publication::EndpointGone(pod, _) => Subject::Endpoint(pod.clone()),
+                };
+                let item = Waiting { publication, due: Instant::now(), pause: PAUSE.0 };
+                waiting.insert(subject, item);
+            }
+            Some(done) = allocations.join_next() => {
+                if let Ok(labels) = done {
+                    allocating.remove(&labels);
+                }
+            }
+            () = timer => {
+                let now = Instant::now();
+                let ready = waiting.iter().find(|(_, item)| item.due <= now);
+                let Some(subject) = ready.map(|(subject, _)| subject.clone()) else { continue };
+                let Some(mut item) = waiting.remove(&subject) else { continue };
+                if let Err(error) = write(&client, &scope, &item.publication).await {
+                    debug!(?subject, %error, "cannot write to the API yet");
+                    item.due = Instant::now() + item.pause;
+                    item.pause = (item.pause * 2).min(PAUSE.1);
+                    waiting.insert(subject, item);
+                }
+            }
+        }
+    }
+}
+
+async fn write(client: &Client, scope: &Scope, publication: &Publication) -> kube::Result<()> {
+    match publication {
+        Publication::Identity(_) => Ok(()),
+        Publication::Condition(policy, condition) => {
+            policies::report(client, scope, policy, condition).await
+        }
+        Publication::Endpoint(state) => endpoints::write(client, scope, state).await,
+        Publication::EndpointGone(pod, uid) => endpoints::delete(client, pod, uid).await,
+    }
+}
+
+/// A 404 is as good as done: the object that this is about is gone.
+fn gone_is_done<T>(result: kube::Result<T>) -> kube::Result<()> {
+    match result {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => other.map(drop),
+    }
+}

@@ -1,0 +1,165 @@
+//! `palisade policy check`: reads policies as the cluster would, without one.
+
+use std::{
+    fs,
+    io::{self, Read, Write},
+    path::{Path, PathBuf},
+};
+
+use anyhow::Context;
+use palisade_api::convert;
+use serde::Serialize;
+use serde_json::Value;
+
+use crate::{exit::Exit, output, output::Format};
+
+/// What is wrong, and where.
+#[derive(Debug, Serialize)]
+struct Finding {
+    file: String,
+    /// Line where the document starts, or where the YAML breaks off.
+    line: usize,
+    object: String,
+    field: String,
+    message: String,
+    suggestion: String,
+}
+
+/// Checks every document of `files` (`-`: standard input).
+pub(crate) fn run(format: Format, files: &[PathBuf]) -> anyhow::Result<Exit> {
+    let mut findings = Vec::new();
+    let mut policies = 0;
+    for file in files {
+        let text = read(file)?;
+        for (line, document) in documents(&text) {
+            policies += usize::from(check(file, line, document, &mut findings));
+        }
+    }
+    match format {
+        Format::Json => output::json(&findings)?,
+        Format::Table => print(&findings, policies)?,
+    }
+    Ok(if findings.is_empty() { Exit::Ok } else { Exit::No })
+}
+
+fn read(file: &Path) -> anyhow::Result<String> {
+    if file == Path::new("-") {
+        let mut text = String::new();
+        io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
+        return Ok(text);
+    }
+    fs::read_to_string(file).with_context(|| format!("cannot read {}", file.display()))
+}
+
+/// The YAML documents of a file with the numbers of their first lines.
+fn documents(text: &str) -> Vec<(usize, &str)> {
+    let mut documents = Vec::new();
+    let (mut start, mut first) = (0, 1);
+    let mut offset = 0;
+    for (number, line) in text.split_inclusive('\n').enumerate() {
+        if line.trim_end() == "---" {
+            documents.push((first, &text[start..offset]));
+            start = offset + line.len();
+            first = number + 2;
+        }
+        offset += line.len();
+    }
+    documents.push((first, &text[start..]));
+    documents.retain(|(_, document)| document.lines().any(says_something));
+    documents
+}
+
+fn says_something(line: &str) -> bool {
+    let line = line.trim();
+    !line.is_empty() && !line.starts_with('#')
+}
+
+/// Whether the document is a policy, well-formed or not.
+fn check(file: &Path, line: usize, document: &str, findings: &mut Vec<Finding>) -> bool {
+    let file = file.display().to_string();
+    let object: Value = match serde_saphyr::from_str(document) {
+        Ok(object) => object,
+        Err(error) => {
+            let at = error.location().map_or(0, |location| location.line() as usize);
+            findings.push(Finding {
+                file,
+                line: line + at.saturating_sub(1),
+                object: "document".to_owned(),
+                field: String::new(),
+                message: error.to_string(),
+                suggestion: "write valid YAML".to_owned(),
+            });
+            return true;
+        }
+    };
+    let Some(problems) = convert::check(&object) else { return false };
+    let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or("-");
+    let name = format!("{} {}", text("/kind"), text("/metadata/name"));
+    findings.extend(problems.into_iter().map(|problem| Finding {
+        file: file.clone(),
+        line,
+        object: name.clone(),
+        field: problem.path,
+        message: problem.message,
+        suggestion: problem.suggestion,
+    }));
+    true
+}
+
+fn print(findings: &[Finding], policies: usize) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    for Finding { file, line, object, field, message, suggestion } in findings {
+        writeln!(out, "{file}:{line}: {object}: {field}: {message}")?;
+        if !suggestion.is_empty() {
+            writeln!(out, "    {suggestion}")?;
+        }
+    }
+    match (policies, findings.len()) {
+        (0, _) => writeln!(out, "no policy found"),
+        (_, 0) => writeln!(out, "{policies} checked, no problem"),
+        (_, count) => writeln!(out, "{policies} checked, {count} problems"),
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn documents_know_their_lines() {
+        let text = "a: 1\n---\n# nothing\n---\nb: 2\n";
+        assert_eq!(documents(text), [(1, "a: 1\n"), (5, "b: 2\n")]);
+    }
+
+    fn findings(document: &str) -> Vec<Finding> {
+        let mut findings = Vec::new();
+        check(Path::new("policy.yaml"), 1, document, &mut findings);
+        findings
+    }
+
+    const POLICY: &str = "
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: web, namespace: default}
+spec:
+  podSelector: {}
+  ingress:
+  - ports: [{port: PORT}]
+";
+
+    #[test]
+    fn a_good_policy_has_no_findings_and_a_bad_port_is_named() {
+        assert!(findings(&POLICY.replace("PORT", "80")).is_empty());
+        let bad = findings(&POLICY.replace("PORT", "99999"));
+        assert_eq!(bad.len(), 1);
+        assert!(bad[0].field.contains("ports[0].port"), "{bad:?}");
+        assert_eq!(bad[0].object, "NetworkPolicy web");
+    }
+
+    #[test]
+    fn broken_yaml_is_a_finding_with_its_line() {
+        let broken = findings("kind: NetworkPolicy\nspec: [\n");
+        assert_eq!(broken.len(), 1);
+        assert!(broken[0].line >= 2, "{broken:?}");
+    }
+}

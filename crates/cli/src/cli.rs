@@ -1,0 +1,254 @@
+//! The command line.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand};
+use clap_complete::Shell;
+
+use crate::{exit, output::Format};
+
+/// Network security for Kubernetes, with eBPF.
+#[derive(Debug, Parser)]
+#[command(
+    name = "palisade",
+    version,
+    arg_required_else_help = true,
+    after_help = exit::HELP,
+    after_long_help = concat!(
+        "Examples:\n",
+        "  palisade demo starwars               See a policy at work, on this machine\n",
+        "  palisade lab up --nodes 3            Start a cluster on this machine\n",
+        "  palisade status --wait               Wait until it is ready\n",
+        "  palisade policy check policy.yaml    Find mistakes before applying\n",
+        "  palisade observe --verdict dropped -f\n",
+    )
+)]
+pub(crate) struct Cli {
+    #[command(flatten)]
+    pub(crate) global: Global,
+    #[command(subcommand)]
+    pub(crate) command: Command,
+}
+
+/// Flags of every command.
+#[derive(Debug, Args)]
+pub(crate) struct Global {
+    /// What to print.
+    #[arg(short, long, global = true, value_enum, default_value_t)]
+    pub(crate) output: Format,
+    /// An agent's admin socket; may be given more than once. By default the sockets of all lab
+    /// nodes on this machine, else /run/palisade/admin.sock.
+    #[arg(
+        long,
+        global = true,
+        value_name = "PATH",
+        env = "PALISADE_SOCKET",
+        value_delimiter = ','
+    )]
+    pub(crate) socket: Vec<PathBuf>,
+    /// Kubeconfig file. By default $KUBECONFIG, else the running lab's, else ~/.kube/config.
+    #[arg(long, global = true, value_name = "FILE")]
+    pub(crate) kubeconfig: Option<PathBuf>,
+}
+
+#[expect(clippy::large_enum_variant, reason = "parsed once, at the start")]
+#[derive(Debug, Subcommand)]
+pub(crate) enum Command {
+    /// Versions of this command, of the agents and of the API server.
+    Version {
+        /// Only this command's own version.
+        #[arg(long)]
+        client: bool,
+    },
+    /// How the cluster's networking is.
+    #[command(
+        after_help = "Examples:\n  palisade status\n  palisade status --wait --wait-duration 30\n  palisade status -o json | jq .pods_count"
+    )]
+    Status(StatusArgs),
+    /// The pods that the agents of this machine look after.
+    #[command(subcommand, visible_alias = "ep")]
+    Endpoint(EndpointCommand),
+    /// The security identities: a number for each set of labels.
+    #[command(subcommand, visible_alias = "id")]
+    Identity(IdentityCommand),
+    /// Policies: what is in force, and checking files before applying them.
+    #[command(subcommand)]
+    Policy(PolicyCommand),
+    /// Flows: who talks to whom, what was dropped, and by which rule.
+    #[command(
+        after_help = "Examples:\n  palisade observe\n  palisade observe --follow --verdict dropped\n  palisade observe --from-pod default/xwing --port 80\n  palisade observe --last 100 -o json"
+    )]
+    Observe(ObserveArgs),
+    /// A table of the agents, as it is; without a name, the names.
+    #[command(
+        after_help = "Examples:\n  palisade get\n  palisade get pods\n  palisade get ipcache -o json"
+    )]
+    Get {
+        /// Name of the table.
+        table: Option<String>,
+        /// Only this node's.
+        #[arg(long, value_name = "NODE")]
+        node: Option<String>,
+    },
+    /// A whole cluster on this machine: up, down, status, kubeconfig, exec.
+    #[command(
+        disable_help_flag = true,
+        after_help = "Examples:\n  palisade lab up --nodes 3\n  export KUBECONFIG=$(palisade lab kubeconfig)\n  palisade lab down"
+    )]
+    Lab {
+        /// Passed on to palisade-lab; see `palisade lab --help`.
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true, value_name = "ARGS")]
+        args: Vec<String>,
+    },
+    /// Demonstrations that bring their own cluster and take it down again.
+    #[command(subcommand)]
+    Demo(DemoCommand),
+    /// Completion for a shell, on standard output.
+    #[command(after_help = "Example:\n  source <(palisade completion bash)")]
+    Completion {
+        /// Which shell.
+        shell: Shell,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StatusArgs {
+    /// Wait until everything is ready.
+    #[arg(long)]
+    pub(crate) wait: bool,
+    /// Seconds to wait at most.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    pub(crate) wait_duration: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum EndpointCommand {
+    /// All of them.
+    List,
+    /// One of them, in full.
+    #[command(after_help = "Example:\n  palisade endpoint get default/tiefighter")]
+    Get {
+        /// Number, `namespace/pod`, or address.
+        endpoint: String,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum IdentityCommand {
+    /// All of them.
+    List,
+    /// One of them.
+    Get {
+        /// Number.
+        id: u32,
+    },
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum PolicyCommand {
+    /// Policy objects and the rules in force, per endpoint.
+    #[command(
+        after_help = "Examples:\n  palisade policy get\n  palisade policy get default/deathstar-6c8bdf9c4-x2x5q"
+    )]
+    Get {
+        /// Only the rules of this endpoint: number, `namespace/pod`, or address.
+        endpoint: Option<String>,
+    },
+    /// Finds mistakes in policy files, without a cluster.
+    #[command(
+        after_help = "Examples:\n  palisade policy check policies/*.yaml\n  kubectl get cnp,ccnp,netpol -A -o yaml | palisade policy check -"
+    )]
+    Check {
+        /// YAML or JSON files with any number of documents; `-` is standard input.
+        #[arg(required = true, value_name = "FILE")]
+        files: Vec<PathBuf>,
+    },
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ObserveArgs {
+    /// So many of the newest flows (20 by default; none with --follow).
+    #[arg(long, value_name = "N")]
+    pub(crate) last: Option<usize>,
+    /// Go on with new flows.
+    #[arg(short, long)]
+    pub(crate) follow: bool,
+    /// Either end: `namespace/pod`, a prefix of it, or a pod of the namespace `default`.
+    #[arg(long, value_name = "POD")]
+    pub(crate) pod: Vec<String>,
+    /// The sender.
+    #[arg(long, value_name = "POD")]
+    pub(crate) from_pod: Vec<String>,
+    /// The receiver.
+    #[arg(long, value_name = "POD")]
+    pub(crate) to_pod: Vec<String>,
+    /// Either end is in this namespace.
+    #[arg(short, long, value_name = "NAMESPACE")]
+    pub(crate) namespace: Vec<String>,
+    /// Either end has this address.
+    #[arg(long, value_name = "ADDRESS")]
+    pub(crate) ip: Vec<std::net::IpAddr>,
+    /// Either end has this identity.
+    #[arg(long, value_name = "NUMBER")]
+    pub(crate) identity: Vec<u32>,
+    /// Either end has this label.
+    #[arg(short, long, value_name = "LABEL")]
+    pub(crate) label: Vec<String>,
+    /// The receiver's port.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) port: Vec<u16>,
+    /// tcp, udp, sctp, icmp, icmpv6.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) protocol: Vec<String>,
+    /// forwarded or dropped.
+    #[arg(long, value_parser = ["forwarded", "dropped"], ignore_case = true)]
+    pub(crate) verdict: Vec<String>,
+    /// open, close or drop.
+    #[arg(short = 't', long = "type", value_parser = ["open", "close", "drop"])]
+    pub(crate) kind: Vec<String>,
+    /// Only what this node saw.
+    #[arg(long, value_name = "NODE")]
+    pub(crate) node: Option<String>,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum DemoCommand {
+    /// The Star Wars walk-through: land on the death star, then see who may not.
+    #[command(
+        after_help = "Examples:\n  palisade demo starwars\n  palisade demo starwars --nodes 3 --keep"
+    )]
+    Starwars(StarwarsArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct StarwarsArgs {
+    /// Nodes of the cluster.
+    #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
+    pub(crate) nodes: u16,
+    /// Leave the cluster and the applications as they are at the end.
+    #[arg(long)]
+    pub(crate) keep: bool,
+    /// Run in the lab that is up, and leave it up.
+    #[arg(long)]
+    pub(crate) use_running: bool,
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::CommandFactory;
+
+    use super::*;
+
+    #[test]
+    fn the_command_line_is_consistent() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn lab_passes_everything_on() {
+        let cli =
+            Cli::parse_from(["palisade", "lab", "up", "--nodes", "3", "-o", "json", "--help"]);
+        let Command::Lab { args } = cli.command else { panic!("{:?}", cli.command) };
+        assert_eq!(args, ["up", "--nodes", "3", "-o", "json", "--help"]);
+    }
+}

@@ -1,0 +1,27 @@
+//! `palisade lab`: hands over to `palisade-lab`.
+
+use std::{env, os::unix::process::CommandExt, path::PathBuf, process::Command};
+
+use anyhow::{Context, Result};
+
+use crate::exit::{Exit, Failure};
+
+const PROGRAM: &str = "palisade-lab";
+
+/// Becomes `palisade-lab`; returns only where that fails.
+pub(crate) fn run(args: &[String]) -> Result<Exit> {
+    let program = beside_this_one()?;
+    let help = ["--help".to_owned()];
+    let args = if args.is_empty() { &help } else { args };
+    let error = Command::new(&program).arg0("palisade lab").args(args).exec();
+    Err(Failure::unreachable(
+        format!("{} cannot be started: {error}", program.display()),
+        "Build it with:  make build",
+    )
+    .into())
+}
+
+fn beside_this_one() -> Result<PathBuf> {
+    let this = env::current_exe().context("this program's own path cannot be found")?;
+    Ok(this.with_file_name(PROGRAM))
+}

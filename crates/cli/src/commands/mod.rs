@@ -1,0 +1,43 @@
+//! One file for each command.
+
+mod endpoint;
+mod identity;
+mod lab;
+mod observe;
+mod policy;
+mod status;
+mod table;
+mod version;
+
+use std::io;
+
+use anyhow::Result;
+use clap::CommandFactory;
+
+use crate::{
+    check,
+    cli::{Cli, Command, DemoCommand, PolicyCommand},
+    demo,
+    exit::Exit,
+};
+
+/// Runs the command that was given.
+pub(crate) fn run(cli: Cli) -> Result<Exit> {
+    let global = &cli.global;
+    match cli.command {
+        Command::Version { client } => version::run(global, client),
+        Command::Status(args) => status::run(global, &args),
+        Command::Endpoint(command) => endpoint::run(global, command),
+        Command::Identity(command) => identity::run(global, command),
+        Command::Policy(PolicyCommand::Get { endpoint }) => policy::get(global, endpoint),
+        Command::Policy(PolicyCommand::Check { files }) => check::run(global.output, &files),
+        Command::Observe(args) => observe::run(global, args),
+        Command::Get { table, node } => table::run(global, table, node.as_deref()),
+        Command::Lab { args } => lab::run(&args),
+        Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(&args),
+        Command::Completion { shell } => {
+            clap_complete::generate(shell, &mut Cli::command(), "palisade", &mut io::stdout());
+            Ok(Exit::Ok)
+        }
+    }
+}
