@@ -91,7 +91,7 @@ impl Socket {
         let mut pending = Vec::with_capacity(calls.len());
         for call in calls {
             self.append(&mut buffer, call.message, NLM_F_REQUEST | NLM_F_ACK | call.flags);
-            pending.push((call.what, call.ignore, None));
+            pending.push((call.what, call.ignore, None::<Option<Errno>>));
         }
         send(&self.fd, &buffer, SendFlags::empty())
             .map_err(|errno| NetlinkError::kernel(&pending[0].0, errno))?;
@@ -103,12 +103,12 @@ impl Socket {
             let Some((_, _, result @ None)) = slot.and_then(|index| pending.get_mut(index)) else {
                 continue;
             };
-            *result = Some(Errno::from_raw_os_error(-error.raw_code()));
+            *result = Some(error.code.map(|code| Errno::from_raw_os_error(-code.get())));
             open -= 1;
         }
-        for (what, ignore, errno) in pending {
-            match errno {
-                Some(errno) if errno.raw_os_error() != 0 && !ignore.contains(&errno) => {
+        for (what, ignore, result) in pending {
+            match result.flatten() {
+                Some(errno) if !ignore.contains(&errno) => {
                     return Err(NetlinkError::kernel(what, errno));
                 }
                 _ => {}
@@ -135,10 +135,9 @@ impl Socket {
             match answer.payload {
                 NetlinkPayload::InnerMessage(message) => return Ok(Some(message)),
                 NetlinkPayload::Error(error) => {
-                    let errno = Errno::from_raw_os_error(-error.raw_code());
-                    return match errno {
-                        Errno::NODEV | Errno::NOENT => Ok(None),
-                        errno => Err(NetlinkError::kernel(what, errno)),
+                    return match error.code.map(|code| Errno::from_raw_os_error(-code.get())) {
+                        None | Some(Errno::NODEV | Errno::NOENT) => Ok(None),
+                        Some(errno) => Err(NetlinkError::kernel(what, errno)),
                     };
                 }
                 _ => {}
@@ -198,8 +197,8 @@ impl Socket {
                 }
                 NetlinkPayload::Done(_) => return Ok(consistent.then_some(list)),
                 NetlinkPayload::Error(error) => {
-                    let errno = Errno::from_raw_os_error(-error.raw_code());
-                    return Err(NetlinkError::kernel(what, errno));
+                    let errno = error.code.map(|code| Errno::from_raw_os_error(-code.get()));
+                    return Err(NetlinkError::kernel(what, errno.unwrap_or(Errno::PROTO)));
                 }
                 NetlinkPayload::Overrun(_) => return self.reopen_and_retry(),
                 _ => {}

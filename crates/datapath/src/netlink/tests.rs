@@ -109,8 +109,9 @@ async fn a_pod_interface_carries_packets_both_ways() {
 async fn routes_to_other_nodes_are_replaced_and_removed() {
     let Some(node) = TempNs::new("routes") else { return };
     let nl = node.netlink();
-    node.ip("link add eth0 type dummy");
+    node.ip("link add eth0 type veth peer name eth1");
     node.ip("link set eth0 up");
+    node.ip("link set eth1 up");
     node.ip("addr add 172.31.255.1/24 dev eth0");
     node.ip("addr add fd31::1/64 dev eth0 nodad");
     let routes = [
@@ -134,8 +135,8 @@ async fn routes_to_other_nodes_are_replaced_and_removed() {
 async fn dumps_are_complete_under_churn() {
     let Some(node) = TempNs::new("churn") else { return };
     let nl = node.netlink();
-    for index in 0..60 {
-        node.ip(&format!("link add stable{index} type dummy"));
+    for index in 0..30 {
+        node.ip(&format!("link add stable{index} type veth peer name stableb{index}"));
     }
     let netns = Arc::clone(nl.netns());
     let churn = thread::spawn(move || {
@@ -145,7 +146,7 @@ async fn dumps_are_complete_under_churn() {
                     let mut ip = Command::new("ip");
                     ip.args(["link", verb, "flap"]);
                     if verb == "add" {
-                        ip.args(["type", "dummy"]);
+                        ip.args(["type", "veth"]);
                     }
                     let _ = ip.status();
                 }
