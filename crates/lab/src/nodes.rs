@@ -113,7 +113,9 @@ impl Keeper {
             let asked = tokio::time::timeout(PATIENCE, self.ask()).await;
             let problem = match asked {
                 Ok(Ok(status)) if status.ready => None,
-                Ok(Ok(status)) => Some(format!("agent is starting: {}", status.problems.join("; "))),
+                Ok(Ok(status)) => {
+                    Some(format!("agent is starting: {}", status.problems.join("; ")))
+                }
                 Ok(Err(error)) => Some(format!("agent does not answer: {error:#}")),
                 Err(_) => Some("agent does not answer in time".to_owned()),
             };
@@ -177,11 +179,8 @@ fn node_status(node: &NodePlan, since: jiff::Timestamp, problem: Option<String>)
         "pods": "110",
         "ephemeral-storage": "10Gi",
     });
-    let mut addresses: Vec<Value> = node
-        .addresses()
-        .iter()
-        .map(|ip| json!({"type": "InternalIP", "address": ip}))
-        .collect();
+    let mut addresses: Vec<Value> =
+        node.addresses().iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
     addresses.push(json!({"type": "Hostname", "address": node.name}));
     json!({
         "addresses": addresses,

@@ -42,7 +42,8 @@ async fn reconcile_one(context: &Context, deployment: &Deployment) -> kube::Resu
         roll(context, deployment, current, &old).await?;
     }
     if deployment.annotations().get(REVISION) != current.annotations().get(REVISION) {
-        let patch = json!({"metadata": {"annotations": {REVISION: revision(&***current).to_string()}}});
+        let patch =
+            json!({"metadata": {"annotations": {REVISION: revision(&***current).to_string()}}});
         let api = deployments(context, deployment);
         let name = deployment.name_any();
         settled(api.patch(&name, &PatchParams::default(), &Patch::Merge(patch)).await)?;
@@ -187,16 +188,15 @@ async fn write_status(
     let updated = current.map_or(0, there);
     let complete = updated == wanted && total == wanted && available >= wanted;
     let name = current.map(ResourceExt::name_any).unwrap_or_default();
-    let minimum = wanted
-        - share(
-            deployment
-                .spec
-                .strategy
-                .as_ref()
-                .and_then(|strategy| strategy.rolling_update.as_ref()?.max_unavailable.as_ref()),
-            wanted,
-            false,
-        );
+    let minimum =
+        wanted
+            - share(
+                deployment.spec.strategy.as_ref().and_then(|strategy| {
+                    strategy.rolling_update.as_ref()?.max_unavailable.as_ref()
+                }),
+                wanted,
+                false,
+            );
     let (is_available, reason, message) = if available >= minimum {
         ("True", "MinimumReplicasAvailable", "Deployment has minimum availability.")
     } else {
@@ -244,8 +244,8 @@ fn condition(old: &Value, kind: &str, status: &str, reason: &str, message: &str)
         _ => now.clone(),
     };
     let same_status = before.is_some_and(|before| before["status"] == status);
-    let same = same_status
-        && before.is_some_and(|b| b["reason"] == reason && b["message"] == message);
+    let same =
+        same_status && before.is_some_and(|b| b["reason"] == reason && b["message"] == message);
     json!({
         "type": kind,
         "status": status,

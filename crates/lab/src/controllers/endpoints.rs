@@ -102,8 +102,7 @@ fn slices(service: &Service, family: &str, pods: &[&Pod]) -> Vec<EndpointSlice> 
     let mut groups: BTreeMap<String, (Vec<Value>, Vec<Value>)> = BTreeMap::new();
     for pod in pods {
         let Some(endpoint) = endpoint(service, family, pod) else { continue };
-        let numbers: Vec<Value> =
-            ports.iter().filter_map(|port| resolved(port, pod)).collect();
+        let numbers: Vec<Value> = ports.iter().filter_map(|port| resolved(port, pod)).collect();
         let key = Value::from(numbers.clone()).to_string();
         groups.entry(key).or_insert_with(|| (numbers, Vec::new())).1.push(endpoint);
     }
@@ -124,7 +123,8 @@ fn slices(service: &Service, family: &str, pods: &[&Pod]) -> Vec<EndpointSlice> 
             let mut labels = service.metadata.labels.clone().unwrap_or_default();
             labels.insert(SERVICE_NAME.to_owned(), service.name_any());
             labels.insert(MANAGED_BY.to_owned(), CONTROLLER.to_owned());
-            let headless = service.spec.as_ref().and_then(|s| s.cluster_ip.as_deref()) == Some("None");
+            let headless =
+                service.spec.as_ref().and_then(|s| s.cluster_ip.as_deref()) == Some("None");
             if headless {
                 labels.insert("service.kubernetes.io/headless".to_owned(), String::new());
             }
@@ -149,16 +149,17 @@ fn resolved(port: &ServicePort, pod: &Pod) -> Option<Value> {
     let number = match &port.target_port {
         None | Some(IntOrString::Int(0)) => port.port,
         Some(IntOrString::Int(number)) => *number,
-        Some(IntOrString::String(name)) => pod
-            .spec
-            .iter()
-            .flat_map(|spec| &spec.containers)
-            .flat_map(|container| container.ports.iter().flatten())
-            .find(|found| {
-                found.name.as_ref() == Some(name)
-                    && found.protocol.as_deref().unwrap_or("TCP") == protocol
-            })?
-            .container_port,
+        Some(IntOrString::String(name)) => {
+            pod.spec
+                .iter()
+                .flat_map(|spec| &spec.containers)
+                .flat_map(|container| container.ports.iter().flatten())
+                .find(|found| {
+                    found.name.as_ref() == Some(name)
+                        && found.protocol.as_deref().unwrap_or("TCP") == protocol
+                })?
+                .container_port
+        }
     };
     let mut out = json!({
         "name": port.name.clone().unwrap_or_default(),
@@ -176,9 +177,12 @@ fn endpoint(service: &Service, family: &str, pod: &Pod) -> Option<Value> {
     if matches!(status.phase.as_deref(), Some("Failed" | "Succeeded")) {
         return None;
     }
-    let address = status.pod_ips.iter().flatten().map(|ip| ip.ip.as_str()).find(|ip| {
-        ip.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv4() == (family == "IPv4"))
-    })?;
+    let address = status
+        .pod_ips
+        .iter()
+        .flatten()
+        .map(|ip| ip.ip.as_str())
+        .find(|ip| ip.parse::<IpAddr>().is_ok_and(|ip| ip.is_ipv4() == (family == "IPv4")))?;
     let terminating = pod.metadata.deletion_timestamp.is_some();
     let serving = ready(pod);
     let published = service.spec.as_ref().and_then(|s| s.publish_not_ready_addresses) == Some(true);

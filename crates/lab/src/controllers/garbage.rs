@@ -160,7 +160,11 @@ fn cached(context: &Context, owner: &OwnerReference) -> bool {
 
 /// The caches may be behind; the API server is not.
 async fn exists(context: &Context, namespace: &str, owner: &OwnerReference) -> kube::Result<bool> {
-    async fn there<K>(context: &Context, namespace: &str, owner: &OwnerReference) -> kube::Result<bool>
+    async fn there<K>(
+        context: &Context,
+        namespace: &str,
+        owner: &OwnerReference,
+    ) -> kube::Result<bool>
     where
         K: Resource<DynamicType = (), Scope = k8s_openapi::NamespaceResourceScope>
             + Clone
@@ -183,10 +187,11 @@ async fn exists(context: &Context, namespace: &str, owner: &OwnerReference) -> k
 
 /// Nobody runs the pods of a node that does not exist: they go without being asked.
 async fn strand(context: &Context) -> kube::Result<()> {
-    let nodes: HashSet<String> =
-        context.nodes.state().iter().map(|node| node.name_any()).collect();
+    let nodes: HashSet<String> = context.nodes.state().iter().map(|node| node.name_any()).collect();
     for pod in context.pods.state() {
-        let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) else { continue };
+        let Some(node) = pod.spec.as_ref().and_then(|spec| spec.node_name.clone()) else {
+            continue;
+        };
         if nodes.contains(&node) {
             continue;
         }

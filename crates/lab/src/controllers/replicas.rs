@@ -20,7 +20,8 @@ pub(super) async fn reconcile(context: &Context) -> kube::Result<()> {
 
 async fn reconcile_one(context: &Context, set: &ReplicaSet) -> kube::Result<()> {
     let uid = set.uid().unwrap_or_default();
-    let cached: Vec<_> = context.pods.state().into_iter().filter(|pod| owned(&**pod, &uid)).collect();
+    let cached: Vec<_> =
+        context.pods.state().into_iter().filter(|pod| owned(&**pod, &uid)).collect();
     let live: Vec<&Pod> = cached.iter().map(|pod| &**pod).filter(|pod| active(pod)).collect();
     let wanted = usize::try_from(wanted(set)).unwrap_or(0);
     if live.len() != wanted {
@@ -51,12 +52,7 @@ pub(super) fn ready(pod: &Pod) -> bool {
         .any(|condition| condition.type_ == "Ready" && condition.status == "True")
 }
 
-async fn scale(
-    context: &Context,
-    set: &ReplicaSet,
-    uid: &str,
-    wanted: usize,
-) -> kube::Result<()> {
+async fn scale(context: &Context, set: &ReplicaSet, uid: &str, wanted: usize) -> kube::Result<()> {
     let namespace = set.namespace().unwrap_or_default();
     let api = Api::<Pod>::namespaced(context.client.clone(), &namespace);
     let all = api.list(&ListParams::default()).await?;
@@ -72,7 +68,9 @@ async fn scale(
     }
     if live.len() > wanted {
         // Those that serve least go first: unready ones, then the youngest.
-        live.sort_by_key(|pod| (ready(pod), std::cmp::Reverse(pod.creation_timestamp().map(|t| t.0))));
+        live.sort_by_key(|pod| {
+            (ready(pod), std::cmp::Reverse(pod.creation_timestamp().map(|t| t.0)))
+        });
         for pod in &live[..live.len() - wanted] {
             settled(api.delete(&pod.name_any(), &DeleteParams::default()).await)?;
         }

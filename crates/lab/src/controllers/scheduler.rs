@@ -29,9 +29,8 @@ pub(super) async fn reconcile(context: &Context) -> kube::Result<()> {
             continue;
         }
         let fitting = nodes.iter().filter(|node| refusal(pod, node).is_none());
-        let best = fitting.min_by_key(|node| {
-            (load.get(&node.name_any()).copied().unwrap_or(0), node.name_any())
-        });
+        let best = fitting
+            .min_by_key(|node| (load.get(&node.name_any()).copied().unwrap_or(0), node.name_any()));
         match best {
             Some(node) => {
                 *load.entry(node.name_any()).or_default() += 1;

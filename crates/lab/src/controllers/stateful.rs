@@ -88,7 +88,8 @@ async fn write_status(
     pods: &[&Pod],
     hash: &str,
 ) -> kube::Result<()> {
-    let updated = pods.iter().filter(|pod| pod.labels().get(REVISION).is_some_and(|h| h == hash)).count();
+    let updated =
+        pods.iter().filter(|pod| pod.labels().get(REVISION).is_some_and(|h| h == hash)).count();
     let ready = pods.iter().filter(|pod| ready(pod)).count();
     let status = json!({
         "observedGeneration": set.metadata.generation,
@@ -101,9 +102,10 @@ async fn write_status(
         "updateRevision": hash,
     });
     let before = serde_json::to_value(&set.status).unwrap_or_default();
-    let same = status.as_object().into_iter().flatten().all(|(key, value)| {
-        &before[key] == value || (value == &json!(0) && before[key].is_null())
-    });
+    let same =
+        status.as_object().into_iter().flatten().all(|(key, value)| {
+            &before[key] == value || (value == &json!(0) && before[key].is_null())
+        });
     if same {
         return Ok(());
     }

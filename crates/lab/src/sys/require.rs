@@ -11,7 +11,9 @@ const NEEDED_KERNEL: (u32, u32) = (6, 6);
 #[derive(Debug, thiserror::Error, PartialEq, Eq)]
 pub enum Missing {
     /// Not root.
-    #[error("the lab needs root, because it creates network namespaces and loads eBPF programs: run it with sudo")]
+    #[error(
+        "the lab needs root, because it creates network namespaces and loads eBPF programs: run it with sudo"
+    )]
     Root,
     /// An old kernel.
     #[error("this kernel is {found}; the lab needs {}.{} or newer (tcx links of eBPF)", NEEDED_KERNEL.0, NEEDED_KERNEL.1)]
@@ -20,13 +22,17 @@ pub enum Missing {
         found: String,
     },
     /// No unified control groups.
-    #[error("no cgroup2 file system is mounted; mount one with: mount -t cgroup2 none /sys/fs/cgroup")]
+    #[error(
+        "no cgroup2 file system is mounted; mount one with: mount -t cgroup2 none /sys/fs/cgroup"
+    )]
     Cgroup2,
     /// A namespace type that the kernel was built without.
     #[error("this kernel has no {0} namespaces (/proc/self/ns/{0} does not exist)")]
     Namespace(&'static str),
     /// No eBPF.
-    #[error("this kernel has no bpf file system (CONFIG_BPF_SYSCALL); eBPF programs cannot be pinned")]
+    #[error(
+        "this kernel has no bpf file system (CONFIG_BPF_SYSCALL); eBPF programs cannot be pinned"
+    )]
     Bpf,
     /// Something could not be read.
     #[error("cannot read {0}")]
