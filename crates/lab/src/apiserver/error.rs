@@ -103,8 +103,11 @@ impl ApiError {
 
     /// No such object.
     pub fn not_found(group: &str, resource: &str, name: &str) -> Self {
-        let mut error =
-            Self::new(404, "NotFound", format!("{} {name:?} not found", qualified(resource, group)));
+        let mut error = Self::new(
+            404,
+            "NotFound",
+            format!("{} {name:?} not found", qualified(resource, group)),
+        );
         error.details = details(group, resource, name);
         error
     }

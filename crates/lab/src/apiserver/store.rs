@@ -231,9 +231,7 @@ impl Store {
                     None => objects.remove(write.key.encode().as_str())?,
                 };
             }
-            transaction
-                .open_table(META)?
-                .insert("revision", revision.to_be_bytes().as_slice())?;
+            transaction.open_table(META)?.insert("revision", revision.to_be_bytes().as_slice())?;
         }
         transaction.commit()?;
         Ok(())
