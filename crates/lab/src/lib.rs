@@ -3,10 +3,12 @@
 pub mod apiserver;
 pub mod builtin;
 pub mod container;
-pub mod controllers;
+pub mod daemon;
 pub mod dns;
+pub mod controllers;
 pub mod fabric;
 pub mod layout;
+pub mod nodes;
 pub mod runner;
 pub mod runtime;
 pub mod sys;
