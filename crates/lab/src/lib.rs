@@ -3,12 +3,10 @@
 pub mod apiserver;
 pub mod builtin;
 pub mod container;
-pub mod daemon;
-pub mod dns;
 pub mod controllers;
+pub mod dns;
 pub mod fabric;
 pub mod layout;
-pub mod nodes;
 pub mod runner;
 pub mod runtime;
 pub mod sys;

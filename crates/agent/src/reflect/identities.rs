@@ -49,8 +49,7 @@ pub fn parse(object: &DynamicObject) -> Option<Identity> {
 
 /// The object for an identity.
 pub fn object(id: u32, labels: &Labels) -> DynamicObject {
-    let mut object =
-        DynamicObject::new(&id.to_string(), &crate::resources::cilium("CiliumIdentity"));
+    let mut object = DynamicObject::new(&id.to_string(), &crate::resources::cilium("CiliumIdentity"));
     let kubernetes: BTreeMap<String, String> = labels
         .iter()
         .filter(|label| label.source == "k8s" && is_object_label(&label.key, &label.value))

@@ -33,7 +33,7 @@ use crate::{
 pub const WATCH_SECONDS: u32 = 60;
 
 /// Follows every kind of object that the agent needs.
-pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
+pub fn follow_all(client: &Client, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let to = || commands.clone();
     tasks.spawn(follow(Api::all(client.clone()), namespaces::Reflect, to()));
@@ -46,7 +46,7 @@ pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Comman
     tasks.spawn(follow(dynamic("CiliumIdentity"), identities::Reflect, to()));
     for kind in crate::tables::POLICY_KINDS {
         let api = Api::all_with(client.clone(), &resources::policy(kind));
-        tasks.spawn(follow(api, policies::Reflect { kind, cluster: cluster.to_owned() }, to()));
+        tasks.spawn(follow(api, policies::Reflect(kind), to()));
     }
     tasks
 }

@@ -46,13 +46,7 @@ fn resource(spec: &Value, version: &Value) -> Resource {
     let names = &spec["names"];
     let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
     let texts = |value: &Value| -> Vec<String> {
-        value
-            .as_array()
-            .into_iter()
-            .flatten()
-            .filter_map(Value::as_str)
-            .map(str::to_owned)
-            .collect()
+        value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
     };
     let (group, kind) = (text(&spec["group"]), text(&names["kind"]));
     let version_name = text(&version["name"]);
@@ -95,12 +89,12 @@ fn resource(spec: &Value, version: &Value) -> Resource {
                 }
             }),
             schema,
-            deprecation: (version["deprecated"] == true).then(
-                || match version["deprecationWarning"].as_str() {
+            deprecation: (version["deprecated"] == true).then(|| {
+                match version["deprecationWarning"].as_str() {
                     Some(text) => text.to_owned(),
                     None => format!("{group}/{version_name} {kind} is deprecated"),
-                },
-            ),
+                }
+            }),
         }),
         group,
         version: version_name,
@@ -110,7 +104,13 @@ fn resource(spec: &Value, version: &Value) -> Resource {
 }
 
 /// The kind's own schema, completed by what every object has, and what that refers to.
-fn definitions(name: &str, schema: &Value, group: &str, version: &str, kind: &str) -> Definitions {
+fn definitions(
+    name: &str,
+    schema: &Value,
+    group: &str,
+    version: &str,
+    kind: &str,
+) -> Definitions {
     const COMMON: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.";
     let mut definitions: Definitions = builtin::DEFINITIONS
         .iter()

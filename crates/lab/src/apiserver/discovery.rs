@@ -39,8 +39,7 @@ pub fn core(registry: &Registry, accept: Option<&str>, known: Option<&str>) -> R
     if wants_aggregated(accept) {
         return aggregated(registry, true, known);
     }
-    let versions =
-        json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []});
+    let versions = json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []});
     reply::object(200, &versions, false)
 }
 
@@ -148,10 +147,8 @@ fn aggregated(registry: &Registry, core: bool, known: Option<&str>) -> Reply {
         .iter()
         .filter(|(group, _)| group.is_empty() == core)
         .map(|(group, versions)| {
-            let versions: Vec<Value> = versions
-                .iter()
-                .map(|version| version_discovery(registry, group, version))
-                .collect();
+            let versions: Vec<Value> =
+                versions.iter().map(|version| version_discovery(registry, group, version)).collect();
             json!({"metadata": {"name": group, "creationTimestamp": null}, "versions": versions})
         })
         .collect();

@@ -36,6 +36,14 @@ pub fn to_served(resource: &Resource, object: &mut Value) {
     object["kind"] = resource.kind.clone().into();
 }
 
+/// Is a stored object served as it is?
+pub fn is_served_as_stored(resource: &Resource, object: &Value) -> bool {
+    object["apiVersion"].as_str().is_some_and(|stored| match stored.split_once('/') {
+        Some((group, version)) => group == resource.group && version == resource.version,
+        None => resource.group.is_empty() && stored == resource.version,
+    })
+}
+
 fn rename(object: &mut Value, from: &str, to: &str) {
     if let Some(fields) = object.as_object_mut()
         && let Some(value) = fields.remove(from)

@@ -100,7 +100,7 @@ pub fn mistyped(value: &Value, schema: Schema<'_>) -> Option<(String, String, St
 
 fn mistyped_at(value: &Value, schema: Schema<'_>, path: &str) -> Option<(String, String, String)> {
     let wrong = |wanted: &str| Some((found(value), path.to_owned(), wanted.to_owned()));
-    if value.is_null() || schema.is_untyped() {
+    if value.is_null() {
         return None;
     }
     if schema.is_int_or_string() {
@@ -113,9 +113,9 @@ fn mistyped_at(value: &Value, schema: Schema<'_>, path: &str) -> Option<(String,
     }
     match (schema.kind(), value) {
         (None, _) => None,
-        (Some("object"), Value::Object(fields)) => fields
-            .iter()
-            .find_map(|(name, child)| mistyped_at(child, schema.field(name)?, &join(path, name))),
+        (Some("object"), Value::Object(fields)) => fields.iter().find_map(|(name, child)| {
+            mistyped_at(child, schema.field(name)?, &join(path, name))
+        }),
         (Some("object"), _) => wrong("object"),
         (Some("array"), Value::Array(items)) => {
             let schema = schema.items()?;

@@ -62,3 +62,8 @@ pub fn has_finalizers(object: &Value) -> bool {
 pub fn is_deleting(object: &Value) -> bool {
     object["metadata"]["deletionTimestamp"].is_string()
 }
+
+/// The object's revision.
+pub fn revision(object: &Value) -> u64 {
+    text(object, "resourceVersion").parse().unwrap_or(0)
+}

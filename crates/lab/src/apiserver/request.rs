@@ -55,9 +55,10 @@ pub fn parse_path(path: &str) -> Option<Path> {
         ["api", version] => {
             Some(Path::Resources { group: String::new(), version: (*version).to_owned() })
         }
-        ["apis", group, version] => {
-            Some(Path::Resources { group: (*group).to_owned(), version: (*version).to_owned() })
-        }
+        ["apis", group, version] => Some(Path::Resources {
+            group: (*group).to_owned(),
+            version: (*version).to_owned(),
+        }),
         ["api", version, rest @ ..] => target("", version, rest).map(Path::Resource),
         ["apis", group, version, rest @ ..] => target(group, version, rest).map(Path::Resource),
         _ => None,
@@ -158,9 +159,9 @@ impl Query {
         match self.all("dryRun") {
             [] => Ok(false),
             values if values.iter().all(|value| value == "All") => Ok(true),
-            _ => {
-                Err(ApiError::bad_request("query parameter \"dryRun\": only \"All\" is supported"))
-            }
+            _ => Err(ApiError::bad_request(
+                "query parameter \"dryRun\": only \"All\" is supported",
+            )),
         }
     }
 }
@@ -183,10 +184,7 @@ mod tests {
         assert_eq!(target.resource, "pods");
         assert_eq!(target.subresource.as_deref(), Some("log"));
         let target = resource("/api/v1/namespaces/default");
-        assert_eq!(
-            (target.resource.as_str(), target.name.as_deref()),
-            ("namespaces", Some("default"))
-        );
+        assert_eq!((target.resource.as_str(), target.name.as_deref()), ("namespaces", Some("default")));
         let target = resource("/api/v1/namespaces/default/finalize");
         assert_eq!(target.subresource.as_deref(), Some("finalize"));
         let target = resource("/apis/apps/v1/deployments");

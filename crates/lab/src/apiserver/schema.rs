@@ -48,11 +48,6 @@ impl<'a> Schema<'a> {
         Self::new(node, self.definitions)
     }
 
-    /// A schema within this one.
-    pub fn branch(self, node: &'a Value) -> Self {
-        self.at(node)
-    }
-
     /// A keyword, as given at the place of use or in what it refers to.
     pub fn keyword(self, name: &str) -> Option<&'a Value> {
         self.place.get(name).or_else(|| self.node.get(name))

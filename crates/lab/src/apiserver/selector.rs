@@ -30,7 +30,8 @@ impl Selector {
         labels: Option<&str>,
         fields: Option<&str>,
     ) -> Result<Self, ApiError> {
-        let mut selector = Self { labels: parse_labels(labels.unwrap_or(""))?, fields: Vec::new() };
+        let mut selector =
+            Self { labels: parse_labels(labels.unwrap_or(""))?, fields: Vec::new() };
         for term in fields.unwrap_or("").split(',').filter(|term| !term.trim().is_empty()) {
             let (path, value, equal) = split_field(term).ok_or_else(|| {
                 ApiError::bad_request(format!(
@@ -38,11 +39,24 @@ impl Selector {
                 ))
             })?;
             if !supported(resource, path) {
-                return Err(ApiError::bad_request(format!("field label not supported: {path}")));
+                return Err(ApiError::bad_request(format!(
+                    "field label not supported: {path}"
+                )));
             }
             selector.fields.push((path.to_owned(), value.to_owned(), equal));
         }
         Ok(selector)
+    }
+
+    /// Does everything match?
+    pub fn is_empty(&self) -> bool {
+        self.labels.is_empty() && self.fields.is_empty()
+    }
+
+    /// The only name that can match, if the selector says so.
+    pub fn name(&self) -> Option<&str> {
+        let found = self.fields.iter().find(|(path, _, equal)| path == "metadata.name" && *equal)?;
+        Some(&found.1)
     }
 
     /// Does the object match?
@@ -62,9 +76,7 @@ impl Requirement {
         let number = |key: &str| label(key).and_then(|value| value.parse::<i64>().ok());
         match self {
             Self::In(key, values) => label(key).is_some_and(|is| values.iter().any(|v| v == is)),
-            Self::NotIn(key, values) => {
-                !label(key).is_some_and(|is| values.iter().any(|v| v == is))
-            }
+            Self::NotIn(key, values) => !label(key).is_some_and(|is| values.iter().any(|v| v == is)),
             Self::Exists(key) => label(key).is_some(),
             Self::Missing(key) => label(key).is_none(),
             Self::Greater(key, bound) => number(key).is_some_and(|is| is > *bound),
