@@ -35,7 +35,7 @@ const PAUSE: (Duration, Duration) = (Duration::from_millis(20), Duration::from_s
 #[derive(Debug)]
 pub enum Command {
     /// An intent table changes.
-    Intent(Intent),
+    Intent(Box<Intent>),
     /// Try again what failed.
     Retry,
 }
@@ -125,7 +125,7 @@ impl Engine {
         let mut batch = Vec::new();
         while commands.blocking_recv_many(&mut batch, BATCH) > 0 {
             let intents = batch.drain(..).filter_map(|command| match command {
-                Command::Intent(intent) => Some(intent),
+                Command::Intent(intent) => Some(*intent),
                 Command::Retry => None,
             });
             if self.round(intents.collect()) {

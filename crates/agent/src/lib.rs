@@ -1,8 +1,16 @@
 //! The node agent: API objects to tables to the kernel. See `app` for the wiring.
 
+pub mod admin;
+pub mod app;
 pub mod cni;
+pub mod endpoints;
+pub mod engine;
 pub mod ipam;
 mod names;
+pub mod observer;
+pub mod publish;
 pub mod reconcile;
+pub mod reflect;
 pub mod resolve;
+mod resources;
 pub mod tables;

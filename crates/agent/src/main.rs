@@ -1,9 +1,14 @@
 //! The node agent: API objects to tables to kernel.
 
-use std::process::ExitCode;
+use clap::Parser;
+use palisade_agent::app::{self, Options};
+use tracing_subscriber::EnvFilter;
 
-/// Fails at once: a binary that does nothing must not look like one that did its work.
-fn main() -> ExitCode {
-    eprintln!("palisade-agent: not usable yet: its parts are not wired up (see the README)");
-    ExitCode::FAILURE
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_env("PALISADE_AGENT_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).init();
+    let runtime =
+        tokio::runtime::Builder::new_multi_thread().worker_threads(2).enable_all().build()?;
+    runtime.block_on(app::run(options))
 }

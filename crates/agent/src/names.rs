@@ -15,7 +15,6 @@ pub(crate) fn protocol(protocol: u8) -> String {
 }
 
 /// Number of a protocol that Kubernetes names; TCP where it names none.
-#[expect(dead_code, reason = "for the reflectors, which no target builds yet")]
 pub(crate) fn protocol_number(name: Option<&str>) -> Option<u8> {
     match name {
         None | Some("TCP") => Some(number::TCP),

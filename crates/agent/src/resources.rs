@@ -4,7 +4,7 @@ use kube::core::{ApiResource, GroupVersionKind};
 use palisade_policy::model::PolicyKind;
 
 /// A kind of `cilium.io/v2`.
-pub fn cilium(kind: &str) -> ApiResource {
+pub(crate) fn cilium(kind: &str) -> ApiResource {
     let plural = match kind {
         "CiliumIdentity" => "ciliumidentities",
         "CiliumEndpoint" => "ciliumendpoints",
@@ -16,7 +16,7 @@ pub fn cilium(kind: &str) -> ApiResource {
 }
 
 /// A kind of policy.
-pub fn policy(kind: PolicyKind) -> ApiResource {
+pub(crate) fn policy(kind: PolicyKind) -> ApiResource {
     match kind {
         PolicyKind::NetworkPolicy => ApiResource::from_gvk_with_plural(
             &GroupVersionKind::gvk("networking.k8s.io", "v1", "NetworkPolicy"),

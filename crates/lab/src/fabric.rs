@@ -41,6 +41,8 @@ async fn build_bridge() -> anyhow::Result<()> {
 
 fn add_node(fabric: &Path, node: &NodePlan) -> anyhow::Result<()> {
     let path = netns::create(&node.netns())?;
+    // An interface takes the defaults of its namespace when it comes in, so they are set before.
+    within(&path, || async { Ok(settings()?) })?;
     let target = fs::File::open(&path)?;
     let plan = node.clone();
     within(fabric, move || async move {
@@ -69,7 +71,6 @@ fn add_node(fabric: &Path, node: &NodePlan) -> anyhow::Result<()> {
     })?;
     let plan = node.clone();
     within(&path, move || async move {
-        settings()?;
         let handle = connect()?;
         up(&handle, "lo").await?;
         let uplink = index(&handle, UPLINK).await?;

@@ -1,9 +1,166 @@
-//! A whole cluster on one machine: API server, controllers, pod runner, nodes, DNS.
+//! `palisade-lab`: a whole cluster on one machine.
 
-use std::process::ExitCode;
+use std::ffi::OsString;
+use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
+use std::process::{Command, ExitCode};
 
-/// Fails at once: a binary that does nothing must not look like one that did its work.
+use anyhow::{Context, bail};
+use clap::{Parser, Subcommand, ValueEnum};
+use palisade_lab::daemon::{self, Options};
+use palisade_lab::layout::{Layout, MAX_NODES, NodePlan};
+use palisade_lab::sys::{cgroup, netns};
+use palisade_lab::{builtin, container};
+
+/// A whole Kubernetes cluster on this machine, with Palisade as its network.
+#[derive(Debug, Parser)]
+#[command(
+    name = "palisade lab",
+    version,
+    after_help = "Examples:
+  palisade lab up --nodes 3
+  export KUBECONFIG=$(palisade lab kubeconfig)
+  kubectl get nodes
+  palisade lab exec node1 -- ip route
+  palisade lab down"
+)]
+struct Cli {
+    #[command(subcommand)]
+    command: Task,
+}
+
+#[derive(Debug, Clone, Copy, ValueEnum)]
+enum Format {
+    Table,
+    Json,
+}
+
+#[derive(Debug, Subcommand)]
+enum Task {
+    /// Start the lab and wait until it can be used
+    Up {
+        #[command(flatten)]
+        options: Options,
+        /// Stay in the foreground; Ctrl-C takes the lab down
+        #[arg(long)]
+        foreground: bool,
+    },
+    /// End the lab and remove everything of it, leftovers of a crashed one too
+    Down,
+    /// Show how the lab is
+    Status {
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Format,
+    },
+    /// Print the path of the kubeconfig
+    Kubeconfig,
+    /// Run a command in a node's network namespace
+    Exec {
+        /// The node, for example node1
+        node: String,
+        /// The command
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    #[command(hide = true)]
+    Daemon {
+        #[command(flatten)]
+        options: Options,
+    },
+    #[command(hide = true)]
+    NetnsExec {
+        #[arg(long)]
+        cgroup: Option<PathBuf>,
+        netns: PathBuf,
+        #[arg(last = true, required = true)]
+        command: Vec<OsString>,
+    },
+    #[command(hide = true)]
+    ContainerInit { spec: PathBuf },
+    #[command(hide = true)]
+    ContainerMain { spec: PathBuf },
+    #[command(hide = true)]
+    ContainerExec { spec: PathBuf },
+    #[command(hide = true)]
+    ContainerRun {
+        #[arg(long)]
+        tty: bool,
+        #[arg(last = true, required = true)]
+        command: Vec<String>,
+    },
+    #[command(hide = true)]
+    Builtin {
+        name: String,
+        #[arg(trailing_var_arg = true, allow_hyphen_values = true)]
+        arguments: Vec<String>,
+    },
+}
+
 fn main() -> ExitCode {
-    eprintln!("palisade-lab: not usable yet: its parts are not wired up (see the README)");
-    ExitCode::FAILURE
+    let outcome = as_tool().unwrap_or_else(|| perform(Cli::parse().command));
+    outcome.unwrap_or_else(|error| {
+        eprintln!("Error: {error:#}");
+        ExitCode::FAILURE
+    })
+}
+
+/// Inside containers this program goes by the names of the tools it stands for.
+fn as_tool() -> Option<anyhow::Result<ExitCode>> {
+    let mut arguments = std::env::args();
+    let program = arguments.next()?;
+    let name = Path::new(&program).file_name()?.to_str()?;
+    let known = builtin::TOOLS.contains(&name) || builtin::ROOT_PROGRAMS.contains(&name);
+    known.then(|| builtin::run(name, &arguments.collect::<Vec<_>>()))?
+}
+
+fn perform(task: Task) -> anyhow::Result<ExitCode> {
+    match task {
+        Task::Up { options, foreground } => daemon::up(&options, foreground),
+        Task::Down => daemon::down(),
+        Task::Status { output } => daemon::status(matches!(output, Format::Json)),
+        Task::Kubeconfig => kubeconfig(),
+        Task::Exec { node, command } => exec(&node, &command),
+        Task::Daemon { options } => daemon::serve(&options),
+        Task::NetnsExec { cgroup, netns, command } => {
+            netns_exec(cgroup.as_deref(), &netns, &command)
+        }
+        Task::ContainerInit { spec } => container::init(&spec),
+        Task::ContainerMain { spec } => container::main(&spec),
+        Task::ContainerExec { spec } => container::exec(&spec),
+        Task::ContainerRun { tty, command } => container::run(tty, &command),
+        Task::Builtin { name, arguments } => builtin::run(&name, &arguments)
+            .with_context(|| format!("there is no built-in program {name:?}"))?,
+    }
+}
+
+fn kubeconfig() -> anyhow::Result<ExitCode> {
+    let path = Layout::default().kubeconfig();
+    if !path.exists() {
+        bail!("no lab is running; start one with: palisade lab up");
+    }
+    println!("{}", path.display());
+    Ok(ExitCode::SUCCESS)
+}
+
+fn exec(node: &str, command: &[OsString]) -> anyhow::Result<ExitCode> {
+    let plan = NodePlan::all(MAX_NODES).into_iter().find(|plan| plan.name == node);
+    let Some(plan) = plan.filter(|plan| plan.netns_path().exists()) else {
+        bail!("there is no node {node:?} in a running lab; `palisade lab status` lists them");
+    };
+    netns_exec(None, &plan.netns_path(), command)
+}
+
+/// Becomes the command, inside the network namespace.
+fn netns_exec(
+    group: Option<&Path>,
+    netns: &Path,
+    command: &[OsString],
+) -> anyhow::Result<ExitCode> {
+    if let Some(group) = group {
+        cgroup::join(group).with_context(|| format!("cannot join {}", group.display()))?;
+    }
+    netns::enter(netns).with_context(|| format!("cannot enter {}", netns.display()))?;
+    let Some((program, arguments)) = command.split_first() else { bail!("no command given") };
+    Err(Command::new(program).args(arguments).exec())
+        .with_context(|| format!("cannot run {}", program.display()))
 }

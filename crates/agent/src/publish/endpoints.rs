@@ -30,7 +30,8 @@ pub(super) async fn write(
         "name": state.pod.name,
         "uid": state.uid,
     }]);
-    let content = json!({ "metadata": { "ownerReferences": owner }, "status": status(scope, state) });
+    let content =
+        json!({ "metadata": { "ownerReferences": owner }, "status": status(scope, state) });
     let params = PatchParams::default();
     match api.patch(&state.pod.name, &params, &Patch::Merge(&content)).await {
         Err(kube::Error::Api(error)) if error.code == 404 => {}
@@ -38,7 +39,8 @@ pub(super) async fn write(
     }
     let mut object = DynamicObject::new(&state.pod.name, &resource);
     object.metadata.namespace = Some(state.pod.namespace.clone());
-    object.metadata.owner_references = serde_json::from_value(content["metadata"]["ownerReferences"].clone()).ok();
+    object.metadata.owner_references =
+        serde_json::from_value(content["metadata"]["ownerReferences"].clone()).ok();
     object.data = json!({ "status": content["status"] });
     // The namespace may be going: then there is nothing to write to.
     gone_is_done(api.create(&PostParams::default(), &object).await)

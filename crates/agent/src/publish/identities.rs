@@ -35,7 +35,7 @@ pub(super) async fn allocate(
                 if let Some(commands) = commands.upgrade() {
                     let intent = Intent::Identity(Change::Put(identity));
                     // The engine ended: nobody needs the number.
-                    let _ = commands.send(Command::Intent(intent)).await;
+                    let _ = commands.send(Command::Intent(Box::new(intent))).await;
                 }
                 return labels;
             }

@@ -31,7 +31,7 @@ impl Parse for Reflect {
 }
 
 /// The identity that an object stands for; none where its name or its labels make no sense.
-pub fn parse(object: &DynamicObject) -> Option<Identity> {
+pub(crate) fn parse(object: &DynamicObject) -> Option<Identity> {
     let id: u32 = object.name_any().parse().ok()?;
     if !(number::CLUSTER_MIN..=number::CLUSTER_MAX).contains(&id) {
         return None;
@@ -48,8 +48,9 @@ pub fn parse(object: &DynamicObject) -> Option<Identity> {
 }
 
 /// The object for an identity.
-pub fn object(id: u32, labels: &Labels) -> DynamicObject {
-    let mut object = DynamicObject::new(&id.to_string(), &crate::resources::cilium("CiliumIdentity"));
+pub(crate) fn object(id: u32, labels: &Labels) -> DynamicObject {
+    let mut object =
+        DynamicObject::new(&id.to_string(), &crate::resources::cilium("CiliumIdentity"));
     let kubernetes: BTreeMap<String, String> = labels
         .iter()
         .filter(|label| label.source == "k8s" && is_object_label(&label.key, &label.value))

@@ -33,7 +33,7 @@ use crate::{
 pub const WATCH_SECONDS: u32 = 60;
 
 /// Follows every kind of object that the agent needs.
-pub fn follow_all(client: &Client, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
+pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let to = || commands.clone();
     tasks.spawn(follow(Api::all(client.clone()), namespaces::Reflect, to()));
@@ -46,7 +46,7 @@ pub fn follow_all(client: &Client, commands: &mpsc::Sender<Command>) -> JoinSet<
     tasks.spawn(follow(dynamic("CiliumIdentity"), identities::Reflect, to()));
     for kind in crate::tables::POLICY_KINDS {
         let api = Api::all_with(client.clone(), &resources::policy(kind));
-        tasks.spawn(follow(api, policies::Reflect(kind), to()));
+        tasks.spawn(follow(api, policies::Reflect { kind, cluster: cluster.to_owned() }, to()));
     }
     tasks
 }
@@ -99,7 +99,7 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
                 Change::Failed(error.to_string())
             }
         };
-        if commands.send(Command::Intent(parse.intent(change))).await.is_err() {
+        if commands.send(Command::Intent(Box::new(parse.intent(change)))).await.is_err() {
             return;
         }
     }

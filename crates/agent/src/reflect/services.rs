@@ -100,7 +100,7 @@ impl Parse for Slices {
                     })
                 })
                 .collect(),
-            backends: object.endpoints.iter().flat_map(backends).collect(),
+            backends: object.endpoints.iter().flatten().flat_map(backends).collect(),
         })
     }
 

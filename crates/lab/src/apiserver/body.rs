@@ -10,7 +10,7 @@ use super::error::ApiError;
 use super::protobuf;
 
 /// A decoded body.
-pub struct Decoded {
+pub(super) struct Decoded {
     /// The object.
     pub value: Value,
     /// Paths of fields that occurred twice; the last one counts.
@@ -18,7 +18,7 @@ pub struct Decoded {
 }
 
 /// Decodes a body by its media type.
-pub fn decode(content_type: &str, body: &[u8]) -> Result<Decoded, ApiError> {
+pub(super) fn decode(content_type: &str, body: &[u8]) -> Result<Decoded, ApiError> {
     let media = content_type.split(';').next().unwrap_or("").trim();
     match media {
         "" | "application/json" => json(body),
@@ -34,7 +34,7 @@ pub fn decode(content_type: &str, body: &[u8]) -> Result<Decoded, ApiError> {
 }
 
 /// Decodes JSON.
-pub fn json(body: &[u8]) -> Result<Decoded, ApiError> {
+pub(super) fn json(body: &[u8]) -> Result<Decoded, ApiError> {
     let duplicates = RefCell::new(Vec::new());
     let mut deserializer = serde_json::Deserializer::from_slice(body);
     let seed = Node { path: String::new(), duplicates: &duplicates };
@@ -46,7 +46,7 @@ pub fn json(body: &[u8]) -> Result<Decoded, ApiError> {
 }
 
 /// Decodes YAML (of which JSON is a part, as `kubectl apply --server-side` sends).
-pub fn yaml(body: &[u8]) -> Result<Decoded, ApiError> {
+pub(super) fn yaml(body: &[u8]) -> Result<Decoded, ApiError> {
     if body.trim_ascii_start().first() == Some(&b'{') {
         return json(body);
     }
@@ -139,7 +139,7 @@ impl<'de> Visitor<'de> for Node<'_> {
 }
 
 /// `a` + `b` → `a.b`.
-pub fn join(path: &str, name: &str) -> String {
+pub(super) fn join(path: &str, name: &str) -> String {
     if path.is_empty() { name.to_owned() } else { format!("{path}.{name}") }
 }
 

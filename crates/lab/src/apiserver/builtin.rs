@@ -14,7 +14,7 @@ use super::schema::Definitions;
 
 /// A built-in kind.
 #[derive(Debug)]
-pub struct Builtin {
+pub(super) struct Builtin {
     /// API group; empty for core.
     pub group: &'static str,
     /// Version.
@@ -54,7 +54,7 @@ macro_rules! kinds {
 }
 
 /// All built-in kinds.
-pub const KINDS: &[Builtin] = kinds! {
+pub(super) const KINDS: &[Builtin] = kinds! {
     "" "v1" "ConfigMap" "configmaps" ["cm"], namespaced only plain "io.k8s.api.core.v1.ConfigMap" [];
     "" "v1" "Endpoints" "endpoints" ["ep"], namespaced only plain "io.k8s.api.core.v1.Endpoints" [];
     "" "v1" "Event" "events" ["ev"], namespaced only plain "io.k8s.api.core.v1.Event" [];
@@ -107,7 +107,11 @@ const fn apply_only(keys: &'static [&'static str]) -> Merge {
 /// (definition, field, how it merges). Lists that are not named here are atomic, which is said
 /// explicitly in the served schema only where a reader would look for it.
 const EXTENSIONS: &[(&str, &str, Merge)] = &[
-    ("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta", "finalizers", Merge::Set { strategic: true }),
+    (
+        "io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta",
+        "finalizers",
+        Merge::Set { strategic: true },
+    ),
     ("io.k8s.apimachinery.pkg.apis.meta.v1.ObjectMeta", "ownerReferences", keyed(&["uid"])),
     ("io.k8s.api.core.v1.PodSpec", "containers", keyed(&["name"])),
     ("io.k8s.api.core.v1.PodSpec", "initContainers", keyed(&["name"])),
@@ -115,7 +119,11 @@ const EXTENSIONS: &[(&str, &str, Merge)] = &[
     ("io.k8s.api.core.v1.PodSpec", "volumes", retained(&["name"])),
     ("io.k8s.api.core.v1.PodSpec", "imagePullSecrets", keyed(&["name"])),
     ("io.k8s.api.core.v1.PodSpec", "hostAliases", keyed(&["ip"])),
-    ("io.k8s.api.core.v1.PodSpec", "topologySpreadConstraints", keyed(&["topologyKey", "whenUnsatisfiable"])),
+    (
+        "io.k8s.api.core.v1.PodSpec",
+        "topologySpreadConstraints",
+        keyed(&["topologyKey", "whenUnsatisfiable"]),
+    ),
     ("io.k8s.api.core.v1.PodSpec", "schedulingGates", keyed(&["name"])),
     ("io.k8s.api.core.v1.PodSpec", "resourceClaims", retained(&["name"])),
     ("io.k8s.api.core.v1.Container", "ports", keyed(&["containerPort", "protocol"])),
@@ -143,7 +151,11 @@ const EXTENSIONS: &[(&str, &str, Merge)] = &[
     ("io.k8s.api.apps.v1.StatefulSetStatus", "conditions", keyed(&["type"])),
     ("io.k8s.api.apps.v1.DaemonSetStatus", "conditions", keyed(&["type"])),
     ("io.k8s.api.discovery.v1.Endpoint", "addresses", Merge::Set { strategic: false }),
-    ("io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceDefinitionStatus", "conditions", apply_only(&["type"])),
+    (
+        "io.k8s.apiextensions-apiserver.pkg.apis.apiextensions.v1.CustomResourceDefinitionStatus",
+        "conditions",
+        apply_only(&["type"]),
+    ),
 ];
 
 /// Definitions whose objects are one value when merged.
@@ -164,8 +176,10 @@ const ATOMIC: &[&str] = &[
 ];
 
 /// Maps that are one value when merged: (definition, field).
-const ATOMIC_FIELDS: &[(&str, &str)] =
-    &[("io.k8s.api.core.v1.PodSpec", "nodeSelector"), ("io.k8s.api.core.v1.ServiceSpec", "selector")];
+const ATOMIC_FIELDS: &[(&str, &str)] = &[
+    ("io.k8s.api.core.v1.PodSpec", "nodeSelector"),
+    ("io.k8s.api.core.v1.ServiceSpec", "selector"),
+];
 
 /// Defaults that decide list keys, and so must be known to merges.
 const KEY_DEFAULTS: &[(&str, &str, &str)] = &[
@@ -174,15 +188,19 @@ const KEY_DEFAULTS: &[(&str, &str, &str)] = &[
 ];
 
 /// Schemas of all built-in kinds.
-pub static DEFINITIONS: LazyLock<Arc<Definitions>> = LazyLock::new(|| Arc::new(definitions()));
+pub(super) static DEFINITIONS: LazyLock<Arc<Definitions>> =
+    LazyLock::new(|| Arc::new(definitions()));
 
 fn definitions() -> Definitions {
     let settings = SchemaSettings::openapi3()
         .with(|settings| settings.definitions_path = "/components/schemas".into());
     let mut generator = SchemaGenerator::new(settings);
     collect(&mut generator);
-    let mut definitions: Definitions =
-        generator.take_definitions(false).into_iter().map(|(name, node)| (name, tidy(node))).collect();
+    let mut definitions: Definitions = generator
+        .take_definitions(false)
+        .into_iter()
+        .map(|(name, node)| (name, tidy(node)))
+        .collect();
     for kind in KINDS {
         top_level(&mut definitions, kind);
     }
@@ -328,7 +346,10 @@ mod tests {
         let fields = EXTENSIONS.iter().map(|(definition, field, _)| (*definition, *field));
         let defaults = KEY_DEFAULTS.iter().map(|(definition, field, _)| (*definition, *field));
         for (definition, field) in fields.chain(defaults).chain(ATOMIC_FIELDS.iter().copied()) {
-            assert!(property(&mut definitions, definition, field).is_some(), "{definition}.{field}");
+            assert!(
+                property(&mut definitions, definition, field).is_some(),
+                "{definition}.{field}"
+            );
         }
     }
 

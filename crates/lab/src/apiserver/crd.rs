@@ -35,7 +35,7 @@ pub struct ScalePaths {
 }
 
 /// The resources that a definition adds: one per served version.
-pub fn resources(definition: &Value) -> Vec<Resource> {
+pub(super) fn resources(definition: &Value) -> Vec<Resource> {
     let spec = &definition["spec"];
     let versions = spec["versions"].as_array().map_or(&[][..], Vec::as_slice);
     let served = versions.iter().filter(|version| version["served"] == true);
@@ -46,7 +46,13 @@ fn resource(spec: &Value, version: &Value) -> Resource {
     let names = &spec["names"];
     let text = |value: &Value| value.as_str().unwrap_or("").to_owned();
     let texts = |value: &Value| -> Vec<String> {
-        value.as_array().into_iter().flatten().filter_map(Value::as_str).map(str::to_owned).collect()
+        value
+            .as_array()
+            .into_iter()
+            .flatten()
+            .filter_map(Value::as_str)
+            .map(str::to_owned)
+            .collect()
     };
     let (group, kind) = (text(&spec["group"]), text(&names["kind"]));
     let version_name = text(&version["name"]);
@@ -89,12 +95,12 @@ fn resource(spec: &Value, version: &Value) -> Resource {
                 }
             }),
             schema,
-            deprecation: (version["deprecated"] == true).then(|| {
-                match version["deprecationWarning"].as_str() {
+            deprecation: (version["deprecated"] == true).then(
+                || match version["deprecationWarning"].as_str() {
                     Some(text) => text.to_owned(),
                     None => format!("{group}/{version_name} {kind} is deprecated"),
-                }
-            }),
+                },
+            ),
         }),
         group,
         version: version_name,
@@ -104,13 +110,7 @@ fn resource(spec: &Value, version: &Value) -> Resource {
 }
 
 /// The kind's own schema, completed by what every object has, and what that refers to.
-fn definitions(
-    name: &str,
-    schema: &Value,
-    group: &str,
-    version: &str,
-    kind: &str,
-) -> Definitions {
+fn definitions(name: &str, schema: &Value, group: &str, version: &str, kind: &str) -> Definitions {
     const COMMON: &str = "io.k8s.apimachinery.pkg.apis.meta.v1.";
     let mut definitions: Definitions = builtin::DEFINITIONS
         .iter()
@@ -133,7 +133,7 @@ fn definitions(
 }
 
 /// The status of an accepted definition.
-pub fn status(definition: &Value) -> Value {
+pub(super) fn status(definition: &Value) -> Value {
     let now = super::meta::now();
     let condition = |kind: &str, reason: &str, message: &str| {
         json!({"type": kind, "status": "True", "reason": reason, "message": message,

@@ -3,7 +3,7 @@
 use serde_json::{Map, Value, json};
 
 /// Fills in the defaults of a built-in kind (`group/plural`).
-pub fn apply(kind: &str, object: &mut Value) {
+pub(super) fn apply(kind: &str, object: &mut Value) {
     match kind {
         "/pods" => pod_spec(&mut object["spec"], true),
         "/services" => service(&mut object["spec"]),

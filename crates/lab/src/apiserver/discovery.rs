@@ -12,7 +12,7 @@ const VERBS: [&str; 8] =
     ["create", "delete", "deletecollection", "get", "list", "patch", "update", "watch"];
 
 /// `/version`.
-pub fn version() -> Value {
+pub(super) fn version() -> Value {
     json!({
         "major": "1", "minor": "37", "gitVersion": "v1.37.1+palisade", "gitCommit": "",
         "gitTreeState": "clean", "buildDate": "2026-11-01T00:00:00Z", "goVersion": "",
@@ -21,7 +21,7 @@ pub fn version() -> Value {
 }
 
 /// The paths that `/` lists.
-pub fn root(registry: &Registry) -> Vec<String> {
+pub(super) fn root(registry: &Registry) -> Vec<String> {
     let mut paths: Vec<String> =
         ["/api", "/api/v1", "/apis", "/healthz", "/livez", "/openapi/v3", "/readyz", "/version"]
             .map(str::to_owned)
@@ -35,16 +35,17 @@ pub fn root(registry: &Registry) -> Vec<String> {
 }
 
 /// `/api`.
-pub fn core(registry: &Registry, accept: Option<&str>, known: Option<&str>) -> Reply {
+pub(super) fn core(registry: &Registry, accept: Option<&str>, known: Option<&str>) -> Reply {
     if wants_aggregated(accept) {
         return aggregated(registry, true, known);
     }
-    let versions = json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []});
+    let versions =
+        json!({"kind": "APIVersions", "versions": ["v1"], "serverAddressByClientCIDRs": []});
     reply::object(200, &versions, false)
 }
 
 /// `/apis`.
-pub fn groups(registry: &Registry, accept: Option<&str>, known: Option<&str>) -> Reply {
+pub(super) fn groups(registry: &Registry, accept: Option<&str>, known: Option<&str>) -> Reply {
     if wants_aggregated(accept) {
         return aggregated(registry, false, known);
     }
@@ -59,7 +60,7 @@ pub fn groups(registry: &Registry, accept: Option<&str>, known: Option<&str>) ->
 }
 
 /// `/apis/GROUP`.
-pub fn group(registry: &Registry, name: &str) -> Result<Reply, ApiError> {
+pub(super) fn group(registry: &Registry, name: &str) -> Result<Reply, ApiError> {
     let groups = registry.groups();
     let (group, versions) =
         groups.iter().find(|(group, _)| group == name).ok_or_else(ApiError::no_such_path)?;
@@ -78,7 +79,11 @@ fn api_group(group: &str, versions: &[String]) -> Value {
 }
 
 /// `/api/v1`, `/apis/GROUP/VERSION`.
-pub fn resources(registry: &Registry, group: &str, version: &str) -> Result<Reply, ApiError> {
+pub(super) fn resources(
+    registry: &Registry,
+    group: &str,
+    version: &str,
+) -> Result<Reply, ApiError> {
     let mut rows = Vec::new();
     for found in registry.iter().filter(|found| found.group == group && found.version == version) {
         rows.push(json!({
@@ -147,8 +152,10 @@ fn aggregated(registry: &Registry, core: bool, known: Option<&str>) -> Reply {
         .iter()
         .filter(|(group, _)| group.is_empty() == core)
         .map(|(group, versions)| {
-            let versions: Vec<Value> =
-                versions.iter().map(|version| version_discovery(registry, group, version)).collect();
+            let versions: Vec<Value> = versions
+                .iter()
+                .map(|version| version_discovery(registry, group, version))
+                .collect();
             json!({"metadata": {"name": group, "creationTimestamp": null}, "versions": versions})
         })
         .collect();
@@ -160,7 +167,7 @@ fn aggregated(registry: &Registry, core: bool, known: Option<&str>) -> Reply {
 }
 
 /// An answer with an `ETag`, or 304 if the client has it.
-pub fn tagged(content_type: &str, value: &Value, known: Option<&str>) -> Reply {
+pub(super) fn tagged(content_type: &str, value: &Value, known: Option<&str>) -> Reply {
     let text = value.to_string();
     let tag = format!("\"{}\"", hash(text.as_bytes()));
     let mut answer = if known == Some(tag.as_str()) {
@@ -178,7 +185,7 @@ pub fn tagged(content_type: &str, value: &Value, known: Option<&str>) -> Reply {
 }
 
 /// SHA-256 in hexadecimal.
-pub fn hash(bytes: &[u8]) -> String {
+pub(super) fn hash(bytes: &[u8]) -> String {
     Sha256::digest(bytes).iter().map(|byte| format!("{byte:02X}")).collect()
 }
 

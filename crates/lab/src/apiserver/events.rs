@@ -16,7 +16,7 @@ const NAMES: &[(&str, &str)] = &[
 ];
 
 /// Turns an object from the shape in which it is served into the stored one.
-pub fn to_stored(resource: &Resource, object: &mut Value) {
+pub(super) fn to_stored(resource: &Resource, object: &mut Value) {
     if resource.is("events.k8s.io", "events") {
         for (stored, served) in NAMES {
             rename(object, served, stored);
@@ -26,7 +26,7 @@ pub fn to_stored(resource: &Resource, object: &mut Value) {
 }
 
 /// Turns a stored object into the shape in which it is served.
-pub fn to_served(resource: &Resource, object: &mut Value) {
+pub(super) fn to_served(resource: &Resource, object: &mut Value) {
     if resource.is("events.k8s.io", "events") {
         for (stored, served) in NAMES {
             rename(object, stored, served);
@@ -34,14 +34,6 @@ pub fn to_served(resource: &Resource, object: &mut Value) {
     }
     object["apiVersion"] = resource.api_version().into();
     object["kind"] = resource.kind.clone().into();
-}
-
-/// Is a stored object served as it is?
-pub fn is_served_as_stored(resource: &Resource, object: &Value) -> bool {
-    object["apiVersion"].as_str().is_some_and(|stored| match stored.split_once('/') {
-        Some((group, version)) => group == resource.group && version == resource.version,
-        None => resource.group.is_empty() && stored == resource.version,
-    })
 }
 
 fn rename(object: &mut Value, from: &str, to: &str) {

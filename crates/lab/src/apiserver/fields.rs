@@ -7,7 +7,7 @@ use super::body::join;
 use super::schema::Schema;
 
 /// Removes fields that the schema does not know and returns their paths.
-pub fn prune(value: &mut Value, schema: Schema<'_>) -> Vec<String> {
+pub(super) fn prune(value: &mut Value, schema: Schema<'_>) -> Vec<String> {
     let mut unknown = Vec::new();
     prune_at(value, schema, "", &mut unknown);
     unknown
@@ -44,7 +44,7 @@ fn prune_at(value: &mut Value, schema: Schema<'_>, path: &str, unknown: &mut Vec
 }
 
 /// Removes nulls, which built-in kinds take for absent fields.
-pub fn drop_nulls(value: &mut Value, schema: Schema<'_>) {
+pub(super) fn drop_nulls(value: &mut Value, schema: Schema<'_>) {
     match value {
         Value::Object(fields) if !schema.is_untyped() => {
             fields.retain(|_, child| !child.is_null());
@@ -64,7 +64,7 @@ pub fn drop_nulls(value: &mut Value, schema: Schema<'_>) {
 }
 
 /// Fills in the schema's defaults.
-pub fn default(value: &mut Value, schema: Schema<'_>) {
+pub(super) fn default(value: &mut Value, schema: Schema<'_>) {
     match value {
         Value::Object(fields) => {
             for (name, schema) in schema.properties() {
@@ -94,13 +94,13 @@ pub fn default(value: &mut Value, schema: Schema<'_>) {
 }
 
 /// A value that a built-in kind's field cannot hold: (what was found, path, what belongs there).
-pub fn mistyped(value: &Value, schema: Schema<'_>) -> Option<(String, String, String)> {
+pub(super) fn mistyped(value: &Value, schema: Schema<'_>) -> Option<(String, String, String)> {
     mistyped_at(value, schema, "")
 }
 
 fn mistyped_at(value: &Value, schema: Schema<'_>, path: &str) -> Option<(String, String, String)> {
     let wrong = |wanted: &str| Some((found(value), path.to_owned(), wanted.to_owned()));
-    if value.is_null() {
+    if value.is_null() || schema.is_untyped() {
         return None;
     }
     if schema.is_int_or_string() {
@@ -113,9 +113,9 @@ fn mistyped_at(value: &Value, schema: Schema<'_>, path: &str) -> Option<(String,
     }
     match (schema.kind(), value) {
         (None, _) => None,
-        (Some("object"), Value::Object(fields)) => fields.iter().find_map(|(name, child)| {
-            mistyped_at(child, schema.field(name)?, &join(path, name))
-        }),
+        (Some("object"), Value::Object(fields)) => fields
+            .iter()
+            .find_map(|(name, child)| mistyped_at(child, schema.field(name)?, &join(path, name))),
         (Some("object"), _) => wrong("object"),
         (Some("array"), Value::Array(items)) => {
             let schema = schema.items()?;

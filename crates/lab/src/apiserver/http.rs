@@ -126,16 +126,19 @@ async fn route(
             let method = request.method().clone();
             if reviews::is_review(&target) {
                 let body = read(request.body_mut()).await?;
-                return reviews::answer(&api, &method, &target, &body, header(&headers, &CONTENT_TYPE));
+                return reviews::answer(
+                    &api,
+                    &method,
+                    &target,
+                    &body,
+                    header(&headers, &CONTENT_TYPE),
+                );
             }
             let resource = registry
                 .find(&target.group, &target.version, &target.resource)
                 .ok_or_else(ApiError::no_such_path)?;
             check_place(&resource, &target)?;
-            let stream = matches!(
-                target.subresource.as_deref(),
-                Some("exec" | "attach")
-            );
+            let stream = matches!(target.subresource.as_deref(), Some("exec" | "attach"));
             let body = if stream { Bytes::new() } else { read(request.body_mut()).await? };
             let call = Call {
                 accept: negotiate(accept)

@@ -6,17 +6,17 @@ use super::error::ApiError;
 use super::tls::fill_random;
 
 /// The current time as Kubernetes writes it.
-pub fn now() -> String {
+pub(super) fn now() -> String {
     timestamp(jiff::Timestamp::now())
 }
 
 /// RFC 3339 in whole seconds.
-pub fn timestamp(time: jiff::Timestamp) -> String {
+pub(super) fn timestamp(time: jiff::Timestamp) -> String {
     time.strftime("%Y-%m-%dT%H:%M:%SZ").to_string()
 }
 
 /// A random (version 4) UUID.
-pub fn uid() -> Result<String, ApiError> {
+pub(super) fn uid() -> Result<String, ApiError> {
     let mut bytes = [0; 16];
     fill_random(&mut bytes).map_err(ApiError::internal)?;
     bytes[6] = bytes[6] & 0x0f | 0x40;
@@ -26,7 +26,7 @@ pub fn uid() -> Result<String, ApiError> {
 }
 
 /// Five characters that follow a `generateName`; no vowels, so no words.
-pub fn suffix() -> Result<String, ApiError> {
+pub(super) fn suffix() -> Result<String, ApiError> {
     const ALPHABET: &[u8] = b"bcdfghjklmnpqrstvwxz2456789";
     let mut bytes = [0; 5];
     fill_random(&mut bytes).map_err(ApiError::internal)?;
@@ -34,12 +34,12 @@ pub fn suffix() -> Result<String, ApiError> {
 }
 
 /// A text in `metadata`, or "".
-pub fn text<'a>(object: &'a Value, field: &str) -> &'a str {
+pub(super) fn text<'a>(object: &'a Value, field: &str) -> &'a str {
     object["metadata"][field].as_str().unwrap_or("")
 }
 
 /// The object's `metadata`, made if absent.
-pub fn metadata(object: &mut Value) -> &mut Map<String, Value> {
+pub(super) fn metadata(object: &mut Value) -> &mut Map<String, Value> {
     if !object.is_object() {
         *object = Value::Object(Map::new());
     }
@@ -54,16 +54,11 @@ pub fn metadata(object: &mut Value) -> &mut Map<String, Value> {
 }
 
 /// Does a deletion wait for finalizers?
-pub fn has_finalizers(object: &Value) -> bool {
+pub(super) fn has_finalizers(object: &Value) -> bool {
     object["metadata"]["finalizers"].as_array().is_some_and(|list| !list.is_empty())
 }
 
 /// Is a deletion under way?
-pub fn is_deleting(object: &Value) -> bool {
+pub(super) fn is_deleting(object: &Value) -> bool {
     object["metadata"]["deletionTimestamp"].is_string()
-}
-
-/// The object's revision.
-pub fn revision(object: &Value) -> u64 {
-    text(object, "resourceVersion").parse().unwrap_or(0)
 }

@@ -4,7 +4,7 @@ use super::error::ApiError;
 
 /// The form of objects in an answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub(super) enum Form {
     /// The objects themselves.
     Object,
     /// `meta.k8s.io/v1 Table`.
@@ -15,7 +15,7 @@ pub enum Form {
 
 /// Negotiated answer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Accept {
+pub(super) struct Accept {
     /// Form.
     pub form: Form,
     /// YAML instead of JSON.
@@ -23,7 +23,7 @@ pub struct Accept {
 }
 
 /// Chooses from an `Accept` header in its order.
-pub fn negotiate(header: Option<&str>) -> Result<Accept, ApiError> {
+pub(super) fn negotiate(header: Option<&str>) -> Result<Accept, ApiError> {
     let Some(header) = header.filter(|header| !header.trim().is_empty()) else {
         return Ok(Accept { form: Form::Object, yaml: false });
     };

@@ -5,6 +5,8 @@ use serde_json::Value;
 use super::error::ApiError;
 
 /// Decodes a body that begins with the Kubernetes magic number.
-pub fn decode(_body: &[u8]) -> Result<Value, ApiError> {
-    Err(ApiError::unsupported_media_type("protobuf bodies are not read here; send application/json"))
+pub(super) fn decode(_body: &[u8]) -> Result<Value, ApiError> {
+    Err(ApiError::unsupported_media_type(
+        "protobuf bodies are not read here; send application/json",
+    ))
 }

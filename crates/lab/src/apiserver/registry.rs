@@ -116,8 +116,7 @@ impl Registry {
     pub fn new(custom: impl IntoIterator<Item = Resource>) -> Self {
         let builtin = builtin::KINDS.iter().map(Resource::builtin);
         let resources = builtin.chain(custom).map(|resource| {
-            let key =
-                (resource.group.clone(), resource.version.clone(), resource.plural.clone());
+            let key = (resource.group.clone(), resource.version.clone(), resource.plural.clone());
             (key, Arc::new(resource))
         });
         Self { resources: resources.collect() }

@@ -15,12 +15,12 @@ use tokio_util::sync::CancellationToken;
 use super::error::ApiError;
 
 /// Any answer's body.
-pub type Body = UnsyncBoxBody<Bytes, Infallible>;
+pub(super) type Body = UnsyncBoxBody<Bytes, Infallible>;
 /// An answer.
-pub type Reply = Response<Body>;
+pub(super) type Reply = Response<Body>;
 
 /// A whole body.
-pub fn full(code: u16, content_type: &str, bytes: impl Into<Bytes>) -> Reply {
+pub(super) fn full(code: u16, content_type: &str, bytes: impl Into<Bytes>) -> Reply {
     let mut reply = Response::new(Full::new(bytes.into()).boxed_unsync());
     *reply.status_mut() =
         hyper::StatusCode::from_u16(code).unwrap_or(hyper::StatusCode::INTERNAL_SERVER_ERROR);
@@ -35,7 +35,7 @@ pub fn full(code: u16, content_type: &str, bytes: impl Into<Bytes>) -> Reply {
 }
 
 /// A JSON object, or the same as YAML.
-pub fn object(code: u16, value: &Value, yaml: bool) -> Reply {
+pub(super) fn object(code: u16, value: &Value, yaml: bool) -> Reply {
     if yaml && let Ok(text) = serde_saphyr::to_string(value) {
         return full(code, "application/yaml", text);
     }
@@ -45,13 +45,17 @@ pub fn object(code: u16, value: &Value, yaml: bool) -> Reply {
 }
 
 /// A refusal.
-pub fn error(error: &ApiError) -> Reply {
+pub(super) fn error(error: &ApiError) -> Reply {
     object(error.code, &error.status(), false)
 }
 
 /// A body that is written while the client reads it. Ends when the sender is dropped, or when
 /// the server shuts down.
-pub fn stream(content_type: &str, chunks: mpsc::Receiver<Bytes>, stop: CancellationToken) -> Reply {
+pub(super) fn stream(
+    content_type: &str,
+    chunks: mpsc::Receiver<Bytes>,
+    stop: CancellationToken,
+) -> Reply {
     let frames = futures::stream::unfold((chunks, stop), |(mut chunks, stop)| async move {
         let chunk = tokio::select! {
             chunk = chunks.recv() => chunk?,
@@ -65,7 +69,7 @@ pub fn stream(content_type: &str, chunks: mpsc::Receiver<Bytes>, stop: Cancellat
 }
 
 /// Adds `Warning: 299` headers.
-pub fn warn(mut reply: Reply, warnings: &[String]) -> Reply {
+pub(super) fn warn(mut reply: Reply, warnings: &[String]) -> Reply {
     for text in warnings {
         let text = text.replace('\\', "\\\\").replace('"', "\\\"").replace(['\n', '\r'], " ");
         if let Ok(value) = HeaderValue::from_str(&format!("299 - \"{text}\"")) {

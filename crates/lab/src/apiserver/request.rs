@@ -6,7 +6,7 @@ use super::error::ApiError;
 
 /// The parts of an API path.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Target {
+pub(super) struct Target {
     /// Group; empty for core.
     pub group: String,
     /// Version.
@@ -23,7 +23,7 @@ pub struct Target {
 
 /// Paths under `/api` and `/apis`.
 #[derive(Clone, Debug, PartialEq, Eq)]
-pub enum Path {
+pub(super) enum Path {
     /// `/api`.
     CoreVersions,
     /// `/apis`.
@@ -42,7 +42,7 @@ pub enum Path {
 }
 
 /// Reads a path; `None` if it is not one of an API.
-pub fn parse_path(path: &str) -> Option<Path> {
+pub(super) fn parse_path(path: &str) -> Option<Path> {
     let mut segments = Vec::new();
     for segment in path.split('/').filter(|segment| !segment.is_empty()) {
         segments.push(percent_decode(segment)?);
@@ -55,10 +55,9 @@ pub fn parse_path(path: &str) -> Option<Path> {
         ["api", version] => {
             Some(Path::Resources { group: String::new(), version: (*version).to_owned() })
         }
-        ["apis", group, version] => Some(Path::Resources {
-            group: (*group).to_owned(),
-            version: (*version).to_owned(),
-        }),
+        ["apis", group, version] => {
+            Some(Path::Resources { group: (*group).to_owned(), version: (*version).to_owned() })
+        }
         ["api", version, rest @ ..] => target("", version, rest).map(Path::Resource),
         ["apis", group, version, rest @ ..] => target(group, version, rest).map(Path::Resource),
         _ => None,
@@ -89,7 +88,7 @@ fn target(group: &str, version: &str, rest: &[&str]) -> Option<Target> {
 }
 
 /// Undoes `%XX`; `None` if malformed or not UTF-8.
-pub fn percent_decode(text: &str) -> Option<String> {
+pub(super) fn percent_decode(text: &str) -> Option<String> {
     let bytes = text.as_bytes();
     let mut out = Vec::with_capacity(bytes.len());
     let mut index = 0;
@@ -108,11 +107,11 @@ pub fn percent_decode(text: &str) -> Option<String> {
 
 /// A query string.
 #[derive(Clone, Debug, Default)]
-pub struct Query(HashMap<String, Vec<String>>);
+pub(super) struct Query(HashMap<String, Vec<String>>);
 
 impl Query {
     /// Reads `a=b&c=d`.
-    pub fn parse(query: Option<&str>) -> Self {
+    pub(super) fn parse(query: Option<&str>) -> Self {
         let mut values: HashMap<String, Vec<String>> = HashMap::new();
         for pair in query.unwrap_or("").split('&').filter(|pair| !pair.is_empty()) {
             let (name, value) = pair.split_once('=').unwrap_or((pair, ""));
@@ -125,18 +124,18 @@ impl Query {
     }
 
     /// The first value, if not empty.
-    pub fn get(&self, name: &str) -> Option<&str> {
+    pub(super) fn get(&self, name: &str) -> Option<&str> {
         let value = self.0.get(name)?.first()?;
         (!value.is_empty()).then_some(value.as_str())
     }
 
     /// All values.
-    pub fn all(&self, name: &str) -> &[String] {
+    pub(super) fn all(&self, name: &str) -> &[String] {
         self.0.get(name).map_or(&[], Vec::as_slice)
     }
 
     /// A flag: present and not false.
-    pub fn flag(&self, name: &str) -> bool {
+    pub(super) fn flag(&self, name: &str) -> bool {
         match self.0.get(name).and_then(|values| values.first()) {
             None => false,
             Some(value) => !matches!(value.as_str(), "false" | "0"),
@@ -144,7 +143,7 @@ impl Query {
     }
 
     /// A number.
-    pub fn number(&self, name: &str) -> Result<Option<u64>, ApiError> {
+    pub(super) fn number(&self, name: &str) -> Result<Option<u64>, ApiError> {
         let Some(text) = self.get(name) else { return Ok(None) };
         match text.parse() {
             Ok(number) => Ok(Some(number)),
@@ -155,13 +154,13 @@ impl Query {
     }
 
     /// `dryRun=All`.
-    pub fn dry_run(&self) -> Result<bool, ApiError> {
+    pub(super) fn dry_run(&self) -> Result<bool, ApiError> {
         match self.all("dryRun") {
             [] => Ok(false),
             values if values.iter().all(|value| value == "All") => Ok(true),
-            _ => Err(ApiError::bad_request(
-                "query parameter \"dryRun\": only \"All\" is supported",
-            )),
+            _ => {
+                Err(ApiError::bad_request("query parameter \"dryRun\": only \"All\" is supported"))
+            }
         }
     }
 }
@@ -184,7 +183,10 @@ mod tests {
         assert_eq!(target.resource, "pods");
         assert_eq!(target.subresource.as_deref(), Some("log"));
         let target = resource("/api/v1/namespaces/default");
-        assert_eq!((target.resource.as_str(), target.name.as_deref()), ("namespaces", Some("default")));
+        assert_eq!(
+            (target.resource.as_str(), target.name.as_deref()),
+            ("namespaces", Some("default"))
+        );
         let target = resource("/api/v1/namespaces/default/finalize");
         assert_eq!(target.subresource.as_deref(), Some("finalize"));
         let target = resource("/apis/apps/v1/deployments");

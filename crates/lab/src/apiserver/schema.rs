@@ -8,7 +8,7 @@ use std::collections::BTreeMap;
 use serde_json::Value;
 
 /// Named schemas that `$ref`s point to.
-pub type Definitions = BTreeMap<String, Value>;
+pub(super) type Definitions = BTreeMap<String, Value>;
 
 /// How the items of a list are told apart when two writers' lists are merged.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -46,6 +46,11 @@ impl<'a> Schema<'a> {
 
     fn at(self, node: &'a Value) -> Self {
         Self::new(node, self.definitions)
+    }
+
+    /// A schema within this one.
+    pub fn branch(self, node: &'a Value) -> Self {
+        self.at(node)
     }
 
     /// A keyword, as given at the place of use or in what it refers to.

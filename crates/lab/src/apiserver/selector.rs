@@ -17,7 +17,7 @@ enum Requirement {
 
 /// What a list or watch is limited to.
 #[derive(Clone, Debug, Default, PartialEq, Eq)]
-pub struct Selector {
+pub(super) struct Selector {
     labels: Vec<Requirement>,
     /// (path, value, equal?)
     fields: Vec<(String, String, bool)>,
@@ -25,13 +25,12 @@ pub struct Selector {
 
 impl Selector {
     /// Reads both selectors.
-    pub fn parse(
+    pub(super) fn parse(
         resource: &Resource,
         labels: Option<&str>,
         fields: Option<&str>,
     ) -> Result<Self, ApiError> {
-        let mut selector =
-            Self { labels: parse_labels(labels.unwrap_or(""))?, fields: Vec::new() };
+        let mut selector = Self { labels: parse_labels(labels.unwrap_or(""))?, fields: Vec::new() };
         for term in fields.unwrap_or("").split(',').filter(|term| !term.trim().is_empty()) {
             let (path, value, equal) = split_field(term).ok_or_else(|| {
                 ApiError::bad_request(format!(
@@ -39,28 +38,15 @@ impl Selector {
                 ))
             })?;
             if !supported(resource, path) {
-                return Err(ApiError::bad_request(format!(
-                    "field label not supported: {path}"
-                )));
+                return Err(ApiError::bad_request(format!("field label not supported: {path}")));
             }
             selector.fields.push((path.to_owned(), value.to_owned(), equal));
         }
         Ok(selector)
     }
 
-    /// Does everything match?
-    pub fn is_empty(&self) -> bool {
-        self.labels.is_empty() && self.fields.is_empty()
-    }
-
-    /// The only name that can match, if the selector says so.
-    pub fn name(&self) -> Option<&str> {
-        let found = self.fields.iter().find(|(path, _, equal)| path == "metadata.name" && *equal)?;
-        Some(&found.1)
-    }
-
     /// Does the object match?
-    pub fn matches(&self, object: &Value) -> bool {
+    pub(super) fn matches(&self, object: &Value) -> bool {
         let labels = &object["metadata"]["labels"];
         self.labels.iter().all(|requirement| requirement.matches(labels))
             && self
@@ -76,7 +62,9 @@ impl Requirement {
         let number = |key: &str| label(key).and_then(|value| value.parse::<i64>().ok());
         match self {
             Self::In(key, values) => label(key).is_some_and(|is| values.iter().any(|v| v == is)),
-            Self::NotIn(key, values) => !label(key).is_some_and(|is| values.iter().any(|v| v == is)),
+            Self::NotIn(key, values) => {
+                !label(key).is_some_and(|is| values.iter().any(|v| v == is))
+            }
             Self::Exists(key) => label(key).is_some(),
             Self::Missing(key) => label(key).is_none(),
             Self::Greater(key, bound) => number(key).is_some_and(|is| is > *bound),
@@ -228,7 +216,7 @@ fn label_key(text: &str) -> Option<String> {
 }
 
 /// Does a `LabelSelector` object match labels? An absent one matches nothing, an empty one all.
-pub fn label_selector_matches(selector: &Value, labels: &Value) -> bool {
+pub(super) fn label_selector_matches(selector: &Value, labels: &Value) -> bool {
     let Some(selector) = selector.as_object() else { return false };
     let equal = selector.get("matchLabels").and_then(Value::as_object);
     let equal = equal.into_iter().flatten().all(|(key, value)| labels.get(key) == Some(value));

@@ -4,7 +4,7 @@
 use std::fs::{self, File};
 use std::os::fd::OwnedFd;
 use std::os::unix::fs::symlink;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::Context;
 use rustix::fs::{CWD, FileType};
@@ -77,8 +77,8 @@ fn lab(root: &Path) -> anyhow::Result<()> {
     let own = root.join(".palisade");
     fs::create_dir_all(own.join("bin"))?;
     File::create(own.join("lab"))?;
-    bind_read_only(Path::new("/proc/self/exe"), &own.join("lab"))
-        .context("cannot show palisade-lab in the container; if it was rebuilt, restart the lab")?;
+    bind_read_only(&program()?, &own.join("lab"))
+        .context("cannot show palisade-lab in the container; if it was removed, restart the lab")?;
     for name in builtin::TOOLS {
         symlink(super::LAB_IN_CONTAINER, own.join("bin").join(name))?;
     }
@@ -86,6 +86,15 @@ fn lab(root: &Path) -> anyhow::Result<()> {
         symlink(super::LAB_IN_CONTAINER, root.join(name))?;
     }
     Ok(())
+}
+
+/// This program's path. One that was rebuilt while it ran lies there all the same.
+fn program() -> anyhow::Result<PathBuf> {
+    let path = fs::read_link("/proc/self/exe")?;
+    Ok(path
+        .to_str()
+        .and_then(|path| path.strip_suffix(" (deleted)"))
+        .map_or(path.clone(), PathBuf::from))
 }
 
 /// A writable `/etc` of links to the machine's files, with the pod's own files in place of some.

@@ -4,7 +4,6 @@ use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
 use k8s_openapi::api::discovery::v1::EndpointSlice;
-use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::api::{Patch, PatchParams, PostParams};
 use kube::{Api, Client, Resource, ResourceExt};
 use serde::Serialize;
@@ -30,10 +29,6 @@ pub async fn bootstrap(client: &Client, cluster: &Cluster) -> anyhow::Result<()>
     for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
         let namespace = json!({"metadata": {"name": name}});
         create(&Api::<Namespace>::all(client.clone()), namespace).await?;
-    }
-    for definition in palisade_api::crd::all() {
-        let api = Api::<CustomResourceDefinition>::all(client.clone());
-        create(&api, serde_json::to_value(definition)?).await?;
     }
     for node in &cluster.nodes {
         create_node(client, node).await?;

@@ -1,0 +1,249 @@
+//! The wiring.
+
+use std::{path::PathBuf, sync::Arc, time::Instant};
+
+use anyhow::Context;
+use clap::Parser;
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use palisade_datapath::{Config as DatapathConfig, Datapath, netlink::Netlink};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::{mpsc, watch},
+    task::JoinSet,
+};
+use tracing::{info, warn};
+
+use crate::{
+    admin::{self, Admin},
+    cni::{self, Attachments, NewEndpoint, Phase, Settings},
+    endpoints::Lifecycle,
+    engine::{Engine, Outputs, Progress},
+    ipam::Ipam,
+    observer::{Namer, Observer},
+    publish,
+    reconcile::{Reconciler, RouteKeeper},
+    reflect,
+    resolve::{Resolver, Scope},
+    tables::{TablesReader, TablesWriter, nodes::Node},
+};
+
+/// Events that may wait for the engine before their senders do.
+const QUEUE: usize = 4096;
+
+/// Connects, isolates and watches the pods of one node.
+#[derive(Debug, Parser)]
+#[command(name = "palisade-agent", version)]
+pub struct Options {
+    /// Name of the node.
+    #[arg(long, env = "PALISADE_AGENT_NODE_NAME")]
+    pub node_name: String,
+    /// How to reach the API server.
+    #[arg(long, env = "PALISADE_AGENT_KUBECONFIG")]
+    pub kubeconfig: PathBuf,
+    /// Directory of the sockets.
+    #[arg(long, env = "PALISADE_AGENT_RUN_DIR")]
+    pub run_dir: PathBuf,
+    /// Directory of records that outlive the agent.
+    #[arg(long, env = "PALISADE_AGENT_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Directory in a bpffs, of this node alone.
+    #[arg(long, env = "PALISADE_AGENT_BPFFS")]
+    pub bpffs: PathBuf,
+    /// cgroup v2 directory of the node's pods.
+    #[arg(long, env = "PALISADE_AGENT_CGROUP")]
+    pub cgroup: PathBuf,
+    /// Name of the cluster.
+    #[arg(long, env = "PALISADE_AGENT_CLUSTER_NAME", default_value = "default")]
+    pub cluster_name: String,
+    /// Interface to the other nodes.
+    #[arg(long, env = "PALISADE_AGENT_UPLINK")]
+    pub uplink: Option<String>,
+}
+
+/// Runs the agent until it is told to stop. Programs and tables stay as they are then.
+///
+/// # Errors
+/// Something that the agent cannot work without is missing.
+pub async fn run(options: Options) -> anyhow::Result<()> {
+    let begun = Instant::now();
+    for directory in [&options.run_dir, &options.state_dir] {
+        std::fs::create_dir_all(directory)
+            .with_context(|| format!("cannot make {}", directory.display()))?;
+    }
+    let client = client(&options).await?;
+
+    // The kernel.
+    let datapath = Arc::new(Datapath::open(&DatapathConfig {
+        bpffs: options.bpffs.clone(),
+        cgroup: options.cgroup.clone(),
+    })?);
+    let netlink = Netlink::current()?;
+    netlink.prepare_node().await?;
+    if let Some(uplink) = &options.uplink {
+        datapath.attach_uplink(uplink)?;
+    }
+
+    // Tables and the engine between them and the kernel.
+    let scope = Scope { node: options.node_name.clone(), cluster: options.cluster_name.clone() };
+    let tables = TablesWriter::default();
+    let reader = tables.reader();
+    let reconciler = Reconciler::new(datapath.kernel())?;
+    let prefixes = reconciler.policy_prefixes().clone();
+    let resolver = Resolver::new(scope.clone(), prefixes);
+    let (commands, queue) = mpsc::channel(QUEUE);
+    let (progress_sender, progress) = watch::channel(Progress::default());
+    let (route_sender, routes) = watch::channel(Vec::new());
+    let (publications, publication_queue) = mpsc::unbounded_channel();
+    let outputs = Outputs {
+        progress: progress_sender,
+        routes: route_sender,
+        publications: publications.clone(),
+    };
+    let engine = Engine::new(tables, resolver, reconciler, outputs);
+    let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
+    std::thread::Builder::new()
+        .name("engine".into())
+        .spawn(move || engine.run(queue, retry, &runtime))?;
+
+    // What feeds and follows them.
+    let mut tasks: JoinSet<()> = reflect::follow_all(&client, &options.cluster_name, &commands);
+    tasks.spawn(publish::run(
+        client.clone(),
+        scope.clone(),
+        publication_queue,
+        commands.downgrade(),
+    ));
+    tasks.spawn(keep_routes(RouteKeeper::new(netlink.clone()), routes));
+    let namer = Namer::new(options.node_name.clone(), reader.clone(), progress.clone());
+    let observer = Arc::new(Observer::new(namer));
+    tasks.spawn(observer.clone().run(datapath.events()?));
+    tasks.spawn(collect_flows(datapath.clone(), observer.clone()));
+    let admin = Arc::new(Admin {
+        scope,
+        begun,
+        tables: reader.clone(),
+        progress: progress.clone(),
+        observer,
+        datapath: datapath.clone(),
+    });
+    tasks.spawn(admin::serve(admin, admin::listen(&options.run_dir)?));
+
+    // The node's own object says which addresses its pods have.
+    let node = own_node(&reader, &options.node_name, &progress).await;
+    tasks.spawn(publish::publish_node(client, node.clone()));
+    let ipam = Ipam::new(&node.pod_cidrs)?;
+    netlink.add_router_addresses(&ipam.routers()).await?;
+    let settings = Settings {
+        socket: options.run_dir.join("cni.sock"),
+        records: options.state_dir.join("attachments"),
+        mtu: mtu(&netlink, options.uplink.as_deref()).await?,
+    };
+    let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
+        .await
+        .map_err(|failure| anyhow::anyhow!("cannot restore the pods' interfaces: {failure:?}"))?;
+    let recorded: Vec<(NewEndpoint, u32)> =
+        restored.live.iter().filter_map(recorded_endpoint).collect();
+    let lifecycle = Lifecycle::restore(
+        datapath,
+        reader,
+        commands.clone(),
+        progress.clone(),
+        publications,
+        recorded,
+    )
+    .await?;
+
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let stop = async move {
+        tokio::select! {
+            _ = terminate.recv() => {}
+            _ = interrupt.recv() => {}
+        }
+    };
+    info!(node = options.node_name, "serving");
+    cni::serve(Arc::new(attachments), Arc::new(lifecycle), stop).await?;
+    info!("stopping; programs and tables stay in force");
+    Ok(())
+}
+
+async fn client(options: &Options) -> anyhow::Result<Client> {
+    let file = &options.kubeconfig;
+    let kubeconfig = Kubeconfig::read_from(file)
+        .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
+    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    Ok(Client::try_from(config)?)
+}
+
+/// Pods may send what the uplink can carry.
+async fn mtu(netlink: &Netlink, uplink: Option<&str>) -> anyhow::Result<u32> {
+    /// What every Ethernet carries.
+    const ETHERNET: u32 = 1500;
+    let Some(uplink) = uplink else { return Ok(ETHERNET) };
+    let link = netlink.link(uplink).await?;
+    Ok(link.with_context(|| format!("there is no interface {uplink}"))?.mtu)
+}
+
+/// Waits for this node's object with pod networks.
+async fn own_node(tables: &TablesReader, name: &str, progress: &watch::Receiver<Progress>) -> Node {
+    let mut progress = progress.clone();
+    loop {
+        let node = tables.read().node(name).map(|node| (**node).clone());
+        if let Some(node) = node.filter(|node| !node.pod_cidrs.is_empty()) {
+            return node;
+        }
+        if progress.changed().await.is_err() {
+            std::future::pending::<()>().await;
+        }
+    }
+}
+
+fn recorded_endpoint(record: &cni::Record) -> Option<(NewEndpoint, u32)> {
+    match &record.phase {
+        Phase::Committed(id) => Some((new_endpoint(record), *id)),
+        _ => None,
+    }
+}
+
+fn new_endpoint(record: &cni::Record) -> NewEndpoint {
+    NewEndpoint {
+        attachment: record.attachment.clone(),
+        pod: record.pod.clone(),
+        host: record.host.clone(),
+        mac: record.mac,
+        addresses: record.addresses,
+        netns: record.netns.clone(),
+    }
+}
+
+async fn keep_routes(
+    keeper: RouteKeeper,
+    mut routes: watch::Receiver<Vec<crate::tables::nodes::Route>>,
+) {
+    while routes.changed().await.is_ok() {
+        let wanted = routes.borrow_and_update().clone();
+        while let Err(error) = keeper.apply(&wanted).await {
+            warn!(%error, "cannot set the routes to other nodes yet");
+            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
+            if routes.has_changed().unwrap_or(true) {
+                routes.mark_changed();
+                break;
+            }
+        }
+    }
+}
+
+/// Expired flows go, and are told of.
+async fn collect_flows(datapath: Arc<Datapath>, observer: Arc<Observer>) {
+    let mut tick = tokio::time::interval(std::time::Duration::from_secs(5));
+    loop {
+        tick.tick().await;
+        match tokio::task::block_in_place(|| datapath.collect_flows()) {
+            Ok(stats) => observer.record(&stats.closed),
+            Err(error) => warn!(%error, "cannot collect flows"),
+        }
+    }
+}

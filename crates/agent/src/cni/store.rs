@@ -1,0 +1,110 @@
+//! Records of attachments: one JSON file each, replaced atomically.
+
+use std::fs::{self, File};
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+use palisade_api::cni::{Attachment, ContainerId, IfName, Pod};
+use serde::{Deserialize, Serialize};
+
+use super::{Addresses, HostLink};
+
+/// How far an attachment has come.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "camelCase")]
+pub enum Phase {
+    /// Under way: after a crash it is undone.
+    Intended,
+    /// Finished; the number is what [`Endpoints::add`](super::Endpoints::add) gave.
+    Committed(u32),
+}
+
+/// All that is needed to check, restore or undo an attachment.
+#[derive(Debug, Clone, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Record {
+    /// Container and interface.
+    pub attachment: Attachment,
+    /// The network it was made for.
+    pub network: String,
+    /// The pod.
+    pub pod: Pod,
+    /// The pod's network namespace.
+    pub netns: PathBuf,
+    /// The interface on the node's side; its number is zero until it exists.
+    pub host: HostLink,
+    /// MAC address of the pod's side.
+    pub mac: [u8; 6],
+    /// The pod's addresses.
+    pub addresses: Addresses,
+    /// How far it has come.
+    pub phase: Phase,
+}
+
+/// The directory of records.
+#[derive(Debug, Clone)]
+pub(super) struct Store {
+    directory: PathBuf,
+}
+
+impl Store {
+    pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
+        fs::create_dir_all(&directory)?;
+        Ok(Self { directory })
+    }
+
+    /// All records; files that are none are given by their attachment alone.
+    pub(super) fn load(&self) -> io::Result<(Vec<Record>, Vec<Attachment>)> {
+        let mut records = Vec::new();
+        let mut unreadable = Vec::new();
+        for attachment in attachments_in(&self.directory)? {
+            let text = fs::read(self.path(&attachment))?;
+            match serde_json::from_slice::<Record>(&text) {
+                Ok(record) if record.attachment == attachment => records.push(record),
+                _ => unreadable.push(attachment),
+            }
+        }
+        Ok((records, unreadable))
+    }
+
+    pub(super) fn write(&self, record: &Record) -> io::Result<()> {
+        let path = self.path(&record.attachment);
+        let partial = path.with_extension("partial");
+        let mut file = File::create(&partial)?;
+        file.write_all(&serde_json::to_vec(record)?)?;
+        file.sync_all()?;
+        fs::rename(&partial, &path)?;
+        File::open(&self.directory)?.sync_all()
+    }
+
+    pub(super) fn remove(&self, attachment: &Attachment) -> io::Result<()> {
+        match fs::remove_file(self.path(attachment)) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    fn path(&self, attachment: &Attachment) -> PathBuf {
+        self.directory.join(attachment.file_name())
+    }
+}
+
+/// The attachments that the files of a directory are named after; other files are skipped.
+pub(super) fn attachments_in(directory: &Path) -> io::Result<Vec<Attachment>> {
+    let entries = match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
+        entries => entries?,
+    };
+    let mut found = Vec::new();
+    for entry in entries {
+        found.extend(entry?.file_name().to_str().and_then(attachment_of));
+    }
+    Ok(found)
+}
+
+fn attachment_of(file_name: &str) -> Option<Attachment> {
+    let (container, ifname) = file_name.strip_suffix(".json")?.split_once('@')?;
+    Some(Attachment {
+        container_id: ContainerId::try_from(container.to_owned()).ok()?,
+        ifname: IfName::try_from(ifname.to_owned()).ok()?,
+    })
+}

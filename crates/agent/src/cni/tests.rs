@@ -1,0 +1,217 @@
+//! The real kernel, the real plugin protocol, and endpoints that only count.
+
+use std::collections::HashSet;
+use std::path::{Path, PathBuf};
+use std::process::Command;
+use std::sync::atomic::{AtomicU32, Ordering};
+use std::sync::{Arc, Mutex};
+use std::time::{Duration, Instant};
+
+use palisade_api::cni::{
+    Add, Attached, Attachment, Check, Code, ContainerId, Gc, IfName, Pod, deletion_queue,
+};
+use palisade_datapath::netlink::{NetNs, Netlink};
+
+use super::*;
+use crate::ipam::Ipam;
+
+const PATIENCE: Duration = Duration::from_secs(30);
+
+struct TempNs(String);
+
+impl TempNs {
+    fn new() -> Option<Self> {
+        static NEXT: AtomicU32 = AtomicU32::new(0);
+        let number = NEXT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("plsd-cni-{}-{number}", std::process::id());
+        let added = Command::new("ip").args(["netns", "add", &name]).status().ok()?;
+        added.success().then_some(Self(name))
+    }
+
+    fn path(&self) -> PathBuf {
+        Path::new("/run/netns").join(&self.0)
+    }
+
+    fn netlink(&self) -> Netlink {
+        Netlink::of(Arc::new(NetNs::open(self.path()).expect("namespace"))).expect("netlink")
+    }
+
+    fn run(&self, command: &[&str]) -> bool {
+        let output = Command::new("ip").args(["netns", "exec", &self.0]).args(command).output();
+        output.expect("run ip").status.success()
+    }
+}
+
+impl Drop for TempNs {
+    fn drop(&mut self) {
+        let _ = Command::new("ip").args(["netns", "del", &self.0]).status();
+    }
+}
+
+#[derive(Default)]
+struct Counting {
+    known: Mutex<HashSet<Attachment>>,
+    refuse: bool,
+}
+
+impl Endpoints for Counting {
+    async fn add(&self, endpoint: NewEndpoint) -> Result<u32, EndpointError> {
+        let mut known = self.known.lock().expect("lock");
+        known.insert(endpoint.attachment);
+        if self.refuse {
+            return Err(EndpointError::TryAgain("labels unknown".into()));
+        }
+        Ok(7)
+    }
+
+    async fn remove(&self, attachment: &Attachment) -> Result<(), EndpointError> {
+        self.known.lock().expect("lock").remove(attachment);
+        Ok(())
+    }
+
+    async fn check(&self, attachment: &Attachment) -> Result<(), EndpointError> {
+        match self.known.lock().expect("lock").contains(attachment) {
+            true => Ok(()),
+            false => Err(EndpointError::Differs("programs detached".into())),
+        }
+    }
+
+    async fn readiness(&self) -> Readiness {
+        Readiness::Ready
+    }
+}
+
+struct Bench {
+    node: TempNs,
+    directory: PathBuf,
+    attachments: Attachments,
+    endpoints: Counting,
+}
+
+impl Bench {
+    async fn new(endpoints: Counting) -> Option<Self> {
+        let node = TempNs::new()?;
+        let directory = std::env::temp_dir().join(&node.0);
+        let (attachments, restored) = Self::restore(&node, &directory).await;
+        assert!(restored.live.is_empty() && restored.gone.is_empty());
+        node.netlink().prepare_node().await.expect("settings");
+        let routers = ["10.244.9.1", "fd44:0:0:9::1"].map(|a| a.parse().expect("address"));
+        node.netlink().add_router_addresses(&routers).await.expect("routers");
+        Some(Self { node, directory, attachments, endpoints })
+    }
+
+    async fn restore(node: &TempNs, directory: &Path) -> (Attachments, Restored) {
+        let ranges = ["10.244.9.0/24", "fd44:0:0:9::/64"].map(|r| r.parse().expect("range"));
+        let settings = Settings {
+            socket: directory.join("cni.sock"),
+            records: directory.join("records"),
+            mtu: 1500,
+        };
+        let ipam = Ipam::new(&ranges).expect("ipam");
+        Attachments::restore(settings, ipam, node.netlink()).await.expect("restore")
+    }
+
+    async fn add(&self, pod: &TempNs) -> Result<Attached, palisade_api::cni::Failure> {
+        let add = Add {
+            attachment: attachment(&pod.0),
+            network: "palisade".into(),
+            netns: pod.path(),
+            pod: Pod { namespace: "x".into(), name: "a".into(), uid: None },
+        };
+        self.attachments.add(&self.endpoints, add, PATIENCE).await
+    }
+
+    async fn links(&self) -> usize {
+        let links = self.node.netlink().links().await.expect("links");
+        links.iter().filter(|link| link.name.starts_with("lxc")).count()
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        let _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn attachment(container: &str) -> Attachment {
+    Attachment {
+        container_id: ContainerId::try_from(container.to_owned()).expect("id"),
+        ifname: IfName::try_from("eth0".to_owned()).expect("name"),
+    }
+}
+
+fn check(pod: &TempNs, attached: &Attached) -> Check {
+    Check {
+        attachment: attachment(&pod.0),
+        netns: pod.path(),
+        mac: Some(attached.pod.mac.clone()),
+        addresses: attached.addresses.iter().map(|a| a.address).collect(),
+        routes: attached.routes.clone(),
+    }
+}
+
+#[tokio::test]
+async fn a_pod_is_attached_checked_restored_and_detached() {
+    let Some(bench) = Bench::new(Counting::default()).await else { return };
+    let Some(pod) = TempNs::new() else { return };
+    let start = Instant::now();
+    let attached = bench.add(&pod).await.expect("add");
+    println!("ADD took {:?}", start.elapsed());
+    assert!(pod.run(&["ping", "-c1", "-W2", "10.244.9.1"]));
+    assert_eq!(bench.add(&pod).await.expect_err("twice").code, Code::AlreadyExists);
+    assert!(pod.run(&["ping", "-c1", "-W2", "fd44:0:0:9::1"]), "the first one still works");
+
+    let (again, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    assert_eq!((restored.live.len(), restored.gone.len()), (1, 0));
+    assert_eq!(restored.live[0].phase, Phase::Committed(7));
+    drop(again);
+
+    let expected = check(&pod, &attached);
+    bench.attachments.check(&bench.endpoints, expected.clone()).await.expect("as it was made");
+    pod.run(&["ip", "route", "del", "default"]);
+    let failure = bench.attachments.check(&bench.endpoints, expected).await.expect_err("route");
+    assert_eq!(failure.code, Code::Differs);
+
+    for _ in 0..3 {
+        let key = attachment(&pod.0);
+        bench.attachments.del(&bench.endpoints, &key).await.expect("del");
+    }
+    assert_eq!((bench.links().await, bench.attachments.list().len()), (0, 0));
+}
+
+#[tokio::test]
+async fn a_refused_endpoint_leaves_nothing() {
+    let refusing = Counting { refuse: true, ..Counting::default() };
+    let Some(bench) = Bench::new(refusing).await else { return };
+    let Some(pod) = TempNs::new() else { return };
+    let failure = bench.add(&pod).await.expect_err("refused");
+    assert_eq!(failure.code, Code::TryAgain);
+    assert_eq!(bench.links().await, 0);
+    assert!(bench.endpoints.known.lock().expect("lock").is_empty());
+    let (_, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    assert!(restored.live.is_empty() && restored.gone.is_empty());
+}
+
+#[tokio::test]
+async fn a_queued_deletion_and_a_collection_remove_what_they_name() {
+    let Some(bench) = Bench::new(Counting::default()).await else { return };
+    let pods: Vec<TempNs> = (0..4).filter_map(|_| TempNs::new()).collect();
+    let added = futures::future::join_all(pods.iter().map(|pod| bench.add(pod))).await;
+    let addresses: HashSet<_> = added
+        .iter()
+        .flat_map(|a| a.as_ref().expect("add").addresses.iter().map(|a| a.address))
+        .collect();
+    assert_eq!((addresses.len(), bench.links().await), (8, 4));
+
+    let queue = deletion_queue(&bench.directory.join("cni.sock"));
+    std::fs::create_dir_all(&queue).expect("queue");
+    std::fs::write(queue.join(attachment(&pods[0].0).file_name()), "").expect("queue");
+    bench.attachments.drain(&bench.endpoints).await;
+    assert_eq!((bench.links().await, std::fs::read_dir(&queue).expect("queue").count()), (3, 0));
+
+    let valid = vec![attachment(&pods[1].0)];
+    let gc = Gc { network: "palisade".into(), valid };
+    bench.attachments.gc(&bench.endpoints, gc).await.expect("gc");
+    assert_eq!(bench.links().await, 1);
+    assert!(pods[1].run(&["ping", "-c1", "-W2", "10.244.9.1"]));
+}

@@ -1,0 +1,97 @@
+//! `status`, and whether a lab runs at all.
+
+use std::fs::File;
+use std::io::Read;
+use std::net::IpAddr;
+use std::os::unix::net::UnixStream;
+use std::path::PathBuf;
+use std::process::ExitCode;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use rustix::fs::{FlockOperation, flock};
+use serde::{Deserialize, Serialize};
+
+use crate::layout::Layout;
+
+/// How a lab is.
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct Report {
+    pub(super) pid: u32,
+    pub(super) version: String,
+    pub(super) uptime_seconds: u64,
+    pub(super) api: String,
+    pub(super) kubeconfig: PathBuf,
+    pub(super) logs: PathBuf,
+    pub(super) data: Option<PathBuf>,
+    pub(super) pods: usize,
+    pub(super) nodes: Vec<NodeReport>,
+}
+
+#[derive(Debug, Serialize, Deserialize)]
+pub(super) struct NodeReport {
+    pub(super) name: String,
+    pub(super) ready: bool,
+    pub(super) netns: String,
+    pub(super) addresses: Vec<IpAddr>,
+    pub(super) pod_cidrs: Vec<String>,
+}
+
+/// The process of the running lab. The lock tells, not the number: numbers are used again.
+pub(super) fn running(layout: &Layout) -> Option<u32> {
+    let mut file = File::open(layout.pid_file()).ok()?;
+    flock(&file, FlockOperation::NonBlockingLockShared).err()?;
+    let mut text = String::new();
+    file.read_to_string(&mut text).ok()?;
+    text.trim().parse().ok()
+}
+
+/// Prints how the lab is.
+pub fn status(json: bool) -> anyhow::Result<ExitCode> {
+    let layout = Layout::default();
+    let Some(pid) = running(&layout) else {
+        if json {
+            println!("{}", serde_json::json!({"running": false}));
+        } else {
+            println!("No lab is running. Start one with: palisade lab up");
+        }
+        return Ok(ExitCode::FAILURE);
+    };
+    let mut stream = UnixStream::connect(layout.socket())
+        .with_context(|| format!("the lab (process {pid}) does not answer"))?;
+    stream.set_read_timeout(Some(Duration::from_secs(5)))?;
+    let mut text = String::new();
+    stream.read_to_string(&mut text).context("the lab does not answer in time")?;
+    let report: Report = serde_json::from_str(&text)?;
+    if json {
+        let mut value = serde_json::to_value(&report)?;
+        value["running"] = true.into();
+        println!("{value:#}");
+    } else {
+        print(&report);
+    }
+    if report.nodes.iter().any(|node| !node.ready) {
+        bail!("some nodes are not ready; see the agents' logs in {}", report.logs.display());
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+fn print(report: &Report) {
+    let Report { pid, version, uptime_seconds: up, .. } = report;
+    println!("Lab:         running (process {pid}, version {version}, up {up} s)");
+    println!("API server:  {}", report.api);
+    println!("KUBECONFIG:  {}", report.kubeconfig.display());
+    println!("Logs:        {}", report.logs.display());
+    match &report.data {
+        Some(data) => println!("Data:        {}", data.display()),
+        None => println!("Data:        in memory"),
+    }
+    println!("Pods:        {}\n", report.pods);
+    println!("{:8} {:9} {:28} POD CIDRS", "NODE", "STATUS", "ADDRESSES");
+    for node in &report.nodes {
+        let ready = if node.ready { "Ready" } else { "NotReady" };
+        let addresses: Vec<_> = node.addresses.iter().map(IpAddr::to_string).collect();
+        let (addresses, cidrs) = (addresses.join(", "), node.pod_cidrs.join(", "));
+        println!("{:8} {ready:9} {addresses:28} {cidrs}", node.name);
+    }
+}

@@ -1,0 +1,112 @@
+//! `up`: starts the daemon and waits until the cluster can be used.
+
+use std::fs::{self, File};
+use std::io::{BufRead, BufReader, Write};
+use std::os::unix::process::CommandExt;
+use std::process::{Command, ExitCode, Stdio};
+use std::time::Instant;
+
+use anyhow::{Context, bail};
+
+use super::{Options, Progress, down, report};
+use crate::layout::Layout;
+use crate::sys::require;
+
+/// Programs that must lie beside this one.
+const COMPANIONS: [&str; 2] = ["palisade-agent", "palisade-cni"];
+
+/// Brings a lab up.
+pub fn up(options: &Options, foreground: bool) -> anyhow::Result<ExitCode> {
+    let cgroups = require::check()?;
+    let layout = Layout::default();
+    if let Some(pid) = report::running(&layout) {
+        bail!(
+            "a lab is running already (process {pid}). Use it with\n  export KUBECONFIG={}\nor end \
+             it with\n  palisade lab down",
+            layout.kubeconfig().display()
+        );
+    }
+    companions()?;
+    if down::leftovers(&layout, &cgroups) {
+        println!("cleaning up after a lab that did not end properly");
+        down::clean(&layout, &cgroups)?;
+    }
+    prepare(&layout)?;
+    if foreground {
+        return super::serve(options);
+    }
+    detached(options, &layout)
+}
+
+fn companions() -> anyhow::Result<()> {
+    let program = std::env::current_exe().context("cannot find this program's own path")?;
+    for name in COMPANIONS {
+        let path = program.with_file_name(name);
+        if !path.is_file() {
+            bail!("{} is missing; build everything with `make build`", path.display());
+        }
+    }
+    Ok(())
+}
+
+fn prepare(layout: &Layout) -> anyhow::Result<()> {
+    use std::os::unix::fs::PermissionsExt;
+    for directory in [layout.run_dir().to_owned(), layout.logs(), layout.pods()] {
+        fs::create_dir_all(&directory)
+            .with_context(|| format!("cannot create {}", directory.display()))?;
+    }
+    // Keys lie in here.
+    fs::set_permissions(layout.run_dir(), fs::Permissions::from_mode(0o700))?;
+    Ok(())
+}
+
+fn detached(options: &Options, layout: &Layout) -> anyhow::Result<ExitCode> {
+    let started = Instant::now();
+    let log = File::create(layout.daemon_log())?;
+    let mut command = Command::new(std::env::current_exe()?);
+    command.arg("daemon").args(["--nodes", &options.nodes.to_string()]);
+    if let Some(data) = &options.data {
+        fs::create_dir_all(data).with_context(|| format!("cannot create {}", data.display()))?;
+        command.arg("--data").arg(data.canonicalize()?);
+    }
+    if let Some(port) = options.api_port {
+        command.args(["--api-port", &port.to_string()]);
+    }
+    let mut child = command
+        .stdin(Stdio::null())
+        .stdout(Stdio::piped())
+        .stderr(log)
+        .current_dir("/")
+        .process_group(0)
+        .spawn()
+        .context("cannot start the lab's daemon")?;
+    let stdout = child.stdout.take().context("no pipe to the daemon")?;
+    for line in BufReader::new(stdout).lines() {
+        match serde_json::from_str(&line?)? {
+            Progress::Done(what) => {
+                println!("  {what} ({:.1} s)", started.elapsed().as_secs_f64());
+                std::io::stdout().flush()?;
+            }
+            Progress::Ready => {
+                greet(layout, started);
+                return Ok(ExitCode::SUCCESS);
+            }
+            Progress::Failed(why) => {
+                // It takes its half-built lab down before it ends.
+                let _ = child.wait();
+                bail!("{why}");
+            }
+        }
+    }
+    let status = child.wait()?;
+    bail!("the lab's daemon ended ({status}); its log: {}", layout.daemon_log().display())
+}
+
+fn greet(layout: &Layout, started: Instant) {
+    println!(
+        "The lab is up after {:.1} s. Next:\n  export KUBECONFIG={}\n  kubectl get nodes\n\
+         End it with: palisade lab down",
+        started.elapsed().as_secs_f64(),
+        layout.kubeconfig().display()
+    );
+}

@@ -1,0 +1,210 @@
+//! Nodes as the cluster sees them: agents that are kept running, and Node objects that tell of it.
+
+use std::path::PathBuf;
+use std::process::Stdio;
+use std::time::Duration;
+
+use anyhow::{Context, bail};
+use k8s_openapi::api::core::v1::Node;
+use kube::api::{Patch, PatchParams};
+use kube::{Api, Client};
+use palisade_api::admin::{Request, Response, Status};
+use serde_json::{Value, json};
+use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
+use tokio::net::UnixStream;
+use tokio::process::{Child, Command};
+
+use crate::fabric::UPLINK;
+use crate::layout::{Layout, NodePlan};
+
+/// How often a ready agent is asked.
+const PERIOD: Duration = Duration::from_secs(1);
+/// How often one that is not ready yet is asked.
+const IMPATIENT: Duration = Duration::from_millis(50);
+/// An agent that says nothing for so long is not ready.
+const PATIENCE: Duration = Duration::from_secs(2);
+/// The Node object is written at least so often.
+const HEARTBEAT: Duration = Duration::from_secs(30);
+/// Between restarts of an agent that dies.
+const RESTART: Duration = Duration::from_millis(200);
+const MAX_RESTART: Duration = Duration::from_secs(10);
+
+/// One node.
+#[derive(Debug, Clone)]
+pub struct Keeper {
+    /// The node.
+    pub node: NodePlan,
+    /// Paths of the lab.
+    pub layout: Layout,
+    /// The control group of all nodes.
+    pub cgroup: PathBuf,
+    /// The agent's program.
+    pub agent: PathBuf,
+}
+
+impl Keeper {
+    /// Keeps the agent running until the lab ends.
+    pub async fn keep_agent(&self) {
+        let mut pause = RESTART;
+        loop {
+            let started = tokio::time::Instant::now();
+            match self.spawn().await {
+                Ok(mut child) => match child.wait().await {
+                    Ok(status) => tracing::warn!("{}'s agent ended: {status}", self.node.name),
+                    Err(error) => tracing::warn!("{}'s agent: {error}", self.node.name),
+                },
+                Err(error) => tracing::error!("{}'s agent: {error:#}", self.node.name),
+            }
+            pause = if started.elapsed() > MAX_RESTART { RESTART } else { pause };
+            tokio::time::sleep(pause).await;
+            pause = (pause * 2).min(MAX_RESTART);
+        }
+    }
+
+    async fn spawn(&self) -> anyhow::Result<Child> {
+        let (layout, node) = (&self.layout, &self.node);
+        for directory in [layout.node_run(node), layout.node_state(node), layout.bpffs(node)] {
+            tokio::fs::create_dir_all(&directory)
+                .await
+                .with_context(|| format!("cannot create {}", directory.display()))?;
+        }
+        let group = self.cgroup.join(&node.name);
+        tokio::fs::create_dir_all(&group).await?;
+        let agents = self.cgroup.join("agents");
+        tokio::fs::create_dir_all(&agents).await?;
+        let log = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(layout.agent_log(node))
+            .context("cannot open the agent's log")?;
+        Command::new("/proc/self/exe")
+            .arg("netns-exec")
+            .arg("--cgroup")
+            .arg(agents)
+            .arg(node.netns_path())
+            .arg("--")
+            .arg(&self.agent)
+            .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])
+            .arg("--kubeconfig")
+            .arg(layout.node_kubeconfig())
+            .arg("--run-dir")
+            .arg(layout.node_run(node))
+            .arg("--state-dir")
+            .arg(layout.node_state(node))
+            .arg("--bpffs")
+            .arg(layout.bpffs(node))
+            .arg("--cgroup")
+            .arg(group)
+            .stdin(Stdio::null())
+            .stdout(log.try_clone()?)
+            .stderr(log)
+            .process_group(0)
+            .spawn()
+            .with_context(|| format!("cannot start {}", self.agent.display()))
+    }
+
+    /// Keeps the Node object true until the lab ends.
+    pub async fn keep_status(&self, client: &Client) {
+        let api = Api::<Node>::all(client.clone());
+        let mut told: Option<bool> = None;
+        let mut since = jiff::Timestamp::now();
+        let mut written = tokio::time::Instant::now();
+        loop {
+            let asked = tokio::time::timeout(PATIENCE, self.ask()).await;
+            let problem = match asked {
+                Ok(Ok(status)) if status.ready => None,
+                Ok(Ok(status)) => {
+                    Some(format!("agent is starting: {}", status.problems.join("; ")))
+                }
+                Ok(Err(error)) => Some(format!("agent does not answer: {error:#}")),
+                Err(_) => Some("agent does not answer in time".to_owned()),
+            };
+            let ready = problem.is_none();
+            if told != Some(ready) || written.elapsed() > HEARTBEAT {
+                if told != Some(ready) {
+                    since = jiff::Timestamp::now();
+                }
+                let status = node_status(&self.node, since, problem);
+                let patch = Patch::Merge(json!({"status": status}));
+                match api.patch_status(&self.node.name, &PatchParams::default(), &patch).await {
+                    Ok(_) => {
+                        told = Some(ready);
+                        written = tokio::time::Instant::now();
+                    }
+                    Err(error) => tracing::warn!("status of {}: {error}", self.node.name),
+                }
+            }
+            tokio::time::sleep(if ready { PERIOD } else { IMPATIENT }).await;
+        }
+    }
+
+    async fn ask(&self) -> anyhow::Result<Status> {
+        let mut stream = UnixStream::connect(self.layout.admin_socket(&self.node)).await?;
+        let mut request = serde_json::to_vec(&Request::Status)?;
+        request.push(b'\n');
+        stream.write_all(&request).await?;
+        let mut line = String::new();
+        BufReader::new(stream).read_line(&mut line).await?;
+        match serde_json::from_str(&line).context("unreadable answer")? {
+            Response::Status(status) => Ok(*status),
+            Response::Error(error) => bail!("{error}"),
+            other => bail!("unexpected answer {other:?}"),
+        }
+    }
+}
+
+fn node_status(node: &NodePlan, since: jiff::Timestamp, problem: Option<String>) -> Value {
+    let now = json!(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now()));
+    let since = json!(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(since));
+    let condition = |kind: &str, status: bool, reason: &str, message: &str| {
+        json!({
+            "type": kind,
+            "status": if status { "True" } else { "False" },
+            "reason": reason,
+            "message": message,
+            "lastHeartbeatTime": now,
+            "lastTransitionTime": since,
+        })
+    };
+    let (reason, message) = match &problem {
+        None => ("KubeletReady", "the agent is ready and pods can be started"),
+        Some(problem) => ("KubeletNotReady", problem.as_str()),
+    };
+    let uname = rustix::system::uname();
+    let memory = rustix::system::sysinfo().totalram / 1024;
+    let cpus = std::thread::available_parallelism().map_or(1, usize::from);
+    let resources = json!({
+        "cpu": cpus.to_string(),
+        "memory": format!("{memory}Ki"),
+        "pods": "110",
+        "ephemeral-storage": "10Gi",
+    });
+    let mut addresses: Vec<Value> =
+        node.addresses().iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+    addresses.push(json!({"type": "Hostname", "address": node.name}));
+    json!({
+        "addresses": addresses,
+        "capacity": resources,
+        "allocatable": resources,
+        "conditions": [
+            condition("MemoryPressure", false, "KubeletHasSufficientMemory", "sufficient memory"),
+            condition("DiskPressure", false, "KubeletHasNoDiskPressure", "no disk pressure"),
+            condition("PIDPressure", false, "KubeletHasSufficientPID", "sufficient PIDs"),
+            condition("NetworkUnavailable", problem.is_some(), "PalisadeAgent", message),
+            condition("Ready", problem.is_none(), reason, message),
+        ],
+        "nodeInfo": {
+            "architecture": std::env::consts::ARCH.replace("x86_64", "amd64").replace("aarch64", "arm64"),
+            "bootID": std::fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap_or_default().trim(),
+            "containerRuntimeVersion": concat!("palisade-lab://", env!("CARGO_PKG_VERSION")),
+            "kernelVersion": uname.release().to_string_lossy(),
+            "kubeProxyVersion": "",
+            "kubeletVersion": concat!("v1.37.0-palisade.", env!("CARGO_PKG_VERSION")),
+            "machineID": "",
+            "operatingSystem": "linux",
+            "osImage": "Palisade lab node",
+            "systemUUID": "",
+        },
+        "daemonEndpoints": {"kubeletEndpoint": {"Port": 0}},
+    })
+}
