@@ -25,6 +25,11 @@ pub(super) struct Scene {
     pub(super) scratch: PathBuf,
 }
 
+/// So many attempts follow each other quickly while a container has never been ready.
+const EAGER: i32 = 20;
+/// Pause between those.
+const FIRST_PAUSE: Duration = Duration::from_millis(100);
+
 /// Makes one attempt after another; tells each result that crosses a threshold.
 pub(super) async fn watch(probe: &Probe, scene: &Scene, mut tell: impl FnMut(Result<(), String>)) {
     let seconds = |value: Option<i32>, default: u64| {
@@ -58,13 +63,8 @@ pub(super) async fn watch(probe: &Probe, scene: &Scene, mut tell: impl FnMut(Res
             }
         }
         // A server that is just coming up should not wait out a whole period.
-        let pause = if ever || bad > 20 { period } else { Duration::from_millis(100).min(period) };
-        tokio::time::sleep(if probe.failure_threshold.is_some() && bad > 0 {
-            period
-        } else {
-            pause
-        })
-        .await;
+        let eager = !ever && bad <= EAGER;
+        tokio::time::sleep(if eager { FIRST_PAUSE } else { period }).await;
     }
 }
 
