@@ -1,7 +1,7 @@
 //! The CNI operations. An attachment is made in steps, each recorded once it is done; a failure
 //! undoes them in reverse, and a restarted agent finds what a crash left half done.
 
-use std::collections::HashMap;
+use std::collections::{HashMap, HashSet};
 use std::io;
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 use std::path::PathBuf;
@@ -20,7 +20,7 @@ use tokio::sync::OwnedMutexGuard;
 use tracing::{info, warn};
 
 use super::store::{Phase, Record, Store, attachments_in};
-use super::{Endpoints, HostLink, NewEndpoint, Readiness};
+use super::{Addresses, Endpoints, HostLink, NewEndpoint, Readiness};
 use crate::ipam::Ipam;
 
 /// What is left of the plugin's patience for undoing and answering.
@@ -53,6 +53,9 @@ pub struct Attachments {
     ipam: Mutex<Ipam>,
     store: Store,
     records: Mutex<HashMap<Attachment, Record>>,
+    /// Addresses that the kernel still routes to interfaces without a record, by the interface's
+    /// name: they stay taken until the interface goes.
+    unrecorded: Mutex<HashMap<String, Vec<Addresses>>>,
     locks: Mutex<HashMap<ContainerId, Weak<tokio::sync::Mutex<()>>>>,
 }
 
@@ -83,6 +86,7 @@ impl Attachments {
             ipam: Mutex::new(ipam),
             store,
             records: Mutex::default(),
+            unrecorded: Mutex::default(),
             locks: Mutex::default(),
         };
         for attachment in unreadable {
@@ -111,15 +115,56 @@ impl Attachments {
             }
         }
         for attachment in queued {
+            if !this.records().contains_key(&attachment) {
+                this.unlink(&host_ifname(&attachment)).await?;
+            }
             this.unqueue(&attachment).map_err(state_error)?;
         }
+        this.keep_unrecorded_addresses().await?;
         Ok((this, restored))
+    }
+
+    /// Records can be lost while pods run: an address that the kernel routes to an interface is
+    /// in use, whatever the records say.
+    async fn keep_unrecorded_addresses(&self) -> Result<(), Failure> {
+        let links = self.node.links().await.map_err(kernel_error)?;
+        let recorded: HashSet<u32> = self.records().values().map(|r| r.host.ifindex).collect();
+        for route in self.node.routes().await.map_err(kernel_error)? {
+            let Some(addresses) = host_address(route.dst) else { continue };
+            let link = links.iter().find(|link| Some(link.ifindex) == route.ifindex);
+            let Some(link) = link.filter(|link| !recorded.contains(&link.ifindex)) else {
+                continue;
+            };
+            let (name, dst) = (&link.name, route.dst);
+            match self.ipam().restore(&addresses) {
+                Ok(()) => warn!("{dst} leads to {name}, which has no record: it stays taken"),
+                Err(error) => {
+                    warn!("{dst} leads to {name}, which has no record: {error}");
+                    continue;
+                }
+            }
+            guard(&self.unrecorded).entry(name.clone()).or_default().push(addresses);
+        }
+        Ok(())
+    }
+
+    /// The interface is gone, and with it its routes.
+    fn release_unrecorded(&self, name: &str) {
+        let released = guard(&self.unrecorded).remove(name).unwrap_or_default();
+        for addresses in &released {
+            self.ipam().release(addresses);
+        }
     }
 
     /// The records of finished attachments.
     pub fn list(&self) -> Vec<Record> {
         let committed = |record: &&Record| matches!(record.phase, Phase::Committed(_));
         self.records().values().filter(committed).cloned().collect()
+    }
+
+    #[cfg(test)]
+    pub(super) fn used_addresses(&self) -> usize {
+        self.ipam().used()
     }
 
     pub(super) async fn add<E: Endpoints>(
@@ -241,6 +286,7 @@ impl Attachments {
             // The name is made from the attachment, which has no record: a leftover.
             Err(error) if error.is_exists() => {
                 self.node.delete_link(&record.host.name).await?;
+                self.release_unrecorded(&record.host.name);
                 self.node.create_veth(pair, pod.netns()).await
             }
             result => result,
@@ -429,7 +475,9 @@ impl Attachments {
     }
 
     async fn unlink(&self, name: &str) -> Result<(), Failure> {
-        self.node.delete_link(name).await.map(drop).map_err(kernel_error)
+        self.node.delete_link(name).await.map_err(kernel_error)?;
+        self.release_unrecorded(name);
+        Ok(())
     }
 
     fn describe(&self, record: &Record) -> Attached {
@@ -480,6 +528,17 @@ impl Attachments {
     fn records(&self) -> MutexGuard<'_, HashMap<Attachment, Record>> {
         guard(&self.records)
     }
+}
+
+/// The address of a route to one host.
+fn host_address(dst: IpNet) -> Option<Addresses> {
+    if dst.prefix_len() != dst.max_prefix_len() {
+        return None;
+    }
+    Some(match dst.addr() {
+        IpAddr::V4(address) => Addresses { ipv4: Some(address), ipv6: None },
+        IpAddr::V6(address) => Addresses { ipv4: None, ipv6: Some(address) },
+    })
 }
 
 /// No code panics while it holds one of these locks for more than one write.

@@ -215,3 +215,31 @@ async fn a_queued_deletion_and_a_collection_remove_what_they_name() {
     assert_eq!(bench.links().await, 1);
     assert!(pods[1].run(&["ping", "-c1", "-W2", "10.244.9.1"]));
 }
+
+/// Whatever happened to the records: an address in use is not given again, and the pod that has
+/// it keeps its interface.
+#[tokio::test]
+async fn lost_records_do_not_free_addresses() {
+    let Some(mut bench) = Bench::new(Counting::default()).await else { return };
+    let pods: Vec<TempNs> = (0..3).filter_map(|_| TempNs::new()).collect();
+    let first = bench.add(&pods[0]).await.expect("add");
+    let second = bench.add(&pods[1]).await.expect("add");
+    std::fs::remove_dir_all(bench.directory.join("records")).expect("wipe");
+
+    let (again, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    assert!(restored.live.is_empty() && restored.gone.is_empty());
+    bench.attachments = again;
+    assert!(pods[0].run(&["ping", "-c1", "-W2", "10.244.9.1"]), "the pod's interface stays");
+    let third = bench.add(&pods[2]).await.expect("add");
+    let addresses: HashSet<_> = [&first, &second, &third]
+        .iter()
+        .flat_map(|attached| attached.addresses.iter().map(|a| a.address))
+        .collect();
+    assert_eq!((addresses.len(), bench.links().await), (6, 3));
+    assert_eq!(bench.attachments.used_addresses(), 3);
+
+    for pod in &pods {
+        bench.attachments.del(&bench.endpoints, &attachment(&pod.0)).await.expect("del");
+    }
+    assert_eq!((bench.attachments.used_addresses(), bench.links().await), (0, 0));
+}
