@@ -52,12 +52,18 @@ impl Drop for TempNs {
 struct Counting {
     known: Mutex<HashSet<Attachment>>,
     refuse: bool,
+    /// Programming begins and never ends; `reached` says that it began.
+    stall: bool,
+    reached: tokio::sync::Notify,
 }
 
 impl Endpoints for Counting {
     async fn add(&self, endpoint: NewEndpoint) -> Result<u32, EndpointError> {
-        let mut known = self.known.lock().expect("lock");
-        known.insert(endpoint.attachment);
+        self.known.lock().expect("lock").insert(endpoint.attachment);
+        if self.stall {
+            self.reached.notify_one();
+            std::future::pending::<()>().await;
+        }
         if self.refuse {
             return Err(EndpointError::TryAgain("labels unknown".into()));
         }
@@ -242,4 +248,78 @@ async fn lost_records_do_not_free_addresses() {
         bench.attachments.del(&bench.endpoints, &attachment(&pod.0)).await.expect("del");
     }
     assert_eq!((bench.attachments.used_addresses(), bench.links().await), (0, 0));
+}
+
+/// The agent dies between making the interface and answering: nothing is left, and the next
+/// agent gives no address twice.
+#[tokio::test]
+async fn a_crash_in_the_middle_leaves_nothing() {
+    let stalling = Counting { stall: true, ..Counting::default() };
+    let Some(mut bench) = Bench::new(stalling).await else { return };
+    let Some(pod) = TempNs::new() else { return };
+    tokio::select! {
+        result = bench.add(&pod) => panic!("must not end: {result:?}"),
+        () = bench.endpoints.reached.notified() => {}
+    }
+    assert_eq!(bench.links().await, 1, "the interface exists already");
+    let host = bench.node.netlink().links().await.expect("links");
+    let host = host.iter().find(|link| link.name.starts_with("lxc")).expect("interface");
+    assert!(!host.up, "no packet passes before the policy is in force");
+    assert!(!pod.run(&["ping", "-c1", "-W1", "10.244.9.1"]));
+
+    let (again, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    assert_eq!((restored.live.len(), restored.gone.len()), (0, 1));
+    bench.attachments = again;
+    assert_eq!((bench.links().await, bench.attachments.used_addresses()), (0, 0));
+    assert_eq!(std::fs::read_dir(bench.directory.join("records")).expect("records").count(), 0);
+    bench.endpoints.stall = false;
+    bench.add(&pod).await.expect("the runtime's next attempt");
+}
+
+/// A damaged record cannot say what its pod may do: the pod loses its interface, nobody else does.
+#[tokio::test]
+async fn a_damaged_record_closes_its_pod_alone() {
+    let Some(mut bench) = Bench::new(Counting::default()).await else { return };
+    let pods: Vec<TempNs> = (0..3).filter_map(|_| TempNs::new()).collect();
+    for pod in &pods {
+        bench.add(pod).await.expect("add");
+    }
+    let record =
+        |pod: &TempNs| bench.directory.join("records").join(attachment(&pod.0).file_name());
+    let text = std::fs::read(record(&pods[0])).expect("record");
+    std::fs::write(record(&pods[0]), &text[..text.len() / 2]).expect("truncate");
+    std::fs::write(record(&pods[1]), b"\0\xff").expect("corrupt");
+
+    let (again, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    assert_eq!((restored.live.len(), restored.gone.len()), (1, 0));
+    bench.attachments = again;
+    assert_eq!((bench.links().await, bench.attachments.used_addresses()), (1, 1));
+    assert!(!pods[0].run(&["ping", "-c1", "-W1", "10.244.9.1"]));
+    assert!(pods[2].run(&["ping", "-c1", "-W2", "10.244.9.1"]));
+}
+
+/// Many at once: distinct addresses, and afterwards the node is as before.
+#[tokio::test]
+async fn many_pods_come_and_go_at_once() {
+    const PODS: usize = 60;
+    let Some(bench) = Bench::new(Counting::default()).await else { return };
+    let before = bench.node.netlink().routes().await.expect("routes").len();
+    let pods: Vec<TempNs> = (0..PODS).filter_map(|_| TempNs::new()).collect();
+    let start = Instant::now();
+    let added = futures::future::join_all(pods.iter().map(|pod| bench.add(pod))).await;
+    println!("{PODS} ADD at once took {:?}", start.elapsed());
+    let addresses: HashSet<_> = added
+        .iter()
+        .flat_map(|a| a.as_ref().expect("add").addresses.iter().map(|a| a.address))
+        .collect();
+    assert_eq!((addresses.len(), bench.links().await), (2 * PODS, PODS));
+
+    let keys: Vec<Attachment> = pods.iter().map(|pod| attachment(&pod.0)).collect();
+    let deletions = keys.iter().map(|key| bench.attachments.del(&bench.endpoints, key));
+    for deleted in futures::future::join_all(deletions).await {
+        deleted.expect("del");
+    }
+    assert_eq!((bench.links().await, bench.attachments.used_addresses()), (0, 0));
+    assert_eq!(bench.node.netlink().routes().await.expect("routes").len(), before);
+    assert_eq!(std::fs::read_dir(bench.directory.join("records")).expect("records").count(), 0);
 }
