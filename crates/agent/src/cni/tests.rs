@@ -36,6 +36,11 @@ impl TempNs {
         Netlink::of(Arc::new(NetNs::open(self.path()).expect("namespace"))).expect("netlink")
     }
 
+    fn output(&self, command: &[&str]) -> String {
+        let output = Command::new("ip").args(["netns", "exec", &self.0]).args(command).output();
+        String::from_utf8(output.expect("run ip").stdout).expect("text").trim().to_owned()
+    }
+
     fn run(&self, command: &[&str]) -> bool {
         let output = Command::new("ip").args(["netns", "exec", &self.0]).args(command).output();
         output.expect("run ip").status.success()
@@ -104,6 +109,15 @@ impl Bench {
         let routers = ["10.244.9.1", "fd44:0:0:9::1"].map(|a| a.parse().expect("address"));
         node.netlink().add_router_addresses(&routers).await.expect("routers");
         Some(Self { node, directory, attachments, endpoints })
+    }
+
+    /// A range with room for five pods.
+    async fn shrink(&mut self) {
+        let settings = self.attachments.settings.clone();
+        let ipam = Ipam::new(&["10.244.9.0/29".parse().expect("range")]).expect("ipam");
+        let (again, _) =
+            Attachments::restore(settings, ipam, self.node.netlink()).await.expect("restore");
+        self.attachments = again;
     }
 
     async fn restore(node: &TempNs, directory: &Path) -> (Attachments, Restored) {
@@ -322,4 +336,60 @@ async fn many_pods_come_and_go_at_once() {
     assert_eq!((bench.links().await, bench.attachments.used_addresses()), (0, 0));
     assert_eq!(bench.node.netlink().routes().await.expect("routes").len(), before);
     assert_eq!(std::fs::read_dir(bench.directory.join("records")).expect("records").count(), 0);
+}
+
+#[tokio::test]
+async fn a_full_range_says_so_and_deleted_pods_make_room() {
+    let Some(mut bench) = Bench::new(Counting::default()).await else { return };
+    bench.shrink().await;
+    let pods: Vec<TempNs> = (0..6).filter_map(|_| TempNs::new()).collect();
+    let mut given = Vec::new();
+    for pod in &pods[..5] {
+        given.push(bench.add(pod).await.expect("add").addresses[0].address);
+    }
+    let full = bench.add(&pods[5]).await.expect_err("full");
+    assert_eq!(full.code, Code::TryAgain);
+    for hint in ["all 5 pod addresses of 10.244.9.0/29", "delete pods", "Node.spec.podCIDRs"] {
+        assert!(full.message.contains(hint), "{full}");
+    }
+    let status = bench.attachments.status(&bench.endpoints).await.expect_err("full");
+    assert_eq!(status.code, Code::NotAvailable);
+    assert_eq!(bench.links().await, 5, "the refused pod has no interface");
+
+    for pod in [&pods[3], &pods[1]] {
+        bench.attachments.del(&bench.endpoints, &attachment(&pod.0)).await.expect("del");
+    }
+    bench.attachments.status(&bench.endpoints).await.expect("room again");
+    let again = bench.add(&pods[5]).await.expect("add").addresses[0].address;
+    assert_eq!(again, given[3], "the address that was released first");
+}
+
+#[tokio::test]
+async fn interfaces_are_set_up_as_promised() {
+    let Some(bench) = Bench::new(Counting::default()).await else { return };
+    let Some(pod) = TempNs::new() else { return };
+    let attached = bench.add(&pod).await.expect("add");
+    let host = &attached.host.name;
+    let addresses = bench.node.output(&["ip", "-o", "addr", "show", "dev", host]);
+    assert!(addresses.contains("fe80::1/64") && addresses.lines().count() == 1, "{addresses}");
+    for (setting, value) in [
+        ("ipv4/conf/{}/rp_filter", "0"),
+        ("ipv4/conf/{}/forwarding", "1"),
+        ("ipv6/conf/{}/accept_ra", "0"),
+        ("ipv6/conf/{}/forwarding", "1"),
+    ] {
+        let path = format!("/proc/sys/net/{}", setting.replace("{}", host));
+        assert_eq!(bench.node.output(&["cat", &path]), value, "{path}");
+    }
+    for (place, device, mac) in
+        [(&bench.node, host.as_str(), &attached.pod.mac), (&pod, "eth0", &attached.host.mac)]
+    {
+        let neighbours = place.output(&["ip", "neigh", "show", "dev", device]);
+        let permanent = |line: &&str| line.contains("PERMANENT") && line.contains(mac.as_str());
+        assert_eq!(neighbours.lines().filter(permanent).count(), 2, "{neighbours}");
+        let link = place.netlink().link(device).await.expect("get").expect("exists");
+        assert!(link.up && link.mtu == 1500, "{link:?}");
+    }
+    let inside = pod.output(&["ip", "-o", "addr", "show", "dev", "eth0"]);
+    assert!(inside.contains("/32") && inside.contains("/128") && !inside.contains("fe80"));
 }
