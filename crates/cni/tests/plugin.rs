@@ -53,8 +53,7 @@ struct Answer {
 
 impl Answer {
     fn json(&self) -> Value {
-        serde_json::from_str(&self.stdout)
-            .unwrap_or_else(|error| panic!("stdout is not JSON: {error}: {:?}", self.stdout))
+        serde_json::from_str(&self.stdout).expect("stdout is JSON")
     }
 
     #[track_caller]
