@@ -296,9 +296,11 @@ impl Attachments {
     async fn undo<E: Endpoints>(&self, endpoints: &E, record: &Record, done: &[Step]) {
         for step in done.iter().rev() {
             let undone = match step {
-                Step::Programmed => {
-                    endpoints.remove(&record.attachment).await.map_err(Failure::from)
-                }
+                // The interface may be up already, and must not outlive its programs.
+                Step::Programmed => match self.unlink(&record.host.name).await {
+                    Ok(()) => endpoints.remove(&record.attachment).await.map_err(Failure::from),
+                    Err(failure) => Err(failure),
+                },
                 Step::Linked => self.unlink(&record.host.name).await,
                 Step::Recorded => self.forget(record),
             };
@@ -325,13 +327,11 @@ impl Attachments {
         attachment: &Attachment,
     ) -> Result<(), Failure> {
         let record = self.records().get(attachment).cloned();
+        // The interface first: it must not be up for a moment without its programs.
+        self.unlink(&host_ifname(attachment)).await?;
         endpoints.remove(attachment).await?;
-        match record {
-            Some(record) => {
-                self.unlink(&record.host.name).await?;
-                self.forget(&record)?;
-            }
-            None => self.unlink(&host_ifname(attachment)).await?,
+        if let Some(record) = record {
+            self.forget(&record)?;
         }
         self.unqueue(attachment).map_err(state_error)
     }

@@ -98,8 +98,8 @@ pub trait Endpoints: Send + Sync + 'static {
     fn add(&self, endpoint: NewEndpoint)
     -> impl Future<Output = Result<u32, EndpointError>> + Send;
 
-    /// Forgets an endpoint: rows, tables, programs, flows of its addresses. The veth pair still
-    /// exists; it goes right after. Unknown endpoints succeed.
+    /// Forgets an endpoint: rows, tables, programs, flows of its addresses. The veth pair is
+    /// gone already, so nothing is ever open. Unknown endpoints succeed.
     fn remove(
         &self,
         attachment: &Attachment,
