@@ -1,4 +1,6 @@
-//! `palisade demo`.
+//! Demonstrations: a cluster of their own, real `kubectl` commands, and a verdict on each answer.
 
-/// The Star Wars walk-through.
+mod lab;
+mod machine;
+mod script;
 pub(crate) mod starwars;

@@ -1,116 +1,252 @@
-//! Steps 1 to 6 of the walk-through, with the real kubectl.
+//! The Star Wars walk-through: who may land on the death star, at L3 and L4.
 
 use std::{
     env,
-    io::Write,
-    process::{Command, Output, Stdio},
+    ffi::OsString,
+    path::{Path, PathBuf},
+    thread,
+    time::Duration,
 };
 
-use anyhow::{Context, Result, ensure};
+use anyhow::{Context, Result, anyhow};
+use serde_json::Value;
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    sync::oneshot,
+};
 
+use super::{
+    lab::Lab,
+    machine::Machine,
+    script::{Expect, Probe, Script, eventually},
+};
 use crate::{
     cli::StarwarsArgs,
     exit::{Exit, Failure},
 };
 
-const APP: &str = include_str!("../../../../examples/starwars/app.yaml");
-const NATIVE: &str = include_str!("../../../../examples/starwars/native/networkpolicy.yaml");
-const L4: &str = include_str!("../../../../examples/starwars/cilium/networkpolicy-L4.yaml");
+const APP: (&str, &str) =
+    ("examples/starwars/app.yaml", include_str!("../../../../examples/starwars/app.yaml"));
+const NATIVE: (&str, &str) = (
+    "examples/starwars/native/networkpolicy.yaml",
+    include_str!("../../../../examples/starwars/native/networkpolicy.yaml"),
+);
+const L4: (&str, &str) = (
+    "examples/starwars/cilium/networkpolicy-L4.yaml",
+    include_str!("../../../../examples/starwars/cilium/networkpolicy-L4.yaml"),
+);
+const SERVICE: &str = "deathstar.default.svc.cluster.local";
 const LAND: &str = "deathstar.default.svc.cluster.local/v1/request-landing";
 const EXHAUST: &str = "deathstar.default.svc.cluster.local/v1/exhaust-port";
+const LANDED: Expect<'_> = Expect::Answer(&["Ship landed"]);
+/// What the death star says when it dies.
+const PANIC: Expect<'_> =
+    Expect::Answer(&["Panic: deathstar exploded", "goroutine 1 [running]:", "main.go"]);
+/// So long a container that died may take to run again.
+const RESTART: Duration = Duration::from_secs(30);
 
-/// Brings a lab up, runs the steps and takes the lab down, whatever came of them.
+/// Brings a cluster up, runs the steps, takes it down and looks whether the machine is as before.
 pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
     if !rustix::process::geteuid().is_root() {
         return Err(Failure::refused("the demo needs root", "Run it with sudo.").into());
     }
-    if !args.use_running {
-        lab(&["up", "--nodes", &args.nodes.to_string()])?;
+    let path = path_with_kubectl()?;
+    let lab = Lab::find()?;
+    if args.use_running {
+        let kubeconfig = lab.kubeconfig()?.ok_or_else(|| {
+            Failure::unreachable("no lab is running", "Start one with:  palisade lab up")
+        })?;
+        return tell(&walk(path, &kubeconfig)?);
     }
-    let passed = walk();
-    if !args.use_running && !args.keep {
-        lab(&["down"])?;
+    if lab.kubeconfig()?.is_some() {
+        return Err(Failure::refused(
+            "a lab is running already, and the demo wants one of its own",
+            "End it with:  palisade lab down\nor use it:    palisade demo starwars --use-running",
+        )
+        .into());
     }
-    Ok(if passed? { Exit::Ok } else { Exit::No })
+
+    let before = Machine::look();
+    lab.up(args.nodes)?;
+    let kubeconfig = lab.kubeconfig()?.context("the lab went away")?;
+    let walked = until_interrupted(move || walk(path, &kubeconfig));
+    if args.keep {
+        println!("\nThe lab stays up. End it with:  palisade lab down");
+        return tell(&walked?);
+    }
+    println!();
+    lab.down()?;
+    let mut script = walked?;
+    script.title("The machine is as it was before");
+    let differences = Machine::look().differences(&before);
+    differences.iter().for_each(|difference| println!("{difference}"));
+    script
+        .verdict(differences.is_empty(), "links, routes, rules, firewall, mounts, cgroups, bpffs");
+    tell(&script)
 }
 
-fn walk() -> Result<bool> {
-    let mut passed = true;
-    apply(APP)?;
-    must(&["rollout", "status", "deployment/deathstar", "--timeout=60s"])?;
-    must(&["wait", "--for=condition=Ready", "pod/tiefighter", "pod/xwing", "--timeout=60s"])?;
-    passed &= probe("1", "tiefighter", "-XPOST", LAND, Some("Ship landed"))?;
-    passed &= probe("2", "xwing", "-XPOST", LAND, Some("Ship landed"))?;
-    apply(NATIVE)?;
-    passed &= probe("3", "tiefighter", "-XPOST", LAND, Some("Ship landed"))?;
-    passed &= probe("4", "xwing", "-XPOST", LAND, None)?;
-    passed &= probe("5", "tiefighter", "-XPUT", EXHAUST, Some("Panic: deathstar exploded"))?;
-    must(&["rollout", "status", "deployment/deathstar", "--timeout=60s"])?;
-    must(&["delete", "networkpolicy", "policy"])?;
-    apply(L4)?;
-    passed &= probe("6", "tiefighter", "-XPOST", LAND, Some("Ship landed"))?;
-    passed &= probe("6", "xwing", "-XPOST", LAND, None)?;
-    Ok(passed)
+fn tell(script: &Script) -> Result<Exit> {
+    let all = script.passed + script.failed;
+    println!("\n{} of {all} checks passed", script.passed);
+    Ok(if script.failed == 0 { Exit::Ok } else { Exit::No })
 }
 
-/// `expected` is part of the answer; `None` is curl's time-out, exit code 28.
-fn probe(step: &str, pod: &str, method: &str, url: &str, expected: Option<&str>) -> Result<bool> {
-    let args = ["exec", pod, "--", "curl", "-s", "--connect-timeout", "2", method, url];
-    let output = kubectl(&args)?.stdin(Stdio::null()).output().context("kubectl cannot be run")?;
-    let answer = String::from_utf8_lossy(&output.stdout);
-    let passed = match expected {
-        Some(text) => output.status.success() && answer.contains(text),
-        None => output.status.code() == Some(28) && answer.is_empty(),
-    };
-    println!("{step}  $ kubectl {}", args.join(" "));
-    show(&output);
-    println!("   {}", if passed { "PASS" } else { "FAIL" });
-    Ok(passed)
-}
-
-fn must(args: &[&str]) -> Result<()> {
-    println!("$ kubectl {}", args.join(" "));
-    let output = kubectl(args)?.stdin(Stdio::null()).output().context("kubectl cannot be run")?;
-    show(&output);
-    ensure!(output.status.success(), "kubectl {} ended with {}", args.join(" "), output.status);
-    Ok(())
-}
-
-fn apply(manifest: &str) -> Result<()> {
-    println!("$ kubectl apply -f -");
-    let mut child = kubectl(&["apply", "-f", "-"])?
-        .stdin(Stdio::piped())
-        .spawn()
-        .context("kubectl cannot be run; install it with: make setup")?;
-    child.stdin.take().context("kubectl has no input")?.write_all(manifest.as_bytes())?;
-    let status = child.wait()?;
-    ensure!(status.success(), "kubectl apply ended with {status}");
-    Ok(())
-}
-
-fn show(output: &Output) {
-    for text in [&output.stdout, &output.stderr] {
-        for line in String::from_utf8_lossy(text).lines() {
-            println!("   {line}");
+/// Runs `work` on a thread of its own; an interrupt ends the wait for it, so that the caller can
+/// clean up.
+fn until_interrupted<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        let (sender, done) = oneshot::channel();
+        // Nobody waits for the result of work that was interrupted.
+        thread::spawn(move || drop(sender.send(work())));
+        tokio::select! {
+            result = done => result.map_err(|_| anyhow!("the walk-through panicked"))?,
+            _ = interrupt.recv() => Err(anyhow!("interrupted")),
+            _ = terminate.recv() => Err(anyhow!("told to stop")),
         }
+    })
+}
+
+/// `PATH`, with the directory that set-up puts `kubectl` into where it is not there otherwise.
+fn path_with_kubectl() -> Result<OsString> {
+    let path = env::var_os("PATH").unwrap_or_default();
+    let mut directories: Vec<PathBuf> = env::split_paths(&path).collect();
+    directories.push(PathBuf::from(".tools/bin"));
+    if directories.iter().any(|directory| directory.join("kubectl").is_file()) {
+        return Ok(env::join_paths(directories)?);
     }
+    Err(Failure::refused(
+        "there is no kubectl",
+        "Run 'make setup', or put kubectl into a directory of PATH.",
+    )
+    .into())
 }
 
-fn kubectl(args: &[&str]) -> Result<Command> {
-    let output = lab_command()?.arg("kubeconfig").output().context("palisade-lab cannot be run")?;
-    ensure!(output.status.success(), "no lab is running");
-    let mut command = Command::new("kubectl");
-    command.args(args).env("KUBECONFIG", String::from_utf8(output.stdout)?.trim());
-    Ok(command)
+fn walk(path: OsString, kubeconfig: &Path) -> Result<Script> {
+    let mut script = Script::new(path, kubeconfig);
+    deploy(&mut script)?;
+    without_policy(&mut script)?;
+    with_network_policy(&mut script)?;
+    with_cilium_policy(&mut script)?;
+    Ok(script)
 }
 
-fn lab(args: &[&str]) -> Result<()> {
-    let status = lab_command()?.args(args).status().context("palisade-lab cannot be run")?;
-    ensure!(status.success(), "palisade lab {} ended with {status}", args.join(" "));
-    Ok(())
+fn deploy(script: &mut Script) -> Result<()> {
+    script.title("Two death stars behind a Service, an imperial ship, a rebel ship");
+    script.apply(APP.0, APP.1)?;
+    let ready = Expect::Answer(&["successfully rolled out"]);
+    script.check(&["rollout", "status", "deployment/deathstar", "--timeout=60s"], ready)?;
+    let met = Expect::Answer(&["tiefighter condition met", "xwing condition met"]);
+    let pods = ["pod/tiefighter", "pod/xwing"];
+    let ready = ["wait", "--for=condition=Ready", pods[0], pods[1], "--timeout=60s"];
+    script.check(&ready, met)?;
+    script.check(&["get", "pods", "-o", "wide"], Expect::Answer(&["tiefighter", "xwing"]))?;
+    script.check(&["get", "svc"], Expect::Answer(&["deathstar"]))
 }
 
-fn lab_command() -> Result<Command> {
-    let this = env::current_exe().context("this program's own path cannot be found")?;
-    Ok(Command::new(this.with_file_name("palisade-lab")))
+fn without_policy(script: &mut Script) -> Result<()> {
+    script.title("Step 1: without a policy the tiefighter may land");
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    script.title("Step 2: and so may the xwing");
+    script.check(&["exec", "xwing", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    sweep(script, LANDED)
+}
+
+fn with_network_policy(script: &mut Script) -> Result<()> {
+    script.title("Step 3: a NetworkPolicy admits the empire's ships");
+    script.apply(NATIVE.0, NATIVE.1)?;
+    script.check(&["get", "netpol"], Expect::Answer(&["policy"]))?;
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    script.title("Step 4: and no others");
+    script.check(&rebel(), Expect::NoAnswer)?;
+    sweep(script, Expect::NoAnswer)?;
+
+    script.title("Step 5: L4 does not see what an imperial ship asks for");
+    let before = restarts(script)?;
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", EXHAUST], PANIC)?;
+    let restarted = eventually(RESTART, || Ok(restarts(script)? > before))?;
+    script.verdict(restarted, "the death star died, and its container was started again");
+    let ready = Expect::Answer(&["condition met"]);
+    let pods = ["wait", "--for=condition=Ready", "pod", "-l", "class=deathstar", "--timeout=60s"];
+    script.check(&pods, ready)
+}
+
+fn with_cilium_policy(script: &mut Script) -> Result<()> {
+    script.title("Step 6: the same with a CiliumNetworkPolicy");
+    script.check(&["delete", "networkpolicy", "policy"], Expect::Answer(&["deleted"]))?;
+    script.apply(L4.0, L4.1)?;
+    script.check(&["get", "cnp"], Expect::Answer(&["rule1"]))?;
+    script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["Valid"]))?;
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    script.check(&rebel(), Expect::NoAnswer)?;
+    sweep(script, Expect::NoAnswer)
+}
+
+fn rebel() -> [&'static str; 9] {
+    ["exec", "xwing", "--", "curl", "-s", "--connect-timeout", "2", "-XPOST", LAND]
+}
+
+/// How often the death stars' containers were started again, all together.
+fn restarts(script: &Script) -> Result<u64> {
+    let pods = script.json(&["get", "pods", "-l", "class=deathstar"])?;
+    let statuses = items(&pods).flat_map(|pod| array(&pod["status"]["containerStatuses"]));
+    Ok(statuses.filter_map(|status| status["restartCount"].as_u64()).sum())
+}
+
+/// From both ships to each replica, each ClusterIP and the Service's name, IPv4 and IPv6; the
+/// tiefighter lands, and the xwing gets what is expected.
+fn sweep(script: &mut Script, xwing: Expect<'_>) -> Result<()> {
+    println!("every way to each replica:");
+    let targets = targets(script)?;
+    let probes: Vec<Probe<'_>> = [("tiefighter", LANDED), ("xwing", xwing)]
+        .into_iter()
+        .flat_map(|(from, expect)| {
+            targets.iter().map(move |(to, family, host)| Probe {
+                from,
+                to: to.clone(),
+                curl: curl(family, host),
+                expect,
+            })
+        })
+        .collect();
+    script.sweep(&probes)
+}
+
+fn curl(family: &str, host: &str) -> Vec<String> {
+    let url = format!("http://{host}/v1/request-landing");
+    ["-s", "-g", family, "--connect-timeout", "2", "--max-time", "10", "-XPOST", &url]
+        .map(str::to_owned)
+        .to_vec()
+}
+
+/// Where to land: for people, the family's flag of `curl`, and the host of the URL.
+fn targets(script: &Script) -> Result<Vec<(String, &'static str, String)>> {
+    let pods = script.json(&["get", "pods", "-l", "class=deathstar"])?;
+    let service = script.json(&["get", "service", "deathstar"])?;
+    let pods = items(&pods).flat_map(|pod| {
+        let name = pod["metadata"]["name"].as_str().unwrap_or_default();
+        let addresses = array(&pod["status"]["podIPs"]).filter_map(|ip| ip["ip"].as_str());
+        addresses.map(move |ip| (format!("{name} {ip}"), ip))
+    });
+    let cluster_ips = array(&service["spec"]["clusterIPs"]).filter_map(Value::as_str);
+    let cluster_ips = cluster_ips.map(|ip| (format!("ClusterIP {ip}"), ip));
+    let addresses = pods.chain(cluster_ips).map(|(to, ip)| match ip.contains(':') {
+        true => (to, "-6", format!("[{ip}]")),
+        false => (to, "-4", ip.to_owned()),
+    });
+    let names = [("-4", "IPv4"), ("-6", "IPv6")]
+        .map(|(flag, family)| (format!("{SERVICE} {family}"), flag, SERVICE.to_owned()));
+    Ok(addresses.chain(names).collect())
+}
+
+fn items(list: &Value) -> impl Iterator<Item = &Value> {
+    array(&list["items"])
+}
+
+fn array(value: &Value) -> impl Iterator<Item = &Value> {
+    value.as_array().into_iter().flatten()
 }

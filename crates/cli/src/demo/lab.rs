@@ -1,0 +1,56 @@
+//! The cluster that a demonstration brings up and takes down.
+
+use std::{
+    env,
+    path::PathBuf,
+    process::{Command, Stdio},
+};
+
+use anyhow::{Context, Result, ensure};
+
+use crate::exit::Failure;
+
+/// `palisade-lab`, which stands beside this program.
+pub(super) struct Lab {
+    program: PathBuf,
+}
+
+impl Lab {
+    pub(super) fn find() -> Result<Self> {
+        let this = env::current_exe().context("this program's own path cannot be found")?;
+        let program = this.with_file_name("palisade-lab");
+        if program.exists() {
+            return Ok(Self { program });
+        }
+        Err(Failure::refused(format!("{} is missing", program.display()), "Run 'make build'.")
+            .into())
+    }
+
+    /// The kubeconfig of the lab that is running, if one is.
+    pub(super) fn kubeconfig(&self) -> Result<Option<PathBuf>> {
+        let output = self.command().arg("kubeconfig").stderr(Stdio::null()).output()?;
+        let path = String::from_utf8(output.stdout)?;
+        Ok(output.status.success().then(|| PathBuf::from(path.trim())))
+    }
+
+    pub(super) fn up(&self, nodes: u16) -> Result<()> {
+        self.run(&["up", "--nodes", &nodes.to_string()])
+    }
+
+    pub(super) fn down(&self) -> Result<()> {
+        self.run(&["down"])
+    }
+
+    fn run(&self, args: &[&str]) -> Result<()> {
+        println!("$ palisade lab {}", args.join(" "));
+        let status = self.command().args(args).status()?;
+        ensure!(status.success(), "palisade lab {} ended with {status}", args.join(" "));
+        Ok(())
+    }
+
+    fn command(&self) -> Command {
+        let mut command = Command::new(&self.program);
+        command.stdin(Stdio::null());
+        command
+    }
+}
