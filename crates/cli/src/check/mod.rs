@@ -1,5 +1,7 @@
 //! `palisade policy check`: reads policies as the cluster would, without one.
 
+mod locate;
+
 use std::{
     fs,
     io::{self, Read, Write},
@@ -11,13 +13,14 @@ use palisade_api::convert;
 use serde::Serialize;
 use serde_json::Value;
 
+use self::locate::Lines;
 use crate::{exit::Exit, output, output::Format};
 
 /// What is wrong, and where.
 #[derive(Debug, Serialize)]
 struct Finding {
     file: String,
-    /// Line where the document starts, or where the YAML breaks off.
+    /// Line of the field, of the nearest one above it, or where the YAML breaks off.
     line: usize,
     object: String,
     field: String,
@@ -32,7 +35,7 @@ pub(crate) fn run(format: Format, files: &[PathBuf]) -> anyhow::Result<Exit> {
     for file in files {
         let text = read(file)?;
         for (line, document) in documents(&text) {
-            policies += usize::from(check(file, line, document, &mut findings));
+            policies += check(file, line, document, &mut findings);
         }
     }
     match format {
@@ -74,8 +77,8 @@ fn says_something(line: &str) -> bool {
     !line.is_empty() && !line.starts_with('#')
 }
 
-/// Whether the document is a policy, well-formed or not.
-fn check(file: &Path, line: usize, document: &str, findings: &mut Vec<Finding>) -> bool {
+/// The number of policies in the document, well-formed or not; `first` is its first line.
+fn check(file: &Path, first: usize, document: &str, findings: &mut Vec<Finding>) -> usize {
     let file = file.display().to_string();
     let object: Value = match serde_saphyr::from_str(document) {
         Ok(object) => object,
@@ -83,27 +86,48 @@ fn check(file: &Path, line: usize, document: &str, findings: &mut Vec<Finding>) 
             let at = error.location().map_or(0, |location| location.line() as usize);
             findings.push(Finding {
                 file,
-                line: line + at.saturating_sub(1),
+                line: first + at.saturating_sub(1),
                 object: "document".to_owned(),
                 field: String::new(),
                 message: error.to_string(),
                 suggestion: "write valid YAML".to_owned(),
             });
-            return true;
+            return 1;
         }
     };
-    let Some(problems) = convert::check(&object) else { return false };
-    let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or("-");
-    let name = format!("{} {}", text("/kind"), text("/metadata/name"));
-    findings.extend(problems.into_iter().map(|problem| Finding {
-        file: file.clone(),
-        line,
-        object: name.clone(),
-        field: problem.path,
-        message: problem.message,
-        suggestion: problem.suggestion,
-    }));
-    true
+    let lines = Lines::read(document);
+    let mut policies = 0;
+    for (prefix, object) in objects(&object) {
+        let Some(problems) = convert::check(object) else { continue };
+        policies += 1;
+        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or("-");
+        let name = format!("{} {}", text("/kind"), text("/metadata/name"));
+        findings.extend(problems.into_iter().map(|problem| {
+            let path = format!("{prefix}{}", problem.path);
+            Finding {
+                file: file.clone(),
+                line: first - 1 + lines.as_ref().map_or(1, |lines| lines.of(&path)),
+                object: name.clone(),
+                field: problem.path,
+                message: problem.message,
+                suggestion: problem.suggestion,
+            }
+        }));
+    }
+    policies
+}
+
+/// The object, or the members of a list such as `kubectl get -o yaml` prints, each with the path
+/// to it.
+fn objects(object: &Value) -> Vec<(String, &Value)> {
+    let is_list = object["kind"].as_str().is_some_and(|kind| kind.ends_with("List"));
+    match object["items"].as_array() {
+        Some(items) if is_list => {
+            let paths = (0..).map(|index| format!("items[{index}]."));
+            paths.zip(items).collect()
+        }
+        _ => vec![(String::new(), object)],
+    }
 }
 
 fn print(findings: &[Finding], policies: usize) -> io::Result<()> {
@@ -154,6 +178,18 @@ spec:
         assert_eq!(bad.len(), 1);
         assert!(bad[0].field.contains("ports[0].port"), "{bad:?}");
         assert_eq!(bad[0].object, "NetworkPolicy web");
+    }
+
+    #[test]
+    fn a_problem_has_the_line_of_its_field() {
+        assert_eq!(findings(&POLICY.replace("PORT", "99999"))[0].line, 8);
+        let list = format!(
+            "kind: List\nitems:\n-{}",
+            POLICY.trim().replace("PORT", "99999").replace('\n', "\n  ").replacen("api", " api", 1)
+        );
+        let bad = findings(&list);
+        assert_eq!((bad.len(), bad[0].line), (1, 9), "{list}{bad:?}");
+        assert_eq!(bad[0].field, "spec.ingress[0].ports[0].port");
     }
 
     #[test]
