@@ -39,6 +39,7 @@ pub(super) async fn report(
         "status": if condition.valid { "True" } else { "False" },
         "reason": if condition.valid { "Accepted" } else { "Refused" },
         "message": condition.message,
+        "observedGeneration": condition.generation,
         "lastTransitionTime": Timestamp::now(),
     }]}});
     let params = PatchParams::default();

@@ -111,8 +111,5 @@ fn condition_to_report(kind: PolicyKind, object: &PolicyObject) -> Option<Condit
     if kind == PolicyKind::NetworkPolicy && condition.valid {
         return None;
     }
-    let reported = object.reported.as_ref().is_some_and(|reported| {
-        reported.valid == condition.valid && reported.message == condition.message
-    });
-    (!reported).then_some(condition)
+    (object.reported.as_ref() != Some(&condition)).then_some(condition)
 }
