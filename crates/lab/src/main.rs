@@ -83,6 +83,8 @@ enum Task {
     ContainerExec { spec: PathBuf },
     #[command(hide = true)]
     ContainerRun {
+        #[arg(long, value_parser = container::Capabilities::parse)]
+        capabilities: container::Capabilities,
         #[arg(long)]
         tty: bool,
         #[arg(last = true, required = true)]
@@ -127,7 +129,9 @@ fn perform(task: Task) -> anyhow::Result<ExitCode> {
         Task::ContainerInit { spec } => container::init(&spec),
         Task::ContainerMain { spec } => container::main(&spec),
         Task::ContainerExec { spec } => container::exec(&spec),
-        Task::ContainerRun { tty, command } => container::run(tty, &command),
+        Task::ContainerRun { capabilities, tty, command } => {
+            container::run(capabilities, tty, &command)
+        }
         Task::Builtin { name, arguments } => builtin::run(&name, &arguments)
             .with_context(|| format!("there is no built-in program {name:?}"))?,
     }

@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::{ExecSpec, LAB_IN_CONTAINER, Process, program, read_spec, supervise};
+use super::{Capabilities, ExecSpec, LAB_IN_CONTAINER, Process, program, read_spec, supervise};
 use crate::sys::cgroup;
 
 /// The order matters: the mount namespace last, since the others are opened through `/proc`.
@@ -52,6 +52,7 @@ fn start(spec: &ExecSpec) -> anyhow::Result<std::process::Child> {
     let wanted = program::command(&spec.process)?;
     let mut command = Command::new(LAB_IN_CONTAINER);
     command.arg("container-run");
+    command.arg("--capabilities").arg(spec.process.capabilities.argument());
     if spec.tty {
         command.arg("--tty");
     }
@@ -61,12 +62,13 @@ fn start(spec: &ExecSpec) -> anyhow::Result<std::process::Child> {
 }
 
 /// Becomes the command, in a session of its own.
-pub fn run(tty: bool, argv: &[String]) -> anyhow::Result<ExitCode> {
+pub fn run(capabilities: Capabilities, tty: bool, argv: &[String]) -> anyhow::Result<ExitCode> {
     rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     rustix::process::setsid().context("cannot start a session")?;
     if tty {
         rustix::process::ioctl_tiocsctty(std::io::stdin()).context("cannot take the terminal")?;
     }
+    capabilities.keep().context("cannot give up capabilities")?;
     let Some((name, arguments)) = argv.split_first() else { bail!("no command specified") };
     Err(Command::new(name).args(arguments).exec()).with_context(|| format!("exec: {name:?}"))
 }

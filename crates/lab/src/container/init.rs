@@ -65,6 +65,7 @@ fn start(spec: &ContainerSpec) -> anyhow::Result<std::process::Child> {
     rustix::system::sethostname(spec.hostname.as_bytes()).context("cannot set the host name")?;
     rootfs::enter(spec)?;
     let mut command = program::command(&spec.process)?;
+    spec.process.capabilities.keep().context("cannot give up capabilities")?;
     // The runner keeps stdin open only for containers that asked for it.
     command.stdin(Stdio::inherit());
     command.spawn().with_context(|| format!("exec: {:?}", spec.process.argv[0]))

@@ -9,6 +9,7 @@
 //!            └ container-run (own session, controlling terminal) → becomes the command
 //! ```
 
+mod capabilities;
 mod exec;
 mod init;
 mod program;
@@ -20,6 +21,7 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
+pub use capabilities::Capabilities;
 pub use exec::{exec, run};
 pub use init::{init, main};
 
@@ -49,6 +51,8 @@ pub struct Process {
     pub env: Vec<(String, String)>,
     /// Working directory; `/` if empty.
     pub directory: String,
+    /// What root may do.
+    pub capabilities: Capabilities,
 }
 
 /// A container to create.

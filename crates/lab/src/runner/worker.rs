@@ -20,7 +20,7 @@ use super::logs::Log;
 use super::probes::{self, Scene};
 use super::status::{Board, running, terminated, waiting};
 use super::{Settings, Shared, Target, environment, images};
-use crate::container::{ContainerSpec, Process};
+use crate::container::{Capabilities, ContainerSpec, Process};
 use crate::layout::{NodePlan, POD_NETNS_PREFIX};
 use crate::sys::{cgroup, netns};
 
@@ -360,7 +360,8 @@ impl Worker<'_> {
         };
         let argv = image.argv(&expand(&container.command), &expand(&container.args));
         let directory = container.working_dir.clone().unwrap_or_default();
-        let process = Process { argv, env, directory };
+        let capabilities = Capabilities::granted(container.security_context.as_ref())?;
+        let process = Process { argv, env, directory, capabilities };
         let id = self.container_id(&container.name, restarts);
         let home = self.directory.join("containers").join(&container.name);
         let sockets = self.settings.layout.run_dir().join("sock");
