@@ -25,9 +25,10 @@ const IMPATIENT: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The Node object is written at least so often.
 const HEARTBEAT: Duration = Duration::from_secs(30);
-/// Between restarts of an agent that dies.
-const RESTART: Duration = Duration::from_millis(200);
-const MAX_RESTART: Duration = Duration::from_secs(10);
+/// An agent that lived so long is started again at once.
+const SETTLED: Duration = Duration::from_secs(1);
+/// Between restarts of one that dies sooner: at first, and at most.
+const RESTART: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
 
 /// One node.
 #[derive(Debug, Clone)]
@@ -45,7 +46,7 @@ pub struct Keeper {
 impl Keeper {
     /// Keeps the agent running until the lab ends.
     pub async fn keep_agent(&self) {
-        let mut pause = RESTART;
+        let mut pause = Duration::ZERO;
         loop {
             let started = tokio::time::Instant::now();
             match self.spawn().await {
@@ -55,9 +56,11 @@ impl Keeper {
                 },
                 Err(error) => tracing::error!("{}'s agent: {error:#}", self.node.name),
             }
-            pause = if started.elapsed() > MAX_RESTART { RESTART } else { pause };
+            pause = match started.elapsed() > SETTLED {
+                true => Duration::ZERO,
+                false => (pause * 2).clamp(RESTART.0, RESTART.1),
+            };
             tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(MAX_RESTART);
         }
     }
 

@@ -74,10 +74,7 @@ impl Resolver {
     fn owner(&self, tables: &Tables, address: IpAddr) -> (Option<AddressEntry>, Option<PodPorts>) {
         let entry =
             |identity, row, node| Some(AddressEntry { address, identity, prefix: 0, row, node });
-        let node = self.node_addresses.get(&address);
-        if node.is_some_and(|node| *node == self.scope.node) {
-            return (entry(number::HOST, ROW_HOST, NODE_NONE), None);
-        }
+        // What this node itself attached comes before what any object claims.
         if let Some(endpoint) = self.local.get(&address).and_then(|id| tables.endpoints.get(id)) {
             let identity = identity_of(tables, endpoint);
             let pod = identity.zip(tables.pods.get(&endpoint.pod)).map(|(identity, pod)| {
@@ -85,11 +82,20 @@ impl Resolver {
             });
             return (entry(identity.unwrap_or(number::INIT), endpoint.id, NODE_NONE), pod);
         }
-        if let Some(node) = node {
-            return (entry(number::REMOTE_NODE, ROW_NONE, node_number(node)), None);
+        let claims = self.claims.get(&address);
+        match (self.node_addresses.get(&address), claims) {
+            (Some(node), _) if *node == self.scope.node => {
+                return (entry(number::HOST, ROW_HOST, NODE_NONE), None);
+            }
+            // One of the two objects lies.
+            (Some(_), Some(_)) => return (entry(number::UNKNOWN, ROW_NONE, NODE_NONE), None),
+            (Some(node), None) => {
+                return (entry(number::REMOTE_NODE, ROW_NONE, node_number(node)), None);
+            }
+            (None, None) => return (None, None),
+            (None, Some(_)) => {}
         }
-        let Some(claims) = self.claims.get(&address) else { return (None, None) };
-        match claimed_identity(tables, claims.iter()) {
+        match claimed_identity(tables, claims.into_iter().flatten()) {
             Some((identity, pod)) => {
                 let ports = PodPorts { ip: address, identity, ports: pod.ports.clone() };
                 (entry(identity, ROW_NONE, node_number(&pod.node)), Some(ports))

@@ -10,6 +10,8 @@ mod nodes;
 mod pods;
 mod policies;
 mod services;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},

@@ -9,7 +9,7 @@ use super::{Dirty, Resolver, both};
 use crate::tables::{
     Tables,
     identities::PrefixEntry,
-    nodes::{Node, Route},
+    nodes::{Node, NodeSource, Route},
 };
 
 impl Resolver {
@@ -27,7 +27,10 @@ impl Resolver {
         self.node_addresses.clear();
         let (own, others): (Vec<_>, Vec<_>) =
             tables.all_nodes().partition(|node| node.name == self.scope.node);
-        for node in own.into_iter().chain(others) {
+        // What this node itself is may do more than any other: its own `CiliumNode` is this
+        // agent's writing, and whoever can edit that must not be able to name a pod the host.
+        let own = own.into_iter().filter(|node| node.source == NodeSource::Node);
+        for node in own.chain(others) {
             for address in node.own_addresses() {
                 self.node_addresses.entry(address).or_insert_with(|| node.name.clone());
             }
