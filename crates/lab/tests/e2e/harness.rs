@@ -1,0 +1,184 @@
+//! A lab for a test, and what a test does in it.
+
+use std::{
+    fs::{self, File},
+    io::{self, BufRead, BufReader, Write},
+    net::IpAddr,
+    os::unix::net::UnixStream,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_api::admin::{Request, Response, Status};
+use palisade_lab::{
+    layout::{Layout, NodePlan},
+    sys::{mounts, netns},
+};
+use serde_json::Value;
+
+const PROGRAM: &str = env!("CARGO_BIN_EXE_palisade-lab");
+/// Until something must be in force.
+const SOON: Duration = Duration::from_secs(10);
+
+/// A running lab. A machine has room for one, so it holds a lock that all tests share.
+pub(crate) struct Lab {
+    nodes: Vec<NodePlan>,
+    layout: Layout,
+    _lock: File,
+}
+
+/// A pod that runs.
+pub(crate) struct Pod {
+    /// IPv4 first.
+    pub(crate) addresses: [IpAddr; 2],
+    netns: PathBuf,
+}
+
+impl Pod {
+    /// Starts `work` on a thread inside the pod's network.
+    pub(crate) fn spawn<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> thread::JoinHandle<io::Result<T>> {
+        let netns = self.netns.clone();
+        thread::spawn(move || netns::run_in(&netns, work))
+    }
+
+    /// Runs `work` inside the pod's network.
+    pub(crate) fn run<T: Send + 'static>(
+        &self,
+        work: impl FnOnce() -> io::Result<T> + Send + 'static,
+    ) -> T {
+        netns::run_in(&self.netns, work).unwrap()
+    }
+}
+
+impl Lab {
+    pub(crate) fn up(nodes: u8) -> Self {
+        let lock = File::create("/run/palisade-test.lock").unwrap();
+        lock.lock().unwrap();
+        let output =
+            Command::new(PROGRAM).args(["up", "--nodes", &nodes.to_string()]).output().unwrap();
+        assert!(output.status.success(), "{}", text(&output));
+        Self { nodes: NodePlan::all(nodes), layout: Layout::default(), _lock: lock }
+    }
+
+    pub(crate) fn kubectl(&self, args: &[&str]) -> String {
+        let output = self.command(args).stdin(Stdio::null()).output().unwrap();
+        assert!(output.status.success(), "kubectl {}: {}", args.join(" "), text(&output));
+        String::from_utf8(output.stdout).unwrap()
+    }
+
+    pub(crate) fn apply(&self, manifest: &str) {
+        let mut child = self
+            .command(&["apply", "-f", "-"])
+            .stdin(Stdio::piped())
+            .stdout(Stdio::null())
+            .spawn()
+            .unwrap();
+        child.stdin.take().unwrap().write_all(manifest.as_bytes()).unwrap();
+        assert!(child.wait().unwrap().success(), "{manifest}");
+    }
+
+    fn command(&self, args: &[&str]) -> Command {
+        let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.tools/bin");
+        let path = std::env::var_os("PATH").unwrap_or_default();
+        let path = std::iter::once(tools).chain(std::env::split_paths(&path));
+        let mut command = Command::new("kubectl");
+        command
+            .args(args)
+            .env("PATH", std::env::join_paths(path).unwrap())
+            .env("KUBECONFIG", self.layout.kubeconfig());
+        command
+    }
+
+    /// Starts pods that do nothing, each on a node and with a label `app` that is its name.
+    pub(crate) fn pods<const N: usize>(&self, pods: [(&str, u8); N]) -> [Pod; N] {
+        let manifests = pods.map(|(name, node)| {
+            format!(
+                "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\n\
+                 spec:\n  nodeName: node{node}\n  containers:\n  - name: pause\n    \
+                 image: registry.k8s.io/pause\n"
+            )
+        });
+        self.apply(&manifests.join("---\n"));
+        self.kubectl(&["wait", "--for=condition=Ready", "pod", "--all", "--timeout=30s"]);
+        pods.map(|(name, _)| self.pod(name))
+    }
+
+    fn pod(&self, name: &str) -> Pod {
+        let object: Value =
+            serde_json::from_str(&self.kubectl(&["get", "pod", name, "-o", "json"])).unwrap();
+        let addresses = object["status"]["podIPs"].as_array().unwrap();
+        let address = |index: usize| addresses[index]["ip"].as_str().unwrap().parse().unwrap();
+        let node = object["spec"]["nodeName"].as_str().unwrap();
+        let uid = object["metadata"]["uid"].as_str().unwrap();
+        let group = mounts::cgroup2_root().unwrap().unwrap().join("palisade").join(node);
+        let processes =
+            fs::read_to_string(group.join(format!("pod-{uid}/pause/cgroup.procs"))).unwrap();
+        let process = processes.lines().next().unwrap();
+        Pod {
+            addresses: [address(0), address(1)],
+            netns: PathBuf::from(format!("/proc/{process}/ns/net")),
+        }
+    }
+
+    /// What the agent of each node says; nothing from one that does not answer.
+    pub(crate) fn statuses(&self) -> Vec<Option<Status>> {
+        self.nodes.iter().map(|node| status(&self.layout.admin_socket(node)).ok()).collect()
+    }
+
+    /// Waits until every agent is ready and has so many policies in force.
+    pub(crate) fn await_policies(&self, count: usize) {
+        eventually("the policies are in force", || {
+            self.statuses().iter().all(|status| {
+                status.as_ref().is_some_and(|status| {
+                    status.ready && status.policies == count && status.problems.is_empty()
+                })
+            })
+        });
+    }
+}
+
+impl Drop for Lab {
+    fn drop(&mut self) {
+        if thread::panicking() {
+            for node in &self.nodes {
+                let log = fs::read_to_string(self.layout.agent_log(node)).unwrap_or_default();
+                let lines: Vec<&str> = log.lines().rev().take(20).collect();
+                eprintln!("{}'s agent:\n{}", node.name, lines.join("\n"));
+            }
+        }
+        let output = Command::new(PROGRAM).arg("down").output().unwrap();
+        assert!(output.status.success() || thread::panicking(), "{}", text(&output));
+    }
+}
+
+fn status(socket: &Path) -> io::Result<Status> {
+    let mut stream = UnixStream::connect(socket)?;
+    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
+    stream.write_all(&serde_json::to_vec(&Request::Status)?)?;
+    stream.write_all(b"\n")?;
+    let mut line = String::new();
+    BufReader::new(stream).read_line(&mut line)?;
+    match serde_json::from_str(&line)? {
+        Response::Status(status) => Ok(*status),
+        other => Err(io::Error::other(format!("{other:?}"))),
+    }
+}
+
+/// Asks every 10 ms; panics where the answer stays no.
+pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+    let begun = Instant::now();
+    while !holds() {
+        assert!(begun.elapsed() < SOON, "not within {SOON:?}: {what}");
+        thread::sleep(Duration::from_millis(10));
+    }
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (&output.stdout, &output.stderr);
+    format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
+}

@@ -1,0 +1,8 @@
+//! The whole of it: real clusters, real `kubectl`, real sockets inside real pods.
+
+#![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+mod flows;
+mod harness;
+mod kill;
+mod traffic;

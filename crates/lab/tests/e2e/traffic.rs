@@ -1,0 +1,228 @@
+//! Traffic of the tests: servers that echo, conversations that note every pause, floods, and a
+//! listener that counts what really arrives.
+
+use std::{
+    io::{self, Read, Write},
+    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use socket2::{Domain, Protocol, Socket, Type};
+
+use super::harness::Pod;
+
+/// Port of the echo servers, TCP and UDP.
+pub(crate) const PORT: u16 = 80;
+/// No answer within this is no answer.
+const ANSWER: Duration = Duration::from_secs(1);
+
+/// Serves TCP and UDP on both families in `pod`, until the test ends.
+pub(crate) fn serve_echo(pod: &Pod) {
+    let (tcp, udp) =
+        pod.run(|| Ok((TcpListener::bind(("::", PORT))?, UdpSocket::bind(("::", PORT))?)));
+    thread::spawn(move || {
+        for stream in tcp.incoming().map_while(Result::ok) {
+            thread::spawn(move || echo(stream));
+        }
+    });
+    thread::spawn(move || {
+        let mut buffer = [0; 64];
+        while let Ok((length, from)) = udp.recv_from(&mut buffer) {
+            // A peer that policy cut off gets no answer; that is the point.
+            let _ = udp.send_to(&buffer[..length], from);
+        }
+    });
+}
+
+fn echo(mut stream: TcpStream) {
+    let mut buffer = [0; 64];
+    while let Ok(length @ 1..) = stream.read(&mut buffer) {
+        if stream.write_all(&buffer[..length]).is_err() {
+            return;
+        }
+    }
+}
+
+/// One flow that stays open.
+pub(crate) enum Flow {
+    Tcp(TcpStream),
+    Udp(UdpSocket),
+}
+
+impl Flow {
+    /// A connection from `pod`.
+    pub(crate) fn tcp(pod: &Pod, to: IpAddr) -> io::Result<Self> {
+        let connect = move || {
+            let stream = TcpStream::connect_timeout(&SocketAddr::new(to, PORT), ANSWER)?;
+            stream.set_nodelay(true)?;
+            stream.set_read_timeout(Some(ANSWER))?;
+            Ok(Self::Tcp(stream))
+        };
+        pod.spawn(connect).join().unwrap()
+    }
+
+    /// A connected socket in `pod`.
+    pub(crate) fn udp(pod: &Pod, to: IpAddr) -> io::Result<Self> {
+        let connect = move || {
+            let any = if to.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
+            let socket = UdpSocket::bind(any)?;
+            socket.connect(SocketAddr::new(to, PORT))?;
+            socket.set_read_timeout(Some(ANSWER))?;
+            Ok(Self::Udp(socket))
+        };
+        pod.spawn(connect).join().unwrap()
+    }
+
+    /// Says something and waits for the echo; how long that took.
+    pub(crate) fn ask(&mut self, word: u64) -> io::Result<Duration> {
+        let begun = Instant::now();
+        let mut answer = [0; 8];
+        match self {
+            Self::Tcp(stream) => {
+                stream.write_all(&word.to_be_bytes())?;
+                stream.read_exact(&mut answer)?;
+            }
+            Self::Udp(socket) => {
+                socket.send(&word.to_be_bytes())?;
+                socket.recv(&mut answer)?;
+            }
+        }
+        if answer == word.to_be_bytes() {
+            return Ok(begun.elapsed());
+        }
+        Err(io::Error::other("not what was said"))
+    }
+}
+
+/// Flows that talk all the time, on a thread each.
+pub(crate) struct Conversations {
+    over: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<io::Result<(u64, Duration)>>>,
+}
+
+impl Conversations {
+    pub(crate) fn start(flows: Vec<Flow>) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let threads = flows
+            .into_iter()
+            .map(|mut flow| {
+                let over = over.clone();
+                thread::spawn(move || {
+                    let (mut words, mut slowest) = (0, Duration::ZERO);
+                    while !over.load(Relaxed) {
+                        slowest = slowest.max(flow.ask(words)?);
+                        words += 1;
+                        thread::sleep(Duration::from_millis(20));
+                    }
+                    Ok((words, slowest))
+                })
+            })
+            .collect();
+        Self { over, threads }
+    }
+
+    /// Ends them: how many were interrupted, how many words were said, and the longest wait for
+    /// an answer.
+    pub(crate) fn end(self) -> (usize, u64, Duration) {
+        self.over.store(true, Relaxed);
+        let results: Vec<_> =
+            self.threads.into_iter().map(|thread| thread.join().unwrap()).collect();
+        let interrupted = results.iter().filter(|result| result.is_err()).count();
+        let good = results.iter().flatten();
+        let words = good.clone().map(|(words, _)| words).sum();
+        (interrupted, words, good.map(|(_, slowest)| *slowest).max().unwrap_or_default())
+    }
+}
+
+/// Opens TCP connections and sends datagrams to all `targets`, without waiting for anything,
+/// about a thousand rounds a second.
+pub(crate) struct Flood {
+    over: Arc<AtomicBool>,
+    threads: Vec<thread::JoinHandle<io::Result<u64>>>,
+}
+
+impl Flood {
+    pub(crate) fn start(sources: &[&Pod], targets: [IpAddr; 2]) -> Self {
+        let over = Arc::new(AtomicBool::new(false));
+        let threads = sources
+            .iter()
+            .map(|pod| {
+                let over = over.clone();
+                pod.spawn(move || flood(&targets, &over))
+            })
+            .collect();
+        Self { over, threads }
+    }
+
+    /// Ends it; how much was sent.
+    pub(crate) fn end(self) -> u64 {
+        self.over.store(true, Relaxed);
+        self.threads.into_iter().map(|thread| thread.join().unwrap().unwrap()).sum()
+    }
+}
+
+fn flood(targets: &[IpAddr], over: &AtomicBool) -> io::Result<u64> {
+    let datagrams = [UdpSocket::bind("0.0.0.0:0")?, UdpSocket::bind("[::]:0")?];
+    let mut sent = 0;
+    while !over.load(Relaxed) {
+        for target in targets {
+            let to = SocketAddr::new(*target, PORT);
+            let socket = Socket::new(Domain::for_address(to), Type::STREAM, None)?;
+            socket.set_nonblocking(true)?;
+            // In progress is all that it can say.
+            let _ = socket.connect(&to.into());
+            let _ = datagrams[usize::from(target.is_ipv6())].send_to(b"x", to);
+            sent += 2;
+        }
+        thread::sleep(Duration::from_millis(1));
+    }
+    Ok(sent)
+}
+
+/// Counts the packets that arrive at a pod from some addresses, whatever becomes of them there.
+pub(crate) struct Counter {
+    count: Arc<AtomicU64>,
+}
+
+/// `ETH_P_ALL` in network order, see packet(7).
+const EVERYTHING: i32 = 0x0003_u16.to_be() as i32;
+/// Source addresses behind an Ethernet header.
+const SOURCE4: std::ops::Range<usize> = 26..30;
+const SOURCE6: std::ops::Range<usize> = 22..38;
+
+impl Counter {
+    pub(crate) fn start(pod: &Pod, sources: &[&Pod]) -> Self {
+        let socket =
+            pod.run(|| Socket::new(Domain::PACKET, Type::RAW, Some(Protocol::from(EVERYTHING))));
+        // So that a burst is not lost on the way to the counter.
+        socket.set_recv_buffer_size(8 << 20).unwrap();
+        let sources: Vec<IpAddr> = sources.iter().flat_map(|pod| pod.addresses).collect();
+        let count = Arc::new(AtomicU64::new(0));
+        let counted = count.clone();
+        thread::spawn(move || {
+            let mut buffer = [0; 128];
+            while let Ok(length) = (&socket).read(&mut buffer) {
+                let from = source(&buffer[..length]);
+                counted.fetch_add(from.map_or(0, |from| sources.contains(&from).into()), Relaxed);
+            }
+        });
+        Self { count }
+    }
+
+    pub(crate) fn count(&self) -> u64 {
+        self.count.load(Relaxed)
+    }
+}
+
+fn source(packet: &[u8]) -> Option<IpAddr> {
+    match packet.get(12..14)? {
+        [0x08, 0x00] => Some(<[u8; 4]>::try_from(packet.get(SOURCE4)?).ok()?.into()),
+        [0x86, 0xdd] => Some(<[u8; 16]>::try_from(packet.get(SOURCE6)?).ok()?.into()),
+        _ => None,
+    }
+}
