@@ -224,7 +224,7 @@ fn judge(
     if let Some(known) = known {
         // SAFETY: a live map value; concurrent writers only move counters and timers.
         let flow = unsafe { &mut *known };
-        if !clock::passed(flow.expires, clock::now()) && !opening {
+        if !clock::passed(flow.expires, clock::now()) && !opening && !reopens(s, flow) {
             follow(skb, s, flow)?;
             return deliver(s);
         }
@@ -245,10 +245,7 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     let now = clock::now();
     let opener = flow::from_opener(flow, s.side);
     s.reply = !opener;
-    if s.translated && (flow.flags & flow_flags::TRANSLATED == 0 || !same_service(s, flow)) {
-        return Err(DropReason::TranslationCollision);
-    }
-    if !s.translated && opener && flow.flags & flow_flags::TRANSLATED != 0 {
+    if collides(s, flow) {
         return Err(DropReason::TranslationCollision);
     }
     if !flow::fresh(flow) {
@@ -271,9 +268,21 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     Ok(())
 }
 
+/// Whether the opener reaches the same end by another name than it did when the flow began: by
+/// another Service, or with a Service where there was none, or the other way round.
 #[inline(always)]
-fn same_service(s: &Scratch, flow: &FlowValue) -> bool {
-    flow.nat_address == s.service && flow.nat_port == s.service_port
+fn collides(s: &Scratch, flow: &FlowValue) -> bool {
+    let translated = flow.flags & flow_flags::TRANSLATED != 0;
+    if s.translated {
+        return !translated || flow.nat_address != s.service || flow.nat_port != s.service_port;
+    }
+    translated && flow::from_opener(flow, s.side)
+}
+
+/// A port that is used again under another name begins a new flow. TCP says so with a SYN.
+#[inline(always)]
+fn reopens(s: &Scratch, flow: &FlowValue) -> bool {
+    s.packet.protocol != protocol::TCP && collides(s, flow)
 }
 
 /// Judges a flow again, always as its opener opened it.

@@ -132,9 +132,11 @@ impl Attachments {
         for route in self.node.routes().await.map_err(kernel_error)? {
             let Some(addresses) = host_address(route.dst) else { continue };
             let link = links.iter().find(|link| Some(link.ifindex) == route.ifindex);
-            let Some(link) = link.filter(|link| !recorded.contains(&link.ifindex)) else {
-                continue;
+            // The routers' own addresses lie on the loopback interface.
+            let unrecorded = |link: &&palisade_datapath::netlink::Link| {
+                !recorded.contains(&link.ifindex) && link.name != "lo"
             };
+            let Some(link) = link.filter(unrecorded) else { continue };
             let (name, dst) = (&link.name, route.dst);
             match self.ipam().restore(&addresses) {
                 Ok(()) => warn!("{dst} leads to {name}, which has no record: it stays taken"),

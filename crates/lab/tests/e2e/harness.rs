@@ -2,16 +2,15 @@
 
 use std::{
     fs::{self, File},
-    io::{self, BufRead, BufReader, Write},
+    io::{self, Write},
     net::IpAddr,
-    os::unix::net::UnixStream,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
     thread,
     time::{Duration, Instant},
 };
 
-use palisade_api::admin::{Request, Response, Status};
+use palisade_api::admin::{Client, Request, Response, Status};
 use palisade_lab::{
     layout::{Layout, NodePlan},
     sys::{mounts, netns},
@@ -94,6 +93,21 @@ impl Lab {
         command
     }
 
+    /// Applies a manifest of one object and waits until every agent has it.
+    pub(crate) fn apply_policy(&self, namespace: &str, name: &str, spec: &str) {
+        self.apply(&format!(
+            "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
+             metadata: {{name: {name}, namespace: '{namespace}'}}\nspec: {spec}\n"
+        ));
+        let generation = ["-n", namespace, "get", "netpol", name];
+        let generation =
+            self.kubectl(&[&generation[..], &["-o", "jsonpath={.metadata.generation}"]].concat());
+        let policy = format!("NetworkPolicy {namespace}/{name}");
+        self.await_table("policies", |rows| {
+            rows.iter().any(|row| row[0] == policy && row[1] == generation)
+        });
+    }
+
     /// Starts pods that do nothing, each on a node and with a label `app` that is its name.
     pub(crate) fn pods<const N: usize>(&self, pods: [(&str, u8); N]) -> [Pod; N] {
         let manifests = pods.map(|(name, node)| {
@@ -105,12 +119,13 @@ impl Lab {
         });
         self.apply(&manifests.join("---\n"));
         self.kubectl(&["wait", "--for=condition=Ready", "pod", "--all", "--timeout=30s"]);
-        pods.map(|(name, _)| self.pod(name))
+        pods.map(|(name, _)| self.pod("default", name))
     }
 
-    fn pod(&self, name: &str) -> Pod {
-        let object: Value =
-            serde_json::from_str(&self.kubectl(&["get", "pod", name, "-o", "json"])).unwrap();
+    /// A pod that runs, with one container of the name `pause`.
+    pub(crate) fn pod(&self, namespace: &str, name: &str) -> Pod {
+        let object = self.kubectl(&["-n", namespace, "get", "pod", name, "-o", "json"]);
+        let object: Value = serde_json::from_str(&object).unwrap();
         let addresses = object["status"]["podIPs"].as_array().unwrap();
         let address = |index: usize| addresses[index]["ip"].as_str().unwrap().parse().unwrap();
         let node = object["spec"]["nodeName"].as_str().unwrap();
@@ -127,7 +142,29 @@ impl Lab {
 
     /// What the agent of each node says; nothing from one that does not answer.
     pub(crate) fn statuses(&self) -> Vec<Option<Status>> {
-        self.nodes.iter().map(|node| status(&self.layout.admin_socket(node)).ok()).collect()
+        let answers = self.answers(&Request::Status).into_iter();
+        let status = |answer| match answer {
+            Some(Response::Status(status)) => Some(*status),
+            _ => None,
+        };
+        answers.map(status).collect()
+    }
+
+    fn answers(&self, request: &Request) -> Vec<Option<Response>> {
+        let sockets = self.nodes.iter().map(|node| self.layout.admin_socket(node));
+        sockets.map(|socket| ask(&socket, request).ok()).collect()
+    }
+
+    /// Waits until a table of every agent holds what it must; rows are those of
+    /// `palisade get TABLE`. A table is shown between rounds only, when what is in it is in force.
+    pub(crate) fn await_table(&self, table: &str, holds: impl Fn(&[Vec<String>]) -> bool) {
+        let request = Request::TableGet { table: table.into() };
+        eventually(table, || {
+            self.answers(&request).iter().all(|answer| match answer {
+                Some(Response::Table(table)) => holds(&table.rows),
+                _ => false,
+            })
+        });
     }
 
     /// Waits until every agent is ready and has so many policies in force.
@@ -156,17 +193,10 @@ impl Drop for Lab {
     }
 }
 
-fn status(socket: &Path) -> io::Result<Status> {
-    let mut stream = UnixStream::connect(socket)?;
-    stream.set_read_timeout(Some(Duration::from_secs(2)))?;
-    stream.write_all(&serde_json::to_vec(&Request::Status)?)?;
-    stream.write_all(b"\n")?;
-    let mut line = String::new();
-    BufReader::new(stream).read_line(&mut line)?;
-    match serde_json::from_str(&line)? {
-        Response::Status(status) => Ok(*status),
-        other => Err(io::Error::other(format!("{other:?}"))),
-    }
+fn ask(socket: &Path, request: &Request) -> io::Result<Response> {
+    let mut client = Client::connect(socket)?;
+    client.set_timeout(Some(Duration::from_secs(2)))?;
+    client.request(request)
 }
 
 /// Asks every 10 ms; panics where the answer stays no.

@@ -5,4 +5,6 @@
 mod flows;
 mod harness;
 mod kill;
+mod matrices;
+mod probe;
 mod traffic;

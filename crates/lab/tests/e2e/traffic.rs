@@ -21,10 +21,15 @@ pub(crate) const PORT: u16 = 80;
 /// No answer within this is no answer.
 const ANSWER: Duration = Duration::from_secs(1);
 
-/// Serves TCP and UDP on both families in `pod`, until the test ends.
+/// Serves [`PORT`] as [`serve_echo_on`] does.
 pub(crate) fn serve_echo(pod: &Pod) {
+    serve_echo_on(pod, PORT);
+}
+
+/// Serves TCP and UDP on both families in `pod`, until the test ends.
+pub(crate) fn serve_echo_on(pod: &Pod, port: u16) {
     let (tcp, udp) =
-        pod.run(|| Ok((TcpListener::bind(("::", PORT))?, UdpSocket::bind(("::", PORT))?)));
+        pod.run(move || Ok((TcpListener::bind(("::", port))?, UdpSocket::bind(("::", port))?)));
     thread::spawn(move || {
         for stream in tcp.incoming().map_while(Result::ok) {
             thread::spawn(move || echo(stream));
