@@ -15,6 +15,7 @@ mod maps;
 mod net;
 mod packet;
 mod policy;
+mod refuse;
 mod service;
 mod slow;
 mod socket;

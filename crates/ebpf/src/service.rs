@@ -24,22 +24,29 @@ pub enum Choice {
     Backend(BackendValue),
 }
 
+/// A version may go between the look at the Service and the look at its backend. The Service then
+/// names the next one already, and twice in a row that does not happen to anybody.
+const ATTEMPTS: u32 = 2;
+
 #[inline(always)]
 pub fn choose(address: &Address, port: u16, protocol: u8) -> Choice {
     let key = ServiceKey { address: *address, port, protocol, reserved: 0 };
-    // SAFETY: not preallocated, so the value stays while this program runs.
-    let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::NoService };
-    if service.backends == 0 {
-        return Choice::NoBackend;
+    for _ in 0..ATTEMPTS {
+        // SAFETY: not preallocated, so the value stays while this program runs.
+        let Some(service) = (unsafe { SERVICES.get(&key) }) else { return Choice::NoService };
+        if service.backends == 0 {
+            return Choice::NoBackend;
+        }
+        // SAFETY: the helper takes nothing and cannot fail.
+        let index = unsafe { bpf_get_prandom_u32() } % service.backends;
+        // SAFETY: as above.
+        if let Some(backend) =
+            unsafe { BACKENDS.get(&BackendKey { version: service.version, index }) }
+        {
+            return Choice::Backend(*backend);
+        }
     }
-    // SAFETY: the helper takes nothing and cannot fail.
-    let index = unsafe { bpf_get_prandom_u32() } % service.backends;
-    // SAFETY: as above.
-    match unsafe { BACKENDS.get(&BackendKey { version: service.version, index }) } {
-        Some(backend) => Choice::Backend(*backend),
-        // The version went between the two reads: as good as a refusal, the client retries.
-        None => Choice::NoBackend,
-    }
+    Choice::NoBackend
 }
 
 /// Which end of a packet to rewrite.

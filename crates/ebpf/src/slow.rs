@@ -21,7 +21,7 @@ use crate::{
     packet::{ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, SYN, load, unmapped},
     policy,
     policy::Query,
-    service,
+    refuse, service,
     service::{Choice, End},
 };
 
@@ -99,7 +99,10 @@ pub fn slow(skb: *mut __sk_buff, hook: Hook) -> i32 {
             if !s.quiet && event::drop_budget() {
                 record(EventKind::Drop, s, reason as u8);
             }
-            TC_ACT_SHOT
+            match reason {
+                DropReason::NoBackend => refuse::answer(skb, &s.packet).unwrap_or(TC_ACT_SHOT),
+                _ => TC_ACT_SHOT,
+            }
         }
     }
 }
@@ -480,7 +483,7 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     let side = s.key.set(&s.packet);
     let now = clock::now();
     let opening = s.packet.protocol == protocol::TCP && s.packet.tcp_flags & (SYN | ACK) == SYN;
-    // A flow that began stays with its backend, whatever became of the Service since.
+    // A flow that began stays with its backend, whatever backends the Service has by now.
     let (address, port) = match kept(&s.key, opening, now) {
         Some(backend) => backend,
         None => {

@@ -6,6 +6,7 @@ use std::{
     net::IpAddr,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
 };
@@ -13,9 +14,10 @@ use std::{
 use palisade_api::admin::{Client, Request, Response, Status};
 use palisade_lab::{
     layout::{Layout, NodePlan},
-    sys::{mounts, netns},
+    sys::{cgroup, mounts, netns},
 };
 use serde_json::Value;
+use socket2::{Domain, Socket, Type};
 
 const PROGRAM: &str = env!("CARGO_BIN_EXE_palisade-lab");
 /// Until something must be in force.
@@ -33,7 +35,20 @@ pub(crate) struct Pod {
     /// IPv4 first.
     pub(crate) addresses: [IpAddr; 2],
     netns: PathBuf,
+    group: PathBuf,
 }
+
+/// How a node gets to see what a socket of a pod does.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Level {
+    /// When it connects or sends, as every container's sockets.
+    Socket,
+    /// By its packets only, as the sockets of somebody who entered the pod's network.
+    Packet,
+}
+
+/// Only one thread at a time may say in which control group this process is.
+static GROUP: Mutex<()> = Mutex::new(());
 
 impl Pod {
     /// Starts `work` on a thread inside the pod's network.
@@ -43,6 +58,21 @@ impl Pod {
     ) -> thread::JoinHandle<io::Result<T>> {
         let netns = self.netns.clone();
         thread::spawn(move || netns::run_in(&netns, work))
+    }
+
+    /// New sockets of the pod. A socket belongs for ever to the control group in which it was made.
+    pub(crate) fn sockets(&self, level: Level, kinds: Vec<(Domain, Type)>) -> Vec<Socket> {
+        let make = move || kinds.into_iter().map(|(family, kind)| Socket::new(family, kind, None));
+        if level == Level::Packet {
+            return self.run(move || make().collect());
+        }
+        let guard = GROUP.lock().unwrap_or_else(PoisonError::into_inner);
+        let home = own_group();
+        cgroup::join(&self.group).unwrap();
+        let sockets = netns::run_in(&self.netns, move || make().collect());
+        cgroup::join(&home).unwrap();
+        drop(guard);
+        sockets.unwrap()
     }
 
     /// Runs `work` inside the pod's network.
@@ -122,7 +152,7 @@ impl Lab {
         pods.map(|(name, _)| self.pod("default", name))
     }
 
-    /// A pod that runs, with one container of the name `pause`.
+    /// A pod that runs.
     pub(crate) fn pod(&self, namespace: &str, name: &str) -> Pod {
         let object = self.kubectl(&["-n", namespace, "get", "pod", name, "-o", "json"]);
         let object: Value = serde_json::from_str(&object).unwrap();
@@ -131,12 +161,14 @@ impl Lab {
         let node = object["spec"]["nodeName"].as_str().unwrap();
         let uid = object["metadata"]["uid"].as_str().unwrap();
         let group = mounts::cgroup2_root().unwrap().unwrap().join("palisade").join(node);
-        let processes =
-            fs::read_to_string(group.join(format!("pod-{uid}/pause/cgroup.procs"))).unwrap();
+        let container = object["spec"]["containers"][0]["name"].as_str().unwrap();
+        let group = group.join(format!("pod-{uid}/{container}"));
+        let processes = fs::read_to_string(group.join("cgroup.procs")).unwrap();
         let process = processes.lines().next().unwrap();
         Pod {
             addresses: [address(0), address(1)],
             netns: PathBuf::from(format!("/proc/{process}/ns/net")),
+            group,
         }
     }
 
@@ -191,6 +223,13 @@ impl Drop for Lab {
         let output = Command::new(PROGRAM).arg("down").output().unwrap();
         assert!(output.status.success() || thread::panicking(), "{}", text(&output));
     }
+}
+
+/// The control group of this process.
+fn own_group() -> PathBuf {
+    let groups = fs::read_to_string("/proc/self/cgroup").unwrap();
+    let path = groups.lines().find_map(|line| line.strip_prefix("0::/")).unwrap();
+    mounts::cgroup2_root().unwrap().unwrap().join(path)
 }
 
 fn ask(socket: &Path, request: &Request) -> io::Result<Response> {

@@ -7,4 +7,5 @@ mod harness;
 mod kill;
 mod matrices;
 mod probe;
+mod services;
 mod traffic;
