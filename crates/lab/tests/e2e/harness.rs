@@ -95,9 +95,22 @@ impl Lab {
     }
 
     pub(crate) fn kubectl(&self, args: &[&str]) -> String {
+        self.run_kubectl(args).unwrap_or_else(|output| {
+            panic!("kubectl {}: {}", args.join(" "), text(&output));
+        })
+    }
+
+    /// What `kubectl` printed, unless it failed.
+    pub(crate) fn try_kubectl(&self, args: &[&str]) -> Option<String> {
+        self.run_kubectl(args).ok()
+    }
+
+    fn run_kubectl(&self, args: &[&str]) -> Result<String, Output> {
         let output = self.command(args).stdin(Stdio::null()).output().unwrap();
-        assert!(output.status.success(), "kubectl {}: {}", args.join(" "), text(&output));
-        String::from_utf8(output.stdout).unwrap()
+        if !output.status.success() {
+            return Err(output);
+        }
+        Ok(String::from_utf8(output.stdout).unwrap())
     }
 
     pub(crate) fn apply(&self, manifest: &str) {
