@@ -95,22 +95,19 @@ impl Lab {
     }
 
     pub(crate) fn kubectl(&self, args: &[&str]) -> String {
-        self.run_kubectl(args).unwrap_or_else(|output| {
-            panic!("kubectl {}: {}", args.join(" "), text(&output));
-        })
+        let output = self.run_kubectl(args);
+        assert!(output.status.success(), "kubectl {}: {}", args.join(" "), text(&output));
+        String::from_utf8(output.stdout).unwrap()
     }
 
     /// What `kubectl` printed, unless it failed.
     pub(crate) fn try_kubectl(&self, args: &[&str]) -> Option<String> {
-        self.run_kubectl(args).ok()
+        let output = self.run_kubectl(args);
+        output.status.success().then(|| String::from_utf8(output.stdout).unwrap())
     }
 
-    fn run_kubectl(&self, args: &[&str]) -> Result<String, Output> {
-        let output = self.command(args).stdin(Stdio::null()).output().unwrap();
-        if !output.status.success() {
-            return Err(output);
-        }
-        Ok(String::from_utf8(output.stdout).unwrap())
+    fn run_kubectl(&self, args: &[&str]) -> Output {
+        self.command(args).stdin(Stdio::null()).output().unwrap()
     }
 
     pub(crate) fn apply(&self, manifest: &str) {
