@@ -13,7 +13,7 @@ use std::{
 
 use palisade_api::admin::{Client, Request, Response, Status};
 use palisade_lab::{
-    layout::{Layout, NodePlan},
+    layout::{FABRIC_NETNS, Layout, NodePlan},
     sys::{cgroup, mounts, netns},
 };
 use serde_json::Value;
@@ -84,6 +84,53 @@ impl Pod {
     }
 }
 
+/// Machines that are not of the cluster: a network beside the nodes, with two addresses of each
+/// family. The first ones are its own, the second ones only answer.
+pub(crate) struct Outside {
+    pub(crate) pod: Pod,
+    pub(crate) second: [IpAddr; 2],
+}
+
+impl Outside {
+    const NETNS: &str = "palisade-test-outside";
+
+    pub(crate) fn new(lab: &Lab) -> Self {
+        let netns = netns::create(Self::NETNS).unwrap();
+        let inside = format!("-n {}", Self::NETNS);
+        let fabric = format!("-n {FABRIC_NETNS}");
+        ip(&format!("{fabric} link add outside type veth peer eth0 netns {}", Self::NETNS));
+        ip(&format!("{fabric} link set outside master fabric up"));
+        ip(&format!("{inside} link set eth0 up"));
+        let addresses: [[&str; 2]; 2] =
+            [["172.31.255.200", "172.31.255.201"], ["fd31::200", "fd31::201"]];
+        let [v4, v6] = addresses;
+        ip(&format!("{inside} addr add {}/24 dev eth0", v4[0]));
+        ip(&format!("{inside} addr add {}/24 dev eth0", v4[1]));
+        ip(&format!("{inside} addr add {}/64 dev eth0 nodad", v6[0]));
+        ip(&format!("{inside} addr add {}/64 dev eth0 nodad preferred_lft 0", v6[1]));
+        for node in &lab.nodes {
+            ip(&format!("{inside} route add {} via {}", node.pods_v4(), node.v4()));
+            ip(&format!("{inside} -6 route add {} via {}", node.pods_v6(), node.v6()));
+        }
+        let address = |text: &str| text.parse().unwrap();
+        Self {
+            pod: Pod { addresses: [address(v4[0]), address(v6[0])], netns, group: own_group() },
+            second: [address(v4[1]), address(v6[1])],
+        }
+    }
+}
+
+impl Drop for Outside {
+    fn drop(&mut self) {
+        netns::remove(Self::NETNS).unwrap();
+    }
+}
+
+fn ip(arguments: &str) {
+    let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
+    assert!(output.status.success(), "ip {arguments}: {}", text(&output));
+}
+
 impl Lab {
     pub(crate) fn up(nodes: u8) -> Self {
         let lock = File::create("/run/palisade-test.lock").unwrap();
@@ -133,19 +180,49 @@ impl Lab {
         command
     }
 
-    /// Applies a manifest of one object and waits until every agent has it.
+    /// Applies a `NetworkPolicy` and waits until every agent has it.
     pub(crate) fn apply_policy(&self, namespace: &str, name: &str, spec: &str) {
         self.apply(&format!(
             "apiVersion: networking.k8s.io/v1\nkind: NetworkPolicy\n\
              metadata: {{name: {name}, namespace: '{namespace}'}}\nspec: {spec}\n"
         ));
-        let generation = ["-n", namespace, "get", "netpol", name];
-        let generation =
-            self.kubectl(&[&generation[..], &["-o", "jsonpath={.metadata.generation}"]].concat());
-        let policy = format!("NetworkPolicy {namespace}/{name}");
+        self.await_policy("NetworkPolicy", namespace, name);
+    }
+
+    /// Applies a `CiliumNetworkPolicy`, or where there is no namespace a
+    /// `CiliumClusterwideNetworkPolicy`, and waits until every agent has it. `content` is `spec:`
+    /// or `specs:` and what it holds.
+    pub(crate) fn apply_cilium_policy(&self, namespace: &str, name: &str, content: &str) {
+        let clusterwide = namespace.is_empty();
+        let kind =
+            if clusterwide { "CiliumClusterwideNetworkPolicy" } else { "CiliumNetworkPolicy" };
+        self.apply(&format!(
+            "apiVersion: cilium.io/v2\nkind: {kind}\n\
+             metadata: {{name: {name}, namespace: '{namespace}'}}\n{content}\n"
+        ));
+        self.await_policy(kind, namespace, name);
+    }
+
+    fn await_policy(&self, kind: &str, namespace: &str, name: &str) {
+        let path = "jsonpath={.metadata.generation}";
+        let generation = self.kubectl(&["-n", namespace, "get", kind, name, "-o", path]);
+        let policy = match namespace {
+            "" => format!("{kind} {name}"),
+            _ => format!("{kind} {namespace}/{name}"),
+        };
         self.await_table("policies", |rows| {
             rows.iter().any(|row| row[0] == policy && row[1] == generation)
         });
+    }
+
+    /// The network of a node, as if it were a pod.
+    pub(crate) fn node(&self, number: usize) -> Pod {
+        let node = &self.nodes[number - 1];
+        Pod {
+            addresses: [node.v4().into(), node.v6().into()],
+            netns: netns::path(&node.netns()),
+            group: own_group(),
+        }
     }
 
     /// Starts pods that do nothing, each on a node and with a label `app` that is its name.

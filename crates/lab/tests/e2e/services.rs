@@ -116,10 +116,7 @@ struct Question {
 
 impl Question {
     fn kind(&self) -> (Domain, Type) {
-        let kind = match self.protocol {
-            Protocol::Tcp => Type::STREAM,
-            Protocol::Udp => Type::DGRAM,
-        };
+        let kind = if self.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
         (Domain::for_address(self.to), kind)
     }
 }
@@ -161,22 +158,19 @@ fn converse(socket: Socket, Question { protocol, to, .. }: Question) -> io::Resu
         return Err(io::Error::other(format!("getpeername says {peer:?} instead of {to}")));
     }
     let mut answer = String::new();
-    match protocol {
-        Protocol::Tcp => {
-            let mut stream = TcpStream::from(socket);
-            stream.write_all(b"who\n")?;
-            BufReader::new(stream).read_line(&mut answer)?;
+    if protocol == Protocol::Tcp {
+        let mut stream = TcpStream::from(socket);
+        stream.write_all(b"who\n")?;
+        BufReader::new(stream).read_line(&mut answer)?;
+    } else {
+        let socket = UdpSocket::from(socket);
+        socket.send(b"who\n")?;
+        let mut buffer = [0; 64];
+        let (length, from) = socket.recv_from(&mut buffer)?;
+        if from != to {
+            return Err(io::Error::other(format!("recvfrom says {from} instead of {to}")));
         }
-        Protocol::Udp => {
-            let socket = UdpSocket::from(socket);
-            socket.send(b"who\n")?;
-            let mut buffer = [0; 64];
-            let (length, from) = socket.recv_from(&mut buffer)?;
-            if from != to {
-                return Err(io::Error::other(format!("recvfrom says {from} instead of {to}")));
-            }
-            answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
-        }
+        answer = String::from_utf8_lossy(&buffer[..length]).into_owned();
     }
     Ok(answer.trim_end().to_owned())
 }

@@ -3,7 +3,7 @@
 
 use std::{
     io::{self, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     sync::{
         Arc,
         atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
@@ -28,8 +28,12 @@ pub(crate) fn serve_echo(pod: &Pod) {
 
 /// Serves TCP and UDP on both families in `pod`, until the test ends.
 pub(crate) fn serve_echo_on(pod: &Pod, port: u16) {
-    let (tcp, udp) =
-        pod.run(move || Ok((TcpListener::bind(("::", port))?, UdpSocket::bind(("::", port))?)));
+    serve_echo_at(pod, SocketAddr::from((Ipv6Addr::UNSPECIFIED, port)));
+}
+
+/// Serves TCP and UDP at one address of `pod`, until the test ends.
+pub(crate) fn serve_echo_at(pod: &Pod, at: SocketAddr) {
+    let (tcp, udp) = pod.run(move || Ok((TcpListener::bind(at)?, UdpSocket::bind(at)?)));
     thread::spawn(move || {
         for stream in tcp.incoming().map_while(Result::ok) {
             thread::spawn(move || echo(stream));
