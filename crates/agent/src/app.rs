@@ -137,6 +137,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let ipam = Ipam::new(&node.pod_cidrs)?;
     netlink.add_router_addresses(&ipam.routers()).await?;
     let settings = Settings {
+        node: options.node_name.clone(),
         socket: options.run_dir.join("cni.sock"),
         records: options.state_dir.join("attachments"),
         mtu: mtu(&netlink, options.uplink.as_deref()).await?,

@@ -21,7 +21,7 @@ use tracing::{info, warn};
 
 use super::store::{Phase, Record, Store, attachments_in};
 use super::{Addresses, Endpoints, HostLink, NewEndpoint, Readiness};
-use crate::ipam::Ipam;
+use crate::ipam::{Ipam, IpamError};
 
 /// What is left of the plugin's patience for undoing and answering.
 const MARGIN: Duration = Duration::from_secs(2);
@@ -29,6 +29,8 @@ const MARGIN: Duration = Duration::from_secs(2);
 /// Where the server keeps its things.
 #[derive(Debug, Clone)]
 pub struct Settings {
+    /// The node's name, for people.
+    pub node: String,
     /// The socket that the plugin connects to.
     pub socket: PathBuf,
     /// The directory of records; it outlives the agent.
@@ -204,10 +206,8 @@ impl Attachments {
     }
 
     fn intend(&self, add: &Add) -> Result<Record, Failure> {
-        let addresses = self
-            .ipam()
-            .allocate()
-            .map_err(|error| Failure::new(Code::TryAgain, error.to_string()))?;
+        let allocated = self.ipam().allocate();
+        let addresses = allocated.map_err(|error| self.no_address(Code::TryAgain, &error))?;
         let attachment = add.attachment.clone();
         let [host_mac, mac] = macs(&attachment);
         Ok(Record {
@@ -432,7 +432,7 @@ impl Attachments {
 
     pub(super) async fn status<E: Endpoints>(&self, endpoints: &E) -> Result<(), Failure> {
         let free = self.ipam().check_free();
-        free.map_err(|error| Failure::new(Code::NotAvailable, error.to_string()))?;
+        free.map_err(|error| self.no_address(Code::NotAvailable, &error))?;
         match endpoints.readiness().await {
             Readiness::Ready => Ok(()),
             Readiness::NotReady(why) => Err(Failure::new(Code::NotAvailable, why)),
@@ -521,6 +521,10 @@ impl Attachments {
             lock
         };
         lock.lock_owned().await
+    }
+
+    fn no_address(&self, code: Code, error: &IpamError) -> Failure {
+        Failure::new(code, format!("node {}: {error}", self.settings.node))
     }
 
     fn ipam(&self) -> MutexGuard<'_, Ipam> {

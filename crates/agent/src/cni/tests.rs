@@ -123,6 +123,7 @@ impl Bench {
     async fn restore(node: &TempNs, directory: &Path) -> (Attachments, Restored) {
         let ranges = ["10.244.9.0/24", "fd44:0:0:9::/64"].map(|r| r.parse().expect("range"));
         let settings = Settings {
+            node: "node9".into(),
             socket: directory.join("cni.sock"),
             records: directory.join("records"),
             mtu: 1500,
@@ -349,7 +350,9 @@ async fn a_full_range_says_so_and_deleted_pods_make_room() {
     }
     let full = bench.add(&pods[5]).await.expect_err("full");
     assert_eq!(full.code, Code::TryAgain);
-    for hint in ["all 5 pod addresses of 10.244.9.0/29", "delete pods", "Node.spec.podCIDRs"] {
+    for hint in
+        ["node node9", "all 5 pod addresses of 10.244.9.0/29", "delete pods", "Node.spec.podCIDRs"]
+    {
         assert!(full.message.contains(hint), "{full}");
     }
     let status = bench.attachments.status(&bench.endpoints).await.expect_err("full");
