@@ -103,6 +103,14 @@ pub(crate) enum Command {
     /// Demonstrations that bring their own cluster and take it down again.
     #[command(subcommand)]
     Demo(DemoCommand),
+    /// Measures what Palisade costs on this machine, in a lab of its own, beside a bare veth pair
+    /// and an nftables rule set of the same meaning.
+    #[command(after_help = "Examples:\n  palisade bench\n  palisade bench --rounds 3 -o json")]
+    Bench {
+        /// Rounds of the data path's comparison; each takes about ten seconds.
+        #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=100))]
+        rounds: u16,
+    },
     /// Completion for a shell, on standard output.
     #[command(after_help = "Example:\n  source <(palisade completion bash)")]
     Completion {

@@ -1,6 +1,7 @@
 //! A whole Kubernetes cluster on one machine: API server, controllers, pod runner, nodes, DNS.
 
 pub mod apiserver;
+pub mod bench;
 pub mod builtin;
 pub mod container;
 pub mod controllers;

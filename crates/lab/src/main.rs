@@ -10,7 +10,7 @@ use clap::{Parser, Subcommand, ValueEnum};
 use palisade_lab::daemon::{self, Options};
 use palisade_lab::layout::{Layout, MAX_NODES, NodePlan};
 use palisade_lab::sys::{cgroup, netns};
-use palisade_lab::{builtin, container};
+use palisade_lab::{bench, builtin, container};
 
 /// A whole Kubernetes cluster on this machine, with Palisade as its network.
 #[derive(Debug, Parser)]
@@ -54,6 +54,13 @@ enum Task {
     },
     /// Print the path of the kubeconfig
     Kubeconfig,
+    /// Measure the data path and the control path in a lab of its own
+    Bench {
+        #[command(flatten)]
+        options: bench::Options,
+        #[arg(short, long, value_enum, default_value = "table")]
+        output: Format,
+    },
     /// Run a command in a node's network namespace
     Exec {
         /// The node, for example node1
@@ -121,6 +128,7 @@ fn perform(task: Task) -> anyhow::Result<ExitCode> {
         Task::Down => daemon::down(),
         Task::Status { output } => daemon::status(matches!(output, Format::Json)),
         Task::Kubeconfig => kubeconfig(),
+        Task::Bench { options, output } => bench::run(options, matches!(output, Format::Json)),
         Task::Exec { node, command } => exec(&node, &command),
         Task::Daemon { options } => daemon::serve(&options),
         Task::NetnsExec { cgroup, netns, command } => {

@@ -4,7 +4,10 @@ use std::{env, os::unix::process::CommandExt, path::PathBuf, process::Command};
 
 use anyhow::{Context, Result};
 
-use crate::exit::{Exit, Failure};
+use crate::{
+    exit::{Exit, Failure},
+    output::Format,
+};
 
 const PROGRAM: &str = "palisade-lab";
 
@@ -19,6 +22,16 @@ pub(crate) fn run(args: &[String]) -> Result<Exit> {
         "Build it with:  make build",
     )
     .into())
+}
+
+/// Measures: the lab is what there is to measure.
+pub(crate) fn bench(rounds: u16, output: Format) -> Result<Exit> {
+    let output = match output {
+        Format::Table => "table",
+        Format::Json => "json",
+    };
+    let args = ["bench", "--rounds", &rounds.to_string(), "--output", output];
+    run(&args.map(str::to_owned))
 }
 
 fn beside_this_one() -> Result<PathBuf> {

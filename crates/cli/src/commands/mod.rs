@@ -34,6 +34,7 @@ pub(crate) fn run(cli: Cli) -> Result<Exit> {
         Command::Observe(args) => observe::run(global, args),
         Command::Get { table, node } => table::run(global, table, node.as_deref()),
         Command::Lab { args } => lab::run(&args),
+        Command::Bench { rounds } => lab::bench(rounds, global.output),
         Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(&args),
         Command::Completion { shell } => {
             clap_complete::generate(shell, &mut Cli::command(), "palisade", &mut io::stdout());

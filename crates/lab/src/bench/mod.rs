@@ -1,0 +1,93 @@
+//! Measures what Palisade costs, beside a bare veth pair, a routed one and an nftables rule set
+//! of the same meaning, all in one run on one machine.
+
+mod cluster;
+mod control;
+mod load;
+mod paths;
+mod programs;
+mod report;
+
+use std::process::ExitCode;
+
+use anyhow::{Result, anyhow, bail};
+use tokio::signal::unix::{SignalKind, signal};
+
+use self::{cluster::Cluster, paths::Baselines, report::Report};
+
+/// What to measure, and how often.
+#[derive(Clone, Copy, Debug, clap::Args)]
+pub struct Options {
+    /// Rounds of the data path's comparison; each takes about ten seconds
+    #[arg(long, default_value_t = 9, value_parser = clap::value_parser!(u16).range(1..=100))]
+    pub rounds: u16,
+}
+
+/// Brings a lab up, measures, takes it down, and prints a table or JSON.
+///
+/// # Errors
+/// A lab is running already, or something of the set-up failed.
+pub fn run(options: Options, json: bool) -> Result<ExitCode> {
+    if !rustix::process::geteuid().is_root() {
+        bail!("the bench needs root; run it with sudo");
+    }
+    if cfg!(debug_assertions) {
+        eprintln!("warning: this is a development build; for figures that count:  make bench");
+    }
+    let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
+    let report = runtime.block_on(async {
+        let mut interrupt = signal(SignalKind::interrupt())?;
+        let mut terminate = signal(SignalKind::terminate())?;
+        // What was set up is taken down when the future is dropped, an interrupt included.
+        tokio::select! {
+            report = measure(options) => report,
+            _ = interrupt.recv() => Err(anyhow!("interrupted")),
+            _ = terminate.recv() => Err(anyhow!("terminated")),
+        }
+    });
+    runtime.shutdown_background();
+    report?.print(json)?;
+    Ok(ExitCode::SUCCESS)
+}
+
+async fn measure(options: Options) -> Result<Report> {
+    progress("bringing a lab up");
+    let cluster = Cluster::up().await?;
+    let baselines = Baselines::build()?;
+    let mut report = Report::default();
+    let pods = cluster.start_pods().await?;
+
+    progress("agent");
+    report.extend(control::agent(&cluster).await?);
+    progress("CNI ADD");
+    report.push(control::cni_add(&cluster).await?);
+    progress("policy change");
+    report.push(control::denied(&cluster, &pods).await?);
+
+    cluster.restrict(&pods).await?;
+    progress("eBPF time");
+    report.extend(
+        blocking({
+            let path = pods.path();
+            move || programs::measure(&path)
+        })
+        .await?,
+    );
+    for round in 1..=options.rounds {
+        progress(&format!("data path, round {round} of {}", options.rounds));
+        let paths = baselines.paths(pods.path());
+        report.round(blocking(move || load::round(&paths, round)).await?);
+    }
+    Ok(report)
+}
+
+/// Measuring blocks its thread, and starts threads in other network namespaces.
+async fn blocking<T: Send + 'static>(
+    work: impl FnOnce() -> Result<T> + Send + 'static,
+) -> Result<T> {
+    tokio::task::spawn_blocking(work).await?
+}
+
+fn progress(what: &str) {
+    eprintln!("bench: {} {what}", jiff::Zoned::now());
+}
