@@ -83,7 +83,7 @@ impl Cluster {
     /// Three pods that do nothing of their own.
     pub(super) async fn start_pods(&self) -> Result<Pods> {
         for name in ["client", "server", "bystander"] {
-            self.create_pod(name, "default-scheduler").await?;
+            self.create_pod(name, name, "default-scheduler").await?;
         }
         for name in ["client", "server", "bystander"] {
             let running = await_condition(self.pods(), name, conditions::is_pod_running());
@@ -92,10 +92,10 @@ impl Cluster {
         Ok(Pods { client: self.place("client").await?, server: self.place("server").await? })
     }
 
-    /// A pod; with a scheduler that does not exist it stays an object.
-    pub(super) async fn create_pod(&self, name: &str, scheduler: &str) -> Result<Pod> {
+    /// A pod of an application; with a scheduler that does not exist it stays an object.
+    pub(super) async fn create_pod(&self, name: &str, app: &str, scheduler: &str) -> Result<Pod> {
         let pod = object(json!({
-            "metadata": {"name": name, "labels": {"app": name}},
+            "metadata": {"name": name, "labels": {"app": app}},
             "spec": {
                 "schedulerName": scheduler,
                 "containers": [{"name": "pause", "image": "registry.k8s.io/pause"}],

@@ -68,8 +68,9 @@ pub(super) async fn cni_add(cluster: &Cluster) -> Result<Row> {
     let mut times = Vec::new();
     for number in 0..AGAIN {
         let name = format!("added-{number}");
-        // The pod is an object only; its network is this bench's business.
-        let pod = cluster.create_pod(&name, "palisade-bench").await?;
+        // The pod is an object only; its network is this bench's business. As one more replica of
+        // an application it has an identity that exists.
+        let pod = cluster.create_pod(&name, "bystander", "palisade-bench").await?;
         let namespace = Namespace::create(&format!("palisade-bench-pod-{number}"))?;
         let plugin = Plugin {
             cluster_node: cluster.node.netns_path(),

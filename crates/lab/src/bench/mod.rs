@@ -89,5 +89,5 @@ async fn blocking<T: Send + 'static>(
 }
 
 fn progress(what: &str) {
-    eprintln!("bench: {} {what}", jiff::Zoned::now());
+    eprintln!("bench: {what}");
 }
