@@ -1,9 +1,13 @@
-use std::io;
+use std::{io, time::Duration};
 
 use aya::maps::{MapData, RingBuf};
 use palisade_abi::Event;
 use tokio::io::unix::AsyncFd;
 use zerocopy::FromBytes;
+
+/// A CPU that woke the reader does not do so again for a 64th of a second, rounded up to at most
+/// two jiffies of 10 ms; what it writes meanwhile must be found without.
+const QUIET: Duration = Duration::from_millis(25);
 
 /// Reads the `EVENTS` ring. There is one reader at a time: a second one would take events away.
 pub struct EventReader {
@@ -24,18 +28,17 @@ impl EventReader {
     /// # Errors
     /// The ring cannot be polled.
     pub async fn next(&mut self, batch: &mut Vec<Event>) -> io::Result<()> {
-        loop {
-            let mut guard = self.ring.readable_mut().await?;
-            let ring = guard.get_inner_mut();
+        while batch.is_empty() {
+            // A wake-up from here on counts for the next turn.
+            self.ring.readable_mut().await?.clear_ready();
+            tokio::time::sleep(QUIET).await;
+            let ring = self.ring.get_mut();
             while let Some(record) = ring.next() {
                 if let Ok(event) = Event::read_from_bytes(&record) {
                     batch.push(event);
                 }
             }
-            guard.clear_ready();
-            if !batch.is_empty() {
-                return Ok(());
-            }
         }
+        Ok(())
     }
 }

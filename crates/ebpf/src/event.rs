@@ -1,6 +1,11 @@
 //! Records for the flow log. A slow reader costs records, which are counted, never packets.
 
-use aya_ebpf::{helpers::generated::bpf_ktime_get_ns, macros::map, maps::PerCpuArray};
+use aya_ebpf::{
+    bindings::{BPF_RB_FORCE_WAKEUP, BPF_RB_NO_WAKEUP},
+    helpers::generated::bpf_ktime_get_ns,
+    macros::map,
+    maps::PerCpuArray,
+};
 use palisade_abi::{DropReason, Event, EventKind, metric_index};
 
 use crate::{
@@ -19,6 +24,10 @@ struct Bucket {
 
 #[map]
 static DROP_BUDGET: PerCpuArray<Bucket> = PerCpuArray::with_max_entries(1, 0);
+
+/// When this CPU last woke the reader.
+#[map]
+static WOKEN: PerCpuArray<u32> = PerCpuArray::with_max_entries(1, 0);
 
 #[inline(always)]
 pub fn count(index: u32, bytes: u32) {
@@ -73,5 +82,24 @@ pub fn emit(kind: EventKind, fill: impl FnOnce(&mut Event)) {
     event.time = unsafe { bpf_ktime_get_ns() };
     event.kind = kind as u8;
     fill(event);
-    entry.submit(0);
+    entry.submit(wake_up());
+}
+
+/// Whether a record wakes the reader. Waking interrupts this CPU, which costs more than all the
+/// rest that a new connection does (on virtual machines it leaves the guest), so it is done at
+/// most 64 times a second: a reader that was woken reads once more when that time is over, see
+/// `EventReader` on the host's side.
+#[inline(always)]
+fn wake_up() -> u64 {
+    let force = u64::from(BPF_RB_FORCE_WAKEUP);
+    let Some(woken) = WOKEN.get_ptr_mut(0) else { return force };
+    let now = clock::now();
+    // SAFETY: as in `count`.
+    unsafe {
+        if now.wrapping_sub(*woken) < clock::seconds(1) / 64 {
+            return u64::from(BPF_RB_NO_WAKEUP);
+        }
+        *woken = now;
+    }
+    force
 }

@@ -182,9 +182,8 @@ pub(super) async fn denied(cluster: &Cluster, pods: &Pods) -> Result<Row> {
 
 /// Accepts connections as long as this process lives.
 fn serve(path: &Path) -> Result<()> {
-    let listener = netns::run_in(&path.server, || {
-        TcpListener::bind((Ipv4Addr::UNSPECIFIED, KNOCKED))
-    })?;
+    let listener =
+        netns::run_in(&path.server, || TcpListener::bind((Ipv4Addr::UNSPECIFIED, KNOCKED)))?;
     thread::spawn(move || listener.incoming().take_while(Result::is_ok).for_each(drop));
     Ok(())
 }
