@@ -38,6 +38,14 @@ pub(crate) struct Pod {
     group: PathBuf,
 }
 
+/// See [`Lab::cni`].
+pub(crate) struct CniPlace {
+    pub(crate) socket: PathBuf,
+    pub(crate) netns: PathBuf,
+    pub(crate) records: PathBuf,
+    pub(crate) pins: PathBuf,
+}
+
 /// How a node gets to see what a socket of a pod does.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Level {
@@ -220,7 +228,7 @@ impl Lab {
         let node = &self.nodes[number - 1];
         Pod {
             addresses: [node.v4().into(), node.v6().into()],
-            netns: netns::path(&node.netns()),
+            netns: node.netns_path(),
             group: own_group(),
         }
     }
@@ -256,6 +264,17 @@ impl Lab {
             addresses: [address(0), address(1)],
             netns: PathBuf::from(format!("/proc/{process}/ns/net")),
             group,
+        }
+    }
+
+    /// Where the agent of a node is asked, and where it keeps what it knows of pods.
+    pub(crate) fn cni(&self, number: usize) -> CniPlace {
+        let node = &self.nodes[number - 1];
+        CniPlace {
+            socket: self.layout.cni_socket(node),
+            netns: node.netns_path(),
+            records: self.layout.node_state(node).join("attachments"),
+            pins: self.layout.bpffs(node).join("links"),
         }
     }
 

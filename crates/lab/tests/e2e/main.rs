@@ -3,6 +3,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 mod cilium;
+mod cni;
 mod dns;
 mod flows;
 mod harness;
