@@ -90,8 +90,8 @@ enum Task {
     ContainerExec { spec: PathBuf },
     #[command(hide = true)]
     ContainerRun {
-        #[arg(long, value_parser = container::Capabilities::parse)]
-        capabilities: container::Capabilities,
+        #[arg(long, value_parser = container::Privileges::parse)]
+        privileges: container::Privileges,
         #[arg(long)]
         tty: bool,
         #[arg(last = true, required = true)]
@@ -137,8 +137,8 @@ fn perform(task: Task) -> anyhow::Result<ExitCode> {
         Task::ContainerInit { spec } => container::init(&spec),
         Task::ContainerMain { spec } => container::main(&spec),
         Task::ContainerExec { spec } => container::exec(&spec),
-        Task::ContainerRun { capabilities, tty, command } => {
-            container::run(capabilities, tty, &command)
+        Task::ContainerRun { privileges, tty, command } => {
+            container::run(&privileges, tty, &command)
         }
         Task::Builtin { name, arguments } => builtin::run(&name, &arguments)
             .with_context(|| format!("there is no built-in program {name:?}"))?,

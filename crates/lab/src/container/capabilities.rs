@@ -34,14 +34,14 @@ const GRANTABLE: CapabilitySet = DEFAULT
 
 /// A set of capabilities, as the kernel counts them.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Serialize, Deserialize)]
-pub struct Capabilities(u64);
+pub(super) struct Capabilities(u64);
 
 impl Capabilities {
     /// What a container gets that asks for `wanted`.
     ///
     /// # Errors
     /// It asks for something that would reach out of it.
-    pub fn granted(wanted: Option<&SecurityContext>) -> anyhow::Result<Self> {
+    pub(super) fn granted(wanted: Option<&SecurityContext>) -> anyhow::Result<Self> {
         let Some(wanted) = wanted else { return Ok(Self(DEFAULT.bits())) };
         if wanted.privileged == Some(true) {
             bail!(
@@ -69,8 +69,11 @@ impl Capabilities {
         Ok(Self(set.bits()))
     }
 
-    /// Gives up every other capability for good: this process and all that it starts.
-    pub(super) fn keep(self) -> rustix::io::Result<()> {
+    /// What the first process of a container needs: it forwards signals to the command.
+    pub(super) const SUPERVISOR: Self = Self(CapabilitySet::KILL.bits());
+
+    /// Lets nothing that this process starts have other capabilities, be it root.
+    pub(super) fn bound(self) -> rustix::io::Result<()> {
         let keep = CapabilitySet::from_bits_retain(self.0);
         for bit in 0..u64::BITS {
             let one = CapabilitySet::from_bits_retain(1 << bit);
@@ -83,26 +86,18 @@ impl Capabilities {
                 other => other?,
             }
         }
-        clear_ambient_capability_set()?;
+        clear_ambient_capability_set()
+    }
+
+    /// Gives up every other capability that this process has.
+    pub(super) fn limit(self) -> rustix::io::Result<()> {
+        let keep = CapabilitySet::from_bits_retain(self.0);
         let left = keep & capabilities(None)?.permitted;
         let none = CapabilitySet::empty();
         set_capabilities(
             None,
             CapabilitySets { effective: left, permitted: left, inheritable: none },
         )
-    }
-
-    /// The form in which it is handed to a process, see [`Self::parse`].
-    pub(super) fn argument(self) -> String {
-        self.0.to_string()
-    }
-
-    /// Reads what [`Self::argument`] wrote.
-    ///
-    /// # Errors
-    /// It is no number.
-    pub fn parse(text: &str) -> Result<Self, std::num::ParseIntError> {
-        text.parse().map(Self)
     }
 }
 

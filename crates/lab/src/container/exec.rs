@@ -11,7 +11,7 @@ use anyhow::{Context, bail};
 use rustix::process::Signal;
 use rustix::thread::{LinkNameSpaceType, move_into_link_name_space};
 
-use super::{Capabilities, ExecSpec, LAB_IN_CONTAINER, Process, program, read_spec, supervise};
+use super::{ExecSpec, LAB_IN_CONTAINER, Privileges, Process, program, read_spec, supervise};
 use crate::sys::cgroup;
 
 /// The order matters: the mount namespace last, since the others are opened through `/proc`.
@@ -49,26 +49,31 @@ fn start(spec: &ExecSpec) -> anyhow::Result<std::process::Child> {
         move_into_link_name_space(file.as_fd(), Some(*kind))
             .with_context(|| format!("cannot join the container's namespace {kind:?}"))?;
     }
-    let wanted = program::command(&spec.process)?;
+    spawn(&spec.process, spec.tty)
+}
+
+/// Starts the command by way of [`run`].
+pub(super) fn spawn(process: &Process, tty: bool) -> anyhow::Result<std::process::Child> {
+    let wanted = program::command(process)?;
     let mut command = Command::new(LAB_IN_CONTAINER);
-    command.arg("container-run");
-    command.arg("--capabilities").arg(spec.process.capabilities.argument());
-    if spec.tty {
+    command.arg("container-run").arg("--privileges").arg(process.privileges.argument()?);
+    if tty {
         command.arg("--tty");
     }
-    command.arg("--").arg(wanted.get_program()).args(&spec.process.argv[1..]);
-    command.env_clear().envs(spec.process.env.iter().map(|(k, v)| (k, v)));
-    command.spawn().with_context(|| format!("exec: {:?}", spec.process.argv[0]))
+    command.arg("--").arg(wanted.get_program()).args(&process.argv[1..]);
+    command.env_clear().envs(process.env.iter().map(|(k, v)| (k, v)));
+    command.spawn().with_context(|| format!("exec: {:?}", process.argv[0]))
 }
 
 /// Becomes the command, in a session of its own.
-pub fn run(capabilities: Capabilities, tty: bool, argv: &[String]) -> anyhow::Result<ExitCode> {
-    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
+pub fn run(privileges: &Privileges, tty: bool, argv: &[String]) -> anyhow::Result<ExitCode> {
     rustix::process::setsid().context("cannot start a session")?;
     if tty {
         rustix::process::ioctl_tiocsctty(std::io::stdin()).context("cannot take the terminal")?;
     }
-    capabilities.keep().context("cannot give up capabilities")?;
+    privileges.take()?;
+    // Who becomes another user loses this.
+    rustix::process::set_parent_process_death_signal(Some(Signal::KILL))?;
     let Some((name, arguments)) = argv.split_first() else { bail!("no command specified") };
     Err(Command::new(name).args(arguments).exec()).with_context(|| format!("exec: {name:?}"))
 }

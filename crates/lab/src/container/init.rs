@@ -3,13 +3,13 @@
 use std::io::Write;
 use std::os::unix::net::UnixStream;
 use std::path::Path;
-use std::process::{Command, ExitCode, Stdio};
+use std::process::{Command, ExitCode};
 
 use anyhow::Context;
 use rustix::process::Signal;
 use rustix::thread::UnshareFlags;
 
-use super::{ContainerSpec, Outcome, program, read_spec, rootfs, supervise};
+use super::{Capabilities, ContainerSpec, Outcome, exec, read_spec, rootfs, supervise};
 use crate::sys::{cgroup, netns};
 
 /// Joins and leaves namespaces, then starts [`main`] as the container's pid 1 and waits for it.
@@ -64,11 +64,10 @@ fn start(spec: &ContainerSpec) -> anyhow::Result<std::process::Child> {
     rustix::process::setsid().context("cannot start a session")?;
     rustix::system::sethostname(spec.hostname.as_bytes()).context("cannot set the host name")?;
     rootfs::enter(spec)?;
-    let mut command = program::command(&spec.process)?;
-    spec.process.capabilities.keep().context("cannot give up capabilities")?;
-    // The runner keeps stdin open only for containers that asked for it.
-    command.stdin(Stdio::inherit());
-    command.spawn().with_context(|| format!("exec: {:?}", spec.process.argv[0]))
+    let child = exec::spawn(&spec.process, false)?;
+    let own = Capabilities::SUPERVISOR;
+    own.bound().and_then(|()| own.limit()).context("cannot give up capabilities")?;
+    Ok(child)
 }
 
 fn report(notify: &mut UnixStream, outcome: &Outcome) -> anyhow::Result<()> {

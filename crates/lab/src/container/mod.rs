@@ -4,14 +4,15 @@
 //! ```text
 //! daemon ─ container-init (joins the control group and the pod's netns, unshares the rest)
 //!            └ container-main (pid 1 of the container: root file system, reaps, forwards signals)
-//!                └ the container's own command
+//!                └ container-run (own session, user, capabilities) → becomes the command
 //! daemon ─ container-exec (joins all namespaces of a running container)
-//!            └ container-run (own session, controlling terminal) → becomes the command
+//!            └ container-run (the same, with a terminal where one is wanted)
 //! ```
 
 mod capabilities;
 mod exec;
 mod init;
+mod privileges;
 mod program;
 mod rootfs;
 mod supervise;
@@ -21,9 +22,10 @@ use std::path::{Path, PathBuf};
 use anyhow::Context;
 use serde::{Deserialize, Serialize};
 
-pub use capabilities::Capabilities;
+use capabilities::Capabilities;
 pub use exec::{exec, run};
 pub use init::{init, main};
+pub use privileges::Privileges;
 
 /// Where this program is found inside every container.
 pub const LAB_IN_CONTAINER: &str = "/.palisade/lab";
@@ -51,8 +53,8 @@ pub struct Process {
     pub env: Vec<(String, String)>,
     /// Working directory; `/` if empty.
     pub directory: String,
-    /// What root may do.
-    pub capabilities: Capabilities,
+    /// Who it is and what it may do.
+    pub privileges: Privileges,
 }
 
 /// A container to create.
@@ -72,6 +74,8 @@ pub struct ContainerSpec {
     pub etc: Vec<(String, String)>,
     /// Volumes.
     pub volumes: Vec<Volume>,
+    /// Nothing but volumes can be written to.
+    pub read_only: bool,
     /// The command.
     pub process: Process,
 }

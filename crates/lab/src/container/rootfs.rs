@@ -57,6 +57,11 @@ pub(super) fn enter(spec: &ContainerSpec) -> anyhow::Result<()> {
         attach(&tree, volume)
             .with_context(|| format!("cannot mount the volume at {}", volume.target.display()))?;
     }
+    if spec.read_only {
+        let flags = MountFlags::BIND | MountFlags::RDONLY | MountFlags::NOSUID;
+        rustix::mount::mount_remount("/", flags, "")
+            .context("cannot make the root file system read-only")?;
+    }
     Ok(())
 }
 

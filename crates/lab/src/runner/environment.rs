@@ -5,7 +5,9 @@ use std::net::IpAddr;
 use std::path::{Path, PathBuf};
 
 use anyhow::{Context, bail};
-use k8s_openapi::api::core::v1::{ConfigMap, Container, EnvVar, Pod, Secret, Volume};
+use k8s_openapi::api::core::v1::{
+    ConfigMap, Container, EnvFromSource, EnvVar, KeyToPath, Pod, Secret, Volume,
+};
 use kube::{Api, Client, ResourceExt};
 
 use crate::container::{DEFAULT_PATH, Volume as Mount};
@@ -30,6 +32,15 @@ pub(super) async fn variables(
     ]
     .map(|(key, value)| (key.to_owned(), value))
     .into();
+    for source in container.env_from.iter().flatten() {
+        let prefix = source.prefix.as_deref().unwrap_or_default();
+        for (key, value) in all_values(client, pod, source).await? {
+            // A name with `=` in it would be another name.
+            if !key.is_empty() && !key.contains('=') {
+                variables.insert(format!("{prefix}{key}"), value);
+            }
+        }
+    }
     for variable in container.env.iter().flatten() {
         let value = match (&variable.value, &variable.value_from) {
             (Some(value), _) => Some(expand(value, &variables)),
@@ -41,6 +52,78 @@ pub(super) async fn variables(
         }
     }
     Ok(variables.into_iter().collect())
+}
+
+/// Everything in the ConfigMap or Secret that an `envFrom` names.
+async fn all_values(
+    client: &Client,
+    pod: &Pod,
+    source: &EnvFromSource,
+) -> anyhow::Result<Vec<(String, String)>> {
+    let namespace = pod.namespace().unwrap_or_default();
+    let values = match (&source.config_map_ref, &source.secret_ref) {
+        (Some(map), None) => config_map(client, &namespace, &map.name, map.optional).await?,
+        (None, Some(secret)) => {
+            secret_data(client, &namespace, &secret.name, secret.optional).await?
+        }
+        _ => bail!("envFrom: write one configMapRef or one secretRef in each entry"),
+    };
+    let text = |value: Vec<u8>| String::from_utf8_lossy(&value).into_owned();
+    Ok(values.into_iter().map(|(key, value)| (key, text(value))).collect())
+}
+
+/// The content of files and variables, by key.
+type Values = BTreeMap<String, Vec<u8>>;
+
+async fn config_map(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    optional: Option<bool>,
+) -> anyhow::Result<Values> {
+    let map = Api::<ConfigMap>::namespaced(client.clone(), namespace).get_opt(name).await?;
+    if map.is_none() && optional != Some(true) {
+        bail!("configmap {name:?} not found");
+    }
+    let map = map.unwrap_or_default();
+    let text = map.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.into_bytes()));
+    Ok(text.chain(map.binary_data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.0))).collect())
+}
+
+async fn secret_data(
+    client: &Client,
+    namespace: &str,
+    name: &str,
+    optional: Option<bool>,
+) -> anyhow::Result<Values> {
+    let secret = Api::<Secret>::namespaced(client.clone(), namespace).get_opt(name).await?;
+    if secret.is_none() && optional != Some(true) {
+        bail!("secret {name:?} not found");
+    }
+    let data = secret.unwrap_or_default().data.unwrap_or_default();
+    Ok(data.into_iter().map(|(k, v)| (k, v.0)).collect())
+}
+
+/// The files of a volume: all values under their keys, or those that are named, where they are
+/// wanted.
+fn files(
+    mut values: Values,
+    items: Option<&[KeyToPath]>,
+    optional: Option<bool>,
+) -> anyhow::Result<Values> {
+    let Some(items) = items.filter(|items| !items.is_empty()) else { return Ok(values) };
+    let mut files = Values::new();
+    for item in items {
+        if Path::new(&item.path).is_absolute() || item.path.split('/').any(|part| part == "..") {
+            bail!("items: path {:?} must stay inside the volume", item.path);
+        }
+        match values.remove(&item.key) {
+            Some(value) => drop(files.insert(item.path.clone(), value)),
+            None if optional == Some(true) => {}
+            None => bail!("references non-existent key {:?}", item.key),
+        }
+    }
+    Ok(files)
 }
 
 async fn from_source(
@@ -212,32 +295,43 @@ async fn prepare(
         std::fs::set_permissions(&path, std::os::unix::fs::PermissionsExt::from_mode(0o777))?;
         return Ok(path);
     }
-    let files: BTreeMap<String, Vec<u8>> = if let Some(source) = &volume.config_map {
-        let api = Api::<ConfigMap>::namespaced(client.clone(), namespace);
-        let map = api.get_opt(&source.name).await?;
-        let missing = || format!("configmap {:?} not found", source.name);
-        let map = if source.optional == Some(true) {
-            map.unwrap_or_default()
-        } else {
-            map.with_context(missing)?
-        };
-        map.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.into_bytes())).collect()
-    } else if let Some(source) = &volume.secret {
-        let name = source.secret_name.clone().unwrap_or_default();
-        let secret = Api::<Secret>::namespaced(client.clone(), namespace).get_opt(&name).await?;
-        let secret = if source.optional == Some(true) {
-            secret.unwrap_or_default()
-        } else {
-            secret.with_context(|| format!("secret {name:?} not found"))?
-        };
-        secret.data.unwrap_or_default().into_iter().map(|(k, v)| (k, v.0)).collect()
-    } else {
-        bail!("the lab supports emptyDir, hostPath, configMap and secret volumes");
-    };
-    for (name, content) in files {
-        tokio::fs::write(path.join(name), content).await?;
+    for (name, content) in contents(client, namespace, volume).await? {
+        let path = path.join(name);
+        if let Some(parent) = path.parent() {
+            tokio::fs::create_dir_all(parent).await?;
+        }
+        tokio::fs::write(path, content).await?;
     }
     Ok(path)
+}
+
+/// The files of a volume that is made of objects.
+async fn contents(client: &Client, namespace: &str, volume: &Volume) -> anyhow::Result<Values> {
+    if let Some(source) = &volume.config_map {
+        let values = config_map(client, namespace, &source.name, source.optional).await?;
+        return files(values, source.items.as_deref(), source.optional);
+    }
+    if let Some(source) = &volume.secret {
+        let name = source.secret_name.clone().unwrap_or_default();
+        let values = secret_data(client, namespace, &name, source.optional).await?;
+        return files(values, source.items.as_deref(), source.optional);
+    }
+    let Some(projected) = &volume.projected else {
+        bail!("the lab supports emptyDir, hostPath, configMap, secret and projected volumes");
+    };
+    let mut all = Values::new();
+    for source in projected.sources.iter().flatten() {
+        if let Some(source) = &source.config_map {
+            let values = config_map(client, namespace, &source.name, source.optional).await?;
+            all.extend(files(values, source.items.as_deref(), source.optional)?);
+        } else if let Some(source) = &source.secret {
+            let values = secret_data(client, namespace, &source.name, source.optional).await?;
+            all.extend(files(values, source.items.as_deref(), source.optional)?);
+        } else {
+            bail!("projected.sources: the lab supports configMap and secret here");
+        }
+    }
+    Ok(all)
 }
 
 /// Where a container wants the pod's volumes.
@@ -275,5 +369,23 @@ mod tests {
     fn expansion() {
         let variables = [("A".to_owned(), "1".to_owned())].into();
         assert_eq!(expand("x$(A)y $(B) $$(A) $", &variables), "x1y $(B) $(A) $");
+    }
+    #[test]
+    fn items_name_files_inside_the_volume() {
+        let values = || Values::from([("a".into(), b"1".to_vec()), ("b".into(), b"2".to_vec())]);
+        let item = |key: &str, path: &str| KeyToPath {
+            key: key.into(),
+            path: path.into(),
+            ..KeyToPath::default()
+        };
+        let got = |items: &[KeyToPath], optional| files(values(), Some(items), optional);
+        assert_eq!(files(values(), None, None).unwrap(), values());
+        let one = got(&[item("a", "x/y")], None).unwrap();
+        assert_eq!(one, Values::from([("x/y".into(), b"1".to_vec())]));
+        assert!(got(&[item("c", "x")], None).is_err());
+        assert!(got(&[item("c", "x")], Some(true)).unwrap().is_empty());
+        for path in ["../x", "/etc/x", "a/../../b"] {
+            assert!(got(&[item("a", path)], None).is_err(), "{path}");
+        }
     }
 }

@@ -20,7 +20,7 @@ use super::logs::Log;
 use super::probes::{self, Scene};
 use super::status::{Board, running, terminated, waiting};
 use super::{Settings, Shared, Target, environment, images};
-use crate::container::{Capabilities, ContainerSpec, Process};
+use crate::container::{ContainerSpec, Privileges, Process};
 use crate::layout::{NodePlan, POD_NETNS_PREFIX};
 use crate::sys::{cgroup, netns};
 
@@ -360,8 +360,10 @@ impl Worker<'_> {
         };
         let argv = image.argv(&expand(&container.command), &expand(&container.args));
         let directory = container.working_dir.clone().unwrap_or_default();
-        let capabilities = Capabilities::granted(container.security_context.as_ref())?;
-        let process = Process { argv, env, directory, capabilities };
+        let wanted = container.security_context.as_ref();
+        let pod = self.pod.spec.as_ref().and_then(|spec| spec.security_context.as_ref());
+        let privileges = Privileges::granted(pod, wanted)?;
+        let process = Process { argv, env, directory, privileges };
         let id = self.container_id(&container.name, restarts);
         let home = self.directory.join("containers").join(&container.name);
         let sockets = self.settings.layout.run_dir().join("sock");
@@ -376,6 +378,7 @@ impl Worker<'_> {
             hostname: environment::hostname(&self.pod, &self.node),
             etc: environment::etc(&self.pod, &self.node, &addresses),
             volumes: environment::mounts(container, volumes)?,
+            read_only: wanted.and_then(|w| w.read_only_root_filesystem) == Some(true),
             process: process.clone(),
         };
         let log = Log::create(logs.join(format!("{restarts}.log"))).await?;

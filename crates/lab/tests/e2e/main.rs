@@ -4,6 +4,7 @@
 
 mod cilium;
 mod cni;
+mod containers;
 mod dns;
 mod flows;
 mod harness;
