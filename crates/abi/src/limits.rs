@@ -27,4 +27,4 @@ pub const SOCKETS: u32 = 131_072;
 /// Fragmented datagrams in flight.
 pub const FRAGMENTS: u32 = 8192;
 /// Bytes of the event ring.
-pub const EVENTS_BYTES: u32 = 4 << 20;
+pub const EVENTS_BYTES: u32 = 2 << 20;

@@ -282,7 +282,6 @@ impl Attachments {
             pod: record.attachment.ifname.to_string(),
             pod_mac: record.mac,
             mtu: self.settings.mtu,
-            offload_max_size: None,
         };
         match self.node.create_veth(pair.clone(), pod.netns()).await {
             // The name is made from the attachment, which has no record: a leftover.

@@ -48,16 +48,11 @@ pub(super) fn create_veth(pair: &VethPair, pod_netns: &NetNs) -> Call {
 }
 
 fn side(name: &str, mac: [u8; 6], pair: &VethPair) -> Vec<LinkAttribute> {
-    let mut attributes = vec![
+    vec![
         LinkAttribute::IfName(name.to_owned()),
         LinkAttribute::Address(mac.to_vec()),
         LinkAttribute::Mtu(pair.mtu),
-    ];
-    if let Some(size) = pair.offload_max_size {
-        attributes.push(LinkAttribute::GsoMaxSize(size));
-        attributes.push(LinkAttribute::GroMaxSize(size));
-    }
-    attributes
+    ]
 }
 
 pub(super) fn get_link(name: &str) -> RouteNetlinkMessage {

@@ -23,8 +23,6 @@ pub struct VethPair {
     pub pod_mac: [u8; 6],
     /// Largest packet of both ends.
     pub mtu: u32,
-    /// Largest aggregate for segmentation and receive offload, where the default is too small.
-    pub offload_max_size: Option<u32>,
 }
 
 /// One address of a pod and the router it uses.

@@ -59,7 +59,6 @@ fn pair() -> VethPair {
         pod: "eth0".into(),
         pod_mac: [2, 0, 0, 0, 0, 2],
         mtu: 1400,
-        offload_max_size: None,
     }
 }
 
