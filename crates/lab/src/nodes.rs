@@ -1,5 +1,6 @@
 //! Nodes as the cluster sees them: agents that are kept running, and Node objects that tell of it.
 
+use std::os::unix::process::ExitStatusExt;
 use std::path::PathBuf;
 use std::process::Stdio;
 use std::time::Duration;
@@ -9,6 +10,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use palisade_api::admin::{Request, Response, Status};
+use rustix::process::Signal;
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -49,14 +51,19 @@ impl Keeper {
         let mut pause = Duration::ZERO;
         loop {
             let started = tokio::time::Instant::now();
+            // Nothing is wrong with one that somebody killed.
+            let mut killed = false;
             match self.spawn().await {
                 Ok(mut child) => match child.wait().await {
-                    Ok(status) => tracing::warn!("{}'s agent ended: {status}", self.node.name),
+                    Ok(status) => {
+                        killed = status.signal() == Some(Signal::KILL.as_raw());
+                        tracing::warn!("{}'s agent ended: {status}", self.node.name);
+                    }
                     Err(error) => tracing::warn!("{}'s agent: {error}", self.node.name),
                 },
                 Err(error) => tracing::error!("{}'s agent: {error:#}", self.node.name),
             }
-            pause = match started.elapsed() > SETTLED {
+            pause = match killed || started.elapsed() > SETTLED {
                 true => Duration::ZERO,
                 false => (pause * 2).clamp(RESTART.0, RESTART.1),
             };
