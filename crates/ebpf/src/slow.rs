@@ -99,12 +99,30 @@ pub fn slow(skb: *mut __sk_buff, hook: Hook) -> i32 {
             if !s.quiet && event::drop_budget() {
                 record(EventKind::Drop, s, reason as u8);
             }
-            match reason {
-                DropReason::NoBackend => refuse::answer(skb, &s.packet).unwrap_or(TC_ACT_SHOT),
-                _ => TC_ACT_SHOT,
-            }
+            tell(skb, s, reason).unwrap_or(TC_ACT_SHOT)
         }
     }
+}
+
+/// Tells the sender where waiting is no use to it.
+#[inline(always)]
+fn tell(skb: *mut __sk_buff, s: &mut Scratch, reason: DropReason) -> Result<i32, DropReason> {
+    match reason {
+        DropReason::NoBackend => {}
+        DropReason::TranslationCollision if s.hook == Hook::FromPod && opens_tcp(&s.packet) => {
+            if s.translated {
+                let (address, port) = (s.service, s.service_port);
+                service::rewrite(skb, &mut s.packet, End::Destination, &address, port)?;
+            }
+        }
+        _ => return Err(reason),
+    }
+    refuse::answer(skb, &s.packet)
+}
+
+#[inline(always)]
+fn opens_tcp(packet: &Packet) -> bool {
+    packet.protocol == protocol::TCP && packet.tcp_flags & (SYN | ACK) == SYN
 }
 
 #[inline(always)]
@@ -222,14 +240,19 @@ fn judge(
     }
 
     s.side = s.key.set(&s.packet);
-    let opening = s.packet.protocol == protocol::TCP && s.packet.tcp_flags & (SYN | ACK) == SYN;
+    let opening = opens_tcp(&s.packet);
     let known = s.key.find();
     if let Some(known) = known {
         // SAFETY: a live map value; concurrent writers only move counters and timers.
         let flow = unsafe { &mut *known };
-        if !clock::passed(flow.expires, clock::now()) && !opening && !reopens(s, flow) {
+        let alive = !clock::passed(flow.expires, clock::now());
+        if alive && !opening && !reopens(s, flow) {
             follow(skb, s, flow)?;
             return deliver(s);
+        }
+        let established = flow.flags & (flow_flags::REPLIED | flow_flags::CLOSING);
+        if alive && opening && established == flow_flags::REPLIED && collides(s, flow) {
+            return Err(DropReason::TranslationCollision);
         }
     }
     // Only a SYN opens a TCP flow, and an answer opens nothing. A late packet of the far end would
@@ -282,7 +305,8 @@ fn collides(s: &Scratch, flow: &FlowValue) -> bool {
     translated && flow::from_opener(flow, s.side)
 }
 
-/// A port that is used again under another name begins a new flow. TCP says so with a SYN.
+/// A port that is used again under another name begins a new flow. TCP says so with a SYN, which is
+/// refused while the other use lives: its answers could not be told apart.
 #[inline(always)]
 fn reopens(s: &Scratch, flow: &FlowValue) -> bool {
     s.packet.protocol != protocol::TCP && collides(s, flow)
@@ -482,7 +506,7 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     };
     let side = s.key.set(&s.packet);
     let now = clock::now();
-    let opening = s.packet.protocol == protocol::TCP && s.packet.tcp_flags & (SYN | ACK) == SYN;
+    let opening = opens_tcp(&s.packet);
     // A flow that began stays with its backend, whatever backends the Service has by now.
     let (address, port) = match kept(&s.key, opening, now) {
         Some(backend) => backend,

@@ -339,6 +339,35 @@ impl World {
         assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
     }
 
+    /// A port of the client that leads to a backend already does not lead there by another name
+    /// too: the answers could not be told apart. The new connection fails, the old one lives.
+    fn one_port_has_one_use(&self) {
+        for address in addresses(&self.lab, "written") {
+            let to = SocketAddr::new(address, HTTP.1);
+            for levels in [LEVELS, [Level::Packet, Level::Socket]] {
+                let mut from =
+                    SocketAddr::new(self.client.addresses[usize::from(address.is_ipv6())], 0);
+                let [first, second] = levels.map(|level| {
+                    let kind = vec![(Domain::for_address(to), Type::STREAM)];
+                    let socket = self.client.sockets(level, kind).pop().unwrap();
+                    socket.set_reuse_address(true).unwrap();
+                    socket.bind(&from.into()).unwrap();
+                    from = socket.local_addr().unwrap().as_socket().unwrap();
+                    socket
+                });
+                first.connect_timeout(&to.into(), PATIENCE).unwrap();
+                let refused = second.connect_timeout(&to.into(), AT_ONCE).unwrap_err();
+                assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "{levels:?} {to}");
+                let mut first = TcpStream::from(first);
+                first.set_read_timeout(Some(PATIENCE)).unwrap();
+                first.write_all(b"who\n").unwrap();
+                let mut name = String::new();
+                BufReader::new(first).read_line(&mut name).unwrap();
+                assert_eq!(name, "web-a\n", "{levels:?} {to}");
+            }
+        }
+    }
+
     /// A pod that is its own backend. No policy keeps a pod from itself.
     fn a_pod_reaches_itself(&self) {
         let to = spellings(&addresses(&self.lab, "written"));
@@ -430,6 +459,7 @@ fn services_lead_where_they_should() {
     step("ways", &|| world.every_way_reaches_every_backend());
     step("unconnected", &|| world.unconnected_sockets_get_answers_from_whom_they_asked());
     step("empty", &|| world.no_backends_no_waiting());
+    step("collisions", &|| world.one_port_has_one_use());
     step("hairpin", &|| world.a_pod_reaches_itself());
     step("policies", &|| world.policies_hold_for_services());
     step("deleted", &|| world.a_deleted_service_is_no_more());
@@ -536,10 +566,11 @@ impl Talks {
     }
 }
 
-/// Opens so many connections by every way; each tells whom it met.
-fn connect(client: &Pod, service: &[IpAddr], times: usize) -> Vec<(String, Connection)> {
+/// Opens so many connections by every way, each level from a pod of its own, so that they do not
+/// meet at one port; each connection tells whom it met.
+fn connect(clients: &[Pod; 2], service: &[IpAddr], times: usize) -> Vec<(String, Connection)> {
     let mut connections = Vec::new();
-    for level in LEVELS {
+    for (level, client) in LEVELS.into_iter().zip(clients) {
         for address in service {
             let to = SocketAddr::new(*address, 80);
             let kinds = vec![(Domain::for_address(to), Type::STREAM); times];
@@ -582,16 +613,16 @@ fn scale(lab: &Lab, replicas: usize) -> BTreeSet<String> {
 fn connections_outlive_the_other_backends() {
     let lab = Lab::up(2);
     lab.apply(DEPLOYMENT);
-    let [client] = lab.pods([("client", 1)]);
+    let clients = lab.pods([("one", 1), ("other", 1)]);
     assert_eq!(scale(&lab, 3).len(), 3);
     let service = addresses(&lab, "web");
-    let first = connect(&client, &service, 12);
+    let first = connect(&clients, &service, 12);
     assert_eq!(names(&first).len(), 3, "48 connections meet all three backends");
     let first = Talks::start(first);
 
     // New connections all the time; while endpoints come, every one of them must succeed.
     let survivors = scale(&lab, 1);
-    let second = connect(&client, &service, 4);
+    let second = connect(&clients, &service, 4);
     assert_eq!(names(&second), survivors.iter().map(String::as_str).collect());
     let second = Talks::start(second);
 
@@ -600,7 +631,7 @@ fn connections_outlive_the_other_backends() {
     let grown = thread::scope(|scope| {
         let opener = scope.spawn(|| {
             while !over.load(Relaxed) {
-                steady.fetch_add(connect(&client, &service, 1).len(), Relaxed);
+                steady.fetch_add(connect(&clients, &service, 1).len(), Relaxed);
             }
         });
         let grown = scale(&lab, 3);
@@ -608,7 +639,7 @@ fn connections_outlive_the_other_backends() {
         opener.join().unwrap();
         grown
     });
-    let third = connect(&client, &service, 12);
+    let third = connect(&clients, &service, 12);
     assert_eq!(names(&third), grown.iter().map(String::as_str).collect());
 
     let (first, second) = (first.end(), second.end());
