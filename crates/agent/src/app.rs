@@ -1,6 +1,6 @@
 //! The wiring.
 
-use std::{path::PathBuf, sync::Arc, time::Instant};
+use std::{convert::Infallible, path::PathBuf, sync::Arc, time::Instant};
 
 use anyhow::Context;
 use clap::Parser;
@@ -17,9 +17,9 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
-    admin::{self, Admin},
-    cni::{self, Attachments, NewEndpoint, Phase, Settings},
-    endpoints::Lifecycle,
+    admin::{self, Admin, Readiness},
+    cni::{self, Attachments, Endpoints, NewEndpoint, Phase, Server, Settings},
+    endpoints::{self, Lifecycle, NodeLinks, ProgramHealth},
     engine::{Engine, Outputs, Progress},
     ipam::Ipam,
     observer::{Namer, Observer},
@@ -97,6 +97,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (progress_sender, progress) = watch::channel(Progress::default());
     let (route_sender, routes) = watch::channel(Vec::new());
     let (publications, publication_queue) = mpsc::unbounded_channel();
+    let health = Arc::new(ProgramHealth::default());
     let outputs = Outputs {
         progress: progress_sender,
         routes: route_sender,
@@ -121,42 +122,60 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let observer = Arc::new(Observer::new(namer));
     tasks.spawn(observer.clone().run(datapath.events()?));
     tasks.spawn(collect_flows(datapath.clone(), observer.clone()));
+
+    // Endpoints of before a restart get their programs before anything is waited for.
+    let records = options.state_dir.join("attachments");
+    let recorded = cni::recorded(records.clone(), &netlink)
+        .await
+        .map_err(|failure| anyhow::anyhow!("cannot read the records of pods: {failure:?}"))?;
+    let outputs = endpoints::Outputs { commands, publications, health: health.clone() };
+    let links = NodeLinks::new(datapath.clone(), netlink.clone());
+    let recorded = recorded.iter().filter_map(recorded_endpoint).collect();
+    let lifecycle =
+        Lifecycle::restore(links, reader.clone(), progress.clone(), outputs, recorded).await?;
+    let lifecycle = Arc::new(lifecycle);
+    tasks.spawn(lifecycle.clone().guard());
+    if let Some(uplink) = options.uplink.clone() {
+        tasks.spawn(endpoints::guard_uplink(datapath.clone(), uplink, health.clone()));
+    }
+
+    // Who asks gets an answer from here on.
+    let socket = options.run_dir.join("cni.sock");
+    let server = Arc::new(Server::new(socket.clone(), netlink.clone(), lifecycle.clone()));
+    tasks.spawn(server.clone().serve(server.listen()?));
+    let readiness = Readiness::new(begun, progress.clone(), server.attachments());
+    tasks.spawn(readiness.clone().observe());
     let admin = Arc::new(Admin {
         scope,
         begun,
         tables: reader.clone(),
         progress: progress.clone(),
         observer,
-        datapath: datapath.clone(),
+        datapath,
+        health,
+        readiness,
+        attachments: server.attachments(),
     });
     tasks.spawn(admin::serve(admin, admin::listen(&options.run_dir)?));
 
     // The node's own object says which addresses its pods have.
-    let node = own_node(&reader, &options.node_name, &progress).await;
-    tasks.spawn(publish::publish_node(client, node.clone()));
-    let ipam = Ipam::new(&node.pod_cidrs)?;
-    netlink.add_router_addresses(&ipam.routers()).await?;
-    let settings = Settings {
-        node: options.node_name.clone(),
-        socket: options.run_dir.join("cni.sock"),
-        records: options.state_dir.join("attachments"),
-        mtu: mtu(&netlink, options.uplink.as_deref()).await?,
+    let open = async {
+        let node = own_node(&reader, &options.node_name, &progress).await;
+        tasks.spawn(publish::publish_node(client, node.clone()));
+        let ipam = Ipam::new(&node.pod_cidrs)?;
+        netlink.add_router_addresses(&ipam.routers()).await?;
+        let mtu = mtu(&netlink, options.uplink.as_deref()).await?;
+        let settings = Settings { node: options.node_name.clone(), socket, records, mtu };
+        let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
+            .await
+            .map_err(|failure| anyhow::anyhow!("cannot restore the pods: {failure:?}"))?;
+        for record in restored.gone {
+            lifecycle.remove(&record.attachment).await?;
+        }
+        server.open(attachments);
+        info!(node = options.node_name, "pods can be attached");
+        anyhow::Ok(std::future::pending::<Infallible>().await)
     };
-    let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
-        .await
-        .map_err(|failure| anyhow::anyhow!("cannot restore the pods' interfaces: {failure:?}"))?;
-    let recorded: Vec<(NewEndpoint, u32)> =
-        restored.live.iter().filter_map(recorded_endpoint).collect();
-    let lifecycle = Lifecycle::restore(
-        datapath,
-        reader,
-        commands.clone(),
-        progress.clone(),
-        publications,
-        recorded,
-    )
-    .await?;
-
     let mut terminate = signal(SignalKind::terminate())?;
     let mut interrupt = signal(SignalKind::interrupt())?;
     let stop = async move {
@@ -165,8 +184,10 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             _ = interrupt.recv() => {}
         }
     };
-    info!(node = options.node_name, "serving");
-    cni::serve(Arc::new(attachments), Arc::new(lifecycle), stop).await?;
+    tokio::select! {
+        () = stop => {}
+        opened = open => match opened? {},
+    }
     info!("stopping; programs and tables stay in force");
     Ok(())
 }

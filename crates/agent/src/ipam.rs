@@ -124,6 +124,13 @@ impl Ipam {
         Ok(())
     }
 
+    /// Addresses in use and addresses for pods, of each family.
+    pub fn usage(&self) -> Vec<(usize, u128)> {
+        let v4 = self.v4.as_ref().map(|pool| (pool.used.len(), pool.capacity()));
+        let v6 = self.v6.as_ref().map(|pool| (pool.used.len(), pool.capacity()));
+        v4.into_iter().chain(v6).collect()
+    }
+
     /// How many pods have addresses.
     pub fn used(&self) -> usize {
         let v4 = self.v4.as_ref().map_or(0, |pool| pool.used.len());

@@ -152,18 +152,29 @@ impl Datapath {
     /// Whether both pod programs are attached to the interface.
     #[must_use]
     pub fn is_attached(&self, interface: &str) -> bool {
-        let object = self.lock();
-        [("from_pod", TcAttachType::Ingress), ("to_pod", TcAttachType::Egress)].iter().all(
-            |(name, direction)| {
-                let Some(aya::programs::Program::SchedClassifier(program)) = object.program(name)
-                else {
-                    return false;
-                };
-                let Ok(own) = program.info() else { return false };
-                SchedClassifier::query_tcx(interface, *direction)
-                    .is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == own.id()))
-            },
+        self.has_programs(
+            interface,
+            &[("from_pod", TcAttachType::Ingress), ("to_pod", TcAttachType::Egress)],
         )
+    }
+
+    /// Whether the uplink program is attached to the interface.
+    #[must_use]
+    pub fn is_uplink_attached(&self, interface: &str) -> bool {
+        self.has_programs(interface, &[("from_net", TcAttachType::Ingress)])
+    }
+
+    fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {
+        let object = self.lock();
+        programs.iter().all(|(name, direction)| {
+            let Some(aya::programs::Program::SchedClassifier(program)) = object.program(name)
+            else {
+                return false;
+            };
+            let Ok(own) = program.info() else { return false };
+            SchedClassifier::query_tcx(interface, *direction)
+                .is_ok_and(|(_, attached)| attached.iter().any(|info| info.id() == own.id()))
+        })
     }
 
     /// Interfaces that have pins of ours.
@@ -265,14 +276,15 @@ impl Datapath {
             drop(program.take_link(id));
             return Ok(());
         }
-        // No pin, or one that outlived its interface.
-        remove_pin(&pin)?;
         let attach =
             |source| LoadError::Attach { interface: interface.to_owned(), program: name, source };
         let options = TcAttachOptions::TcxOrder(LinkOrder::first());
         let id = program.attach_with_options(interface, direction, options).map_err(attach)?;
         let link = program.take_link(id).map_err(attach)?;
         let link = FdLink::try_from(link).map_err(|error| pin_error(&pin, error))?;
+        // What may be left is a pin that outlived its interface, or a link that cannot be updated:
+        // it goes only now that another judges the packets.
+        remove_pin(&pin)?;
         link.pin(&pin).map_err(|error| pin_error(&pin, error))?;
         Ok(())
     }

@@ -28,10 +28,10 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
         Request::Status => Response::Status(Box::new(status(admin, &tables, &progress))),
         Request::EndpointList => {
             let rows = tables.endpoints.rows();
-            Response::Endpoints(rows.map(|row| endpoint(&tables, &progress, row)).collect())
+            Response::Endpoints(rows.map(|row| endpoint(admin, &tables, &progress, row)).collect())
         }
         Request::EndpointGet { endpoint: text } => match tables.find_endpoint(text) {
-            Some(row) => Response::Endpoint(Box::new(endpoint(&tables, &progress, row))),
+            Some(row) => Response::Endpoint(Box::new(endpoint(admin, &tables, &progress, row))),
             None => no_endpoint(admin, text),
         },
         Request::IdentityList => Response::Identities(identities(&tables)),
@@ -76,12 +76,17 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         matches!(row.content, PolicyContent::Refused { .. })
     };
     let node = tables.node(&admin.scope.node);
+    let ready_after = admin.readiness.after();
+    let usage = admin.attachments.borrow().as_ref().map(|open| open.usage()).unwrap_or_default();
+    let in_force = |row: &EndpointRow| {
+        progress.endpoints.contains_key(&row.id) && !admin.health.has_problem(&row.interface)
+    };
     Status {
         version: env!("CARGO_PKG_VERSION").into(),
         node: admin.scope.node.clone(),
         cluster: admin.scope.cluster.clone(),
-        ready: progress.synced,
-        ready_after_ms: None,
+        ready: ready_after.is_some(),
+        ready_after_ms: ready_after.and_then(|after| u64::try_from(after.as_millis()).ok()),
         uptime_seconds: admin.begun.elapsed().as_secs(),
         pid: std::process::id(),
         inputs: tables
@@ -95,9 +100,9 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
             })
             .collect(),
         policy_revision: progress.revision,
-        problems: progress.problems.clone(),
+        problems: progress.problems.iter().cloned().chain(admin.health.problems()).collect(),
         endpoints: tables.endpoints.len(),
-        endpoints_not_ready: tables.endpoints.len().saturating_sub(progress.endpoints.len()),
+        endpoints_not_ready: tables.endpoints.rows().filter(|row| !in_force(row)).count(),
         identities: tables.identities.len(),
         policies: tables.policies.rows().count(),
         policies_refused: tables.policies.rows().filter(refused).count(),
@@ -106,16 +111,17 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         pod_cidrs: node
             .map(|node| node.pod_cidrs.iter().map(ToString::to_string).collect())
             .unwrap_or_default(),
-        ipam: Vec::new(),
+        ipam: usage.iter().map(|(used, total)| format!("{used}/{total}")).collect(),
         remote_nodes: tables.nodes.rows().filter(|row| row.name != admin.scope.node).count(),
     }
 }
 
-fn endpoint(tables: &Tables, progress: &Progress, row: &EndpointRow) -> Endpoint {
+fn endpoint(admin: &Admin, tables: &Tables, progress: &Progress, row: &EndpointRow) -> Endpoint {
     let now = progress.endpoints.get(&row.id);
     let entry = tables.policy_entries.get(&row.id);
     let identity = now.map_or(palisade_abi::identity::INIT, |now| now.identity);
     let state = match now {
+        _ if admin.health.has_problem(&row.interface) => "not-ready",
         None => "not-ready",
         Some(now) if now.identity == palisade_abi::identity::INIT => "waiting-for-identity",
         Some(_) => "ready",
@@ -266,6 +272,8 @@ fn metrics(admin: &Admin, tables: &Tables) -> String {
     line("endpoint", tables.endpoints.len() as u64);
     line("policy", tables.policies.rows().count() as u64);
     line("identity", tables.identities.len() as u64);
+    line("endpoint_programs_failing", admin.health.problems().len() as u64);
+    line("endpoint_programs_reattached_total", admin.health.reattached());
     let Ok(counters) = admin.datapath.metrics() else { return text };
     for reason in DropReason::ALL {
         let value = counters.drops(reason);

@@ -2,7 +2,13 @@
 
 mod answers;
 
-use std::{io, os::unix::fs::PermissionsExt, path::Path, sync::Arc, time::Instant};
+use std::{
+    io,
+    os::unix::fs::PermissionsExt,
+    path::Path,
+    sync::{Arc, OnceLock},
+    time::{Duration, Instant},
+};
 
 use palisade_api::admin::{Observe, Request, Response, SOCKET};
 use palisade_datapath::Datapath;
@@ -14,11 +20,46 @@ use tokio::{
 use tracing::warn;
 
 use crate::{
+    cni::Attachments,
+    endpoints::ProgramHealth,
     engine::Progress,
     observer::{Observer, matches},
     resolve::Scope,
     tables::TablesReader,
 };
+
+/// When the agent was ready.
+#[derive(Clone)]
+pub struct Readiness {
+    begun: Instant,
+    progress: watch::Receiver<Progress>,
+    attachments: watch::Receiver<Option<Arc<Attachments>>>,
+    after: Arc<OnceLock<Duration>>,
+}
+
+impl Readiness {
+    /// The agent is ready once everything is in force and pods can be attached.
+    pub fn new(
+        begun: Instant,
+        progress: watch::Receiver<Progress>,
+        attachments: watch::Receiver<Option<Arc<Attachments>>>,
+    ) -> Self {
+        Self { begun, progress, attachments, after: Arc::default() }
+    }
+
+    /// Waits until it is, and takes the time.
+    pub async fn observe(mut self) {
+        let synced = self.progress.wait_for(|progress| progress.synced).await.is_ok();
+        if synced && self.attachments.wait_for(Option::is_some).await.is_ok() {
+            self.after.get_or_init(|| self.begun.elapsed());
+        }
+    }
+
+    /// How long that took; none before.
+    pub fn after(&self) -> Option<Duration> {
+        self.after.get().copied()
+    }
+}
 
 /// What the answers are made from.
 pub struct Admin {
@@ -34,6 +75,12 @@ pub struct Admin {
     pub observer: Arc<Observer>,
     /// The kernel's counters.
     pub datapath: Arc<Datapath>,
+    /// What is wrong with attached programs.
+    pub health: Arc<ProgramHealth>,
+    /// When it was ready.
+    pub readiness: Readiness,
+    /// The pods' addresses.
+    pub attachments: watch::Receiver<Option<Arc<Attachments>>>,
 }
 
 /// Takes the socket, for the owner and the group only.

@@ -166,6 +166,11 @@ impl Attachments {
         self.records().values().filter(committed).cloned().collect()
     }
 
+    /// Pod addresses in use and in total of each family.
+    pub fn usage(&self) -> Vec<(usize, u128)> {
+        self.ipam().usage()
+    }
+
     #[cfg(test)]
     pub(super) fn used_addresses(&self) -> usize {
         self.ipam().used()
@@ -264,7 +269,7 @@ impl Attachments {
             pod: record.attachment.ifname.to_string(),
             pod_mac: record.mac,
             addresses: self.pod_addresses(record),
-            alias: format!("palisade {}", record.attachment),
+            alias: alias_of(&record.attachment),
         };
         self.node.configure_pod(&link, pod).await.map_err(kernel_error)?;
         record.phase = Phase::Committed(number);
@@ -551,9 +556,31 @@ fn guard<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {
     mutex.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
+/// The finished attachments whose interface exists, before any of them is touched: what must be
+/// judged from the very start, whatever else the agent has to wait for.
+///
+/// # Errors
+/// The records or the interfaces cannot be read.
+pub async fn recorded(directory: PathBuf, node: &Netlink) -> Result<Vec<Record>, Failure> {
+    let store = Store::open(directory).map_err(state_error)?;
+    let (mut records, _) = store.load().map_err(state_error)?;
+    let links = node.links().await.map_err(kernel_error)?;
+    records.retain_mut(|record| {
+        let link = links.iter().find(|link| link.name == record.host.name);
+        record.host.ifindex = link.map_or(0, |link| link.ifindex);
+        link.is_some() && matches!(record.phase, Phase::Committed(_))
+    });
+    Ok(records)
+}
+
 /// The name of the node's side of an attachment's veth pair.
 pub fn host_ifname(attachment: &Attachment) -> String {
     format!("lxc{:010x}", hash(attachment) >> 24)
+}
+
+/// The text on the node's side of an attachment's veth pair.
+pub fn alias_of(attachment: &Attachment) -> String {
+    format!("palisade {attachment}")
 }
 
 fn macs(attachment: &Attachment) -> [[u8; 6]; 2] {

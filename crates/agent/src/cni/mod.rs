@@ -7,7 +7,7 @@ mod store;
 #[cfg(test)]
 mod tests;
 
-pub use attachments::{Attachments, Restored, Settings, host_ifname};
+pub use attachments::{Attachments, Restored, Settings, alias_of, host_ifname, recorded};
 pub use endpoints::{Addresses, EndpointError, Endpoints, HostLink, NewEndpoint, Readiness};
-pub use server::serve;
+pub use server::Server;
 pub use store::{Phase, Record};

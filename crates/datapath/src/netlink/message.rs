@@ -75,6 +75,13 @@ pub(super) fn link_up(ifindex: u32) -> Call {
     call(format!("bring interface {ifindex} up"), RouteNetlinkMessage::SetLink(message))
 }
 
+pub(super) fn link_down(ifindex: u32) -> Call {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message.header.change_mask = LinkFlags::Up;
+    call(format!("take interface {ifindex} down"), RouteNetlinkMessage::SetLink(message))
+}
+
 /// No automatic link-local address, hence no duplicate detection and no router solicitation.
 pub(super) fn link_quiet(ifindex: u32) -> Call {
     let mut message = LinkMessage::default();

@@ -24,7 +24,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 pub use namespace::{NamespaceError, NetNs, NetNsId};
-pub use pod::{LINK_LOCAL_ROUTER, PodAddress, PodLink, VethPair};
+pub use pod::{HostSide, LINK_LOCAL_ROUTER, PodAddress, PodLink, VethPair};
 use socket::Socket;
 
 /// What went wrong in the kernel or on the way to it.
@@ -216,6 +216,13 @@ impl Netlink {
     /// Brings an interface up.
     pub async fn set_up(&self, ifindex: u32) -> Result<(), NetlinkError> {
         self.run(move |socket| socket.batch(vec![message::link_up(ifindex)])).await
+    }
+
+    /// Takes an interface down and says on it why: nothing passes any more. Its addresses and
+    /// routes go with that.
+    pub async fn set_down(&self, ifindex: u32, alias: &str) -> Result<(), NetlinkError> {
+        let calls = vec![message::link_down(ifindex), message::link_alias(ifindex, alias)];
+        self.run(move |socket| socket.batch(calls)).await
     }
 
     /// All addresses of all interfaces.

@@ -51,6 +51,33 @@ pub struct PodLink {
     pub alias: String,
 }
 
+/// The node's end of a pair.
+#[derive(Debug, Clone, PartialEq, Eq)]
+pub struct HostSide {
+    /// Its number.
+    pub ifindex: u32,
+    /// Its name.
+    pub name: String,
+    /// MAC address of the pod's end.
+    pub pod_mac: [u8; 6],
+    /// The pod's addresses.
+    pub addresses: Vec<IpAddr>,
+    /// Free text on it, to recognise it by.
+    pub alias: String,
+}
+
+impl PodLink {
+    pub(super) fn host_side(&self) -> HostSide {
+        HostSide {
+            ifindex: self.host.ifindex,
+            name: self.host.name.clone(),
+            pod_mac: self.pod_mac,
+            addresses: self.addresses.iter().map(|pod| pod.address).collect(),
+            alias: self.alias.clone(),
+        }
+    }
+}
+
 impl Netlink {
     /// Creates the pair, its far end directly in the pod's namespace.
     pub async fn create_veth(
@@ -69,14 +96,15 @@ impl Netlink {
     /// Configures both ends and brings them up. `self` is the node's namespace.
     pub async fn configure_pod(&self, link: &PodLink, pod: &Netlink) -> Result<(), NetlinkError> {
         // The node's end first: the moment the pod's end is up, the way back exists.
-        self.configure_host_side(link.clone()).await?;
+        self.configure_host_side(link.host_side()).await?;
         pod.configure_pod_side(link.clone()).await
     }
 
-    async fn configure_host_side(&self, link: PodLink) -> Result<(), NetlinkError> {
+    /// Configures the node's end and brings it up; one that was up stays as it is.
+    pub async fn configure_host_side(&self, link: HostSide) -> Result<(), NetlinkError> {
         self.run(move |socket| {
-            let ifindex = link.host.ifindex;
-            let name = &link.host.name;
+            let ifindex = link.ifindex;
+            let name = &link.name;
             for (setting, value) in HOST_SETTINGS {
                 sysctl::set(&setting.replace("{}", name), value)?;
             }
@@ -85,12 +113,12 @@ impl Netlink {
                 message::link_alias(ifindex, &link.alias),
                 message::link_up(ifindex),
             ];
-            if link.addresses.iter().any(|pod| pod.address.is_ipv6()) {
+            if link.addresses.iter().any(IpAddr::is_ipv6) {
                 calls.push(message::add_address(ifindex, link_local_router_net()));
             }
-            for pod in &link.addresses {
-                calls.push(message::permanent_neighbour(ifindex, pod.address, link.pod_mac));
-                let route = Route::direct(IpNet::from(pod.address), ifindex);
+            for address in &link.addresses {
+                calls.push(message::permanent_neighbour(ifindex, *address, link.pod_mac));
+                let route = Route::direct(IpNet::from(*address), ifindex);
                 calls.push(message::replace_route(&route));
             }
             socket.batch(calls)

@@ -97,6 +97,14 @@ async fn a_pod_interface_carries_packets_both_ways() {
     let link = node_nl.link("lxctest").await.expect("get").expect("exists");
     assert!(link.up && link.running && link.alias.as_deref() == Some("a pod"));
 
+    node_nl.set_down(link.ifindex, "closed").await.expect("down");
+    let closed = node_nl.link("lxctest").await.expect("get").expect("exists");
+    assert!(!closed.up && closed.alias.as_deref() == Some("closed"), "{closed:?}");
+    assert!(!pod.ping("10.244.9.1") && !node.ping("fd44:0:0:9::7"));
+    node_nl.configure_host_side(pod_link(host.clone()).host_side()).await.expect("open");
+    assert!(pod.ping("10.244.9.1") && pod.ping("fd44:0:0:9::1"));
+    assert!(node.ping("10.244.9.7") && node.ping("fd44:0:0:9::7"));
+
     let again = node_nl.create_veth(pair(), pod_nl.netns()).await.expect_err("must exist");
     assert!(again.is_exists(), "{again}");
     assert!(node_nl.delete_link("lxctest").await.expect("delete"));

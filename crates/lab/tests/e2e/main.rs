@@ -7,6 +7,7 @@ mod cni;
 mod containers;
 mod dns;
 mod flows;
+mod guard;
 mod harness;
 mod kill;
 mod matrices;

@@ -1,17 +1,24 @@
 //! The life of an endpoint: attached when the CNI plugin asks for it, in force before the plugin
 //! is answered, found again after a restart.
 
+mod attach;
+mod guard;
+#[cfg(test)]
+mod tests;
+
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
 use palisade_abi::{identity, limits};
 use palisade_api::cni::Attachment;
-use palisade_datapath::Datapath;
 use tokio::sync::{mpsc, watch};
 use tracing::{info, warn};
+
+pub use attach::{Attach, LinkState, NodeLinks};
+pub use guard::{ProgramHealth, guard_uplink};
 
 use crate::{
     cni::{EndpointError, Endpoints, NewEndpoint, Readiness},
@@ -27,50 +34,24 @@ const LABELS: Duration = Duration::from_secs(5);
 /// So long the kernel's tables are waited for.
 const IN_FORCE: Duration = Duration::from_secs(10);
 
-/// What a program can be attached to: the data path, or in tests nothing.
-pub trait Attach: Send + Sync + 'static {
-    /// Attaches the pod programs to an interface; repeating it is harmless.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn attach(&self, interface: &str) -> Result<(), String>;
-    /// Removes them.
-    ///
-    /// # Errors
-    /// What the kernel says.
-    fn detach(&self, interface: &str) -> Result<(), String>;
-    /// Whether they are there.
-    fn is_attached(&self, interface: &str) -> bool;
+/// An endpoint whose programs must be attached.
+#[derive(Clone, Debug)]
+struct Guarded {
+    attachment: Attachment,
+    endpoint: Endpoint,
 }
 
-impl Attach for Datapath {
-    fn attach(&self, interface: &str) -> Result<(), String> {
-        self.attach_endpoint(interface).map_err(|error| chain(&error))
-    }
-
-    fn detach(&self, interface: &str) -> Result<(), String> {
-        self.detach_endpoint(interface).map_err(|error| chain(&error))
-    }
-
-    fn is_attached(&self, interface: &str) -> bool {
-        Self::is_attached(self, interface)
-    }
-}
-
-fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
-}
-
-/// The endpoints of this node by attachment.
+/// The endpoints of this node.
 #[derive(Default)]
 struct Book {
-    rows: BTreeMap<u32, (Attachment, Endpoint)>,
+    rows: BTreeMap<u32, Guarded>,
+    /// Those that come or go: their interface is down or gone, and not to be looked after.
+    moving: BTreeSet<u32>,
 }
 
 impl Book {
     fn of(&self, attachment: &Attachment) -> Option<&Endpoint> {
-        self.rows.values().find(|(known, _)| known == attachment).map(|(_, endpoint)| endpoint)
+        self.rows.values().find(|row| row.attachment == *attachment).map(|row| &row.endpoint)
     }
 
     fn free_row(&self) -> Option<u32> {
@@ -78,45 +59,63 @@ impl Book {
     }
 }
 
+/// Whom the life cycle tells what happens.
+pub struct Outputs {
+    /// The engine.
+    pub commands: mpsc::Sender<Command>,
+    /// What the API server is to learn.
+    pub publications: mpsc::UnboundedSender<Publication>,
+    /// What is wrong with attached programs.
+    pub health: Arc<ProgramHealth>,
+}
+
 /// See the module.
 pub struct Lifecycle<A> {
     book: Mutex<Book>,
-    attach: Arc<A>,
+    attach: A,
     tables: TablesReader,
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
     publications: mpsc::UnboundedSender<Publication>,
+    health: Arc<ProgramHealth>,
 }
 
 impl<A: Attach> Lifecycle<A> {
-    /// Takes up the endpoints that were recorded before a restart: attaches programs that are
-    /// missing, and completes the table of endpoints with them.
+    /// Takes up the endpoints that were recorded before a restart: attaches the programs, cuts off
+    /// those where that fails, and completes the table of endpoints with all of them.
     ///
     /// # Errors
     /// The engine ended.
     pub async fn restore(
-        attach: Arc<A>,
+        attach: A,
         tables: TablesReader,
-        commands: mpsc::Sender<Command>,
         progress: watch::Receiver<Progress>,
-        publications: mpsc::UnboundedSender<Publication>,
+        outputs: Outputs,
         recorded: Vec<(NewEndpoint, u32)>,
     ) -> Result<Self, EndpointError> {
-        let mut book = Book::default();
+        let Outputs { commands, publications, health } = outputs;
+        let book = Mutex::default();
+        let lifecycle = Self { book, attach, tables, commands, progress, publications, health };
         for (new, id) in recorded {
-            if let Err(error) = attach.attach(&new.host.name) {
-                warn!(interface = new.host.name, error, "the endpoint has no interface any more");
+            let endpoint = endpoint(&new, id);
+            let guarded = Guarded { attachment: new.attachment, endpoint };
+            if lifecycle.secure(&guarded).await == LinkState::Gone {
+                warn!(interface = new.host.name, "the endpoint has no interface any more");
                 continue;
             }
-            let endpoint = endpoint(&new, id);
-            book.rows.insert(id, (new.attachment, endpoint));
+            lifecycle.book().rows.insert(id, guarded);
         }
-        info!(endpoints = book.rows.len(), "restored");
-        let rows = book.rows.values().map(|(_, endpoint)| endpoint.clone()).collect();
-        let lifecycle =
-            Self { book: Mutex::new(book), attach, tables, commands, progress, publications };
+        let rows: Vec<Endpoint> =
+            lifecycle.book().rows.values().map(|row| row.endpoint.clone()).collect();
+        info!(endpoints = rows.len(), "restored");
         lifecycle.send(Change::Replace(rows)).await?;
         Ok(lifecycle)
+    }
+
+    fn guarded(&self) -> Vec<Guarded> {
+        let book = self.book();
+        let rows = book.rows.iter().filter(|(id, _)| !book.moving.contains(id));
+        rows.map(|(_, row)| row.clone()).collect()
     }
 
     fn book(&self) -> MutexGuard<'_, Book> {
@@ -147,7 +146,9 @@ impl<A: Attach> Lifecycle<A> {
             )));
         };
         let endpoint = endpoint(new, id);
-        book.rows.insert(id, (new.attachment.clone(), endpoint.clone()));
+        let attachment = new.attachment.clone();
+        book.rows.insert(id, Guarded { attachment, endpoint: endpoint.clone() });
+        book.moving.insert(id);
         Ok(endpoint)
     }
 
@@ -191,6 +192,7 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
             return Err(error);
         }
         self.attach.attach(&endpoint.interface).map_err(EndpointError::Failed)?;
+        self.book().moving.remove(&id);
         self.send(Change::Put(endpoint)).await?;
         let in_force = |progress: &Progress| {
             progress.endpoints.get(&id).filter(|now| now.ifindex == ifindex).copied()
@@ -212,6 +214,7 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
     async fn remove(&self, attachment: &Attachment) -> Result<(), EndpointError> {
         let Some(endpoint) = self.book().of(attachment).cloned() else { return Ok(()) };
         let id = endpoint.id;
+        self.book().moving.insert(id);
         self.send(Change::Delete(id)).await?;
         if !self.wait(IN_FORCE, |progress| !progress.endpoints.contains_key(&id)).await {
             let problems = self.progress.borrow().problems.join("; ");
@@ -222,7 +225,11 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
         if let Err(error) = self.attach.detach(&endpoint.interface) {
             warn!(interface = endpoint.interface, error, "the pins stay");
         }
-        self.book().rows.remove(&id);
+        self.health.forget(&endpoint.interface);
+        let mut book = self.book();
+        book.rows.remove(&id);
+        book.moving.remove(&id);
+        drop(book);
         let gone = Publication::EndpointGone(endpoint.pod, endpoint.uid);
         // The publisher ends only when the agent does.
         let _ = self.publications.send(gone);
@@ -255,8 +262,11 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
             return Readiness::Ready;
         }
         let inputs = self.tables.read().inputs();
-        let missing: Vec<&str> =
-            inputs.iter().filter(|input| !input.complete).map(|input| input.kind).collect();
-        Readiness::NotReady(format!("waiting for the API server: {}", missing.join(", ")))
+        let missing = inputs.iter().filter(|input| !input.complete);
+        let error = missing.clone().find_map(|input| input.error.as_deref());
+        let kinds: Vec<&str> = missing.map(|input| input.kind).collect();
+        let error = error.map(|error| format!(" ({error})")).unwrap_or_default();
+        let kinds = kinds.join(", ");
+        Readiness::NotReady(format!("the API server has not told everything yet: {kinds}{error}"))
     }
 }
