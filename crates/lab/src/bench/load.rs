@@ -162,6 +162,8 @@ fn accept(work: Work, listener: &TcpListener, over: &AtomicBool) -> io::Result<u
             Err(error) if waited(&error) => continue,
             Err(error) => return Err(error),
         };
+        // Otherwise it has the listener's.
+        stream.set_read_timeout(Some(ANSWER))?;
         units += match work {
             Work::Stream => drain(stream)?,
             _ => echo(stream)?,
