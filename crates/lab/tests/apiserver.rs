@@ -258,3 +258,76 @@ async fn custom_resources_are_validated_defaulted_and_shown() {
     assert!(cluster.ok("get wall a -o jsonpath={.spec.width}", "").contains('3'));
     cluster.ok("delete crd walls.example.com", "");
 }
+
+/// Commands in their order, and what each prints.
+const VERBS: &[(&str, &str)] = &[
+    // Bodies in protobuf.
+    ("create namespace galaxy", "namespace/galaxy created"),
+    ("create deployment web --image=example.com/web --replicas=2 --port=80", "web created"),
+    (
+        "get deployment web -o jsonpath={.spec.replicas}/{.spec.template.spec.containers[0].ports[0].containerPort}",
+        "2/80",
+    ),
+    ("create configmap settings --from-literal=colour=blue", "settings created"),
+    ("get configmap settings -o jsonpath={.data.colour}", "blue"),
+    ("create secret generic key --from-literal=key=value", "key created"),
+    ("get secret key -o jsonpath={.data.key}", "dmFsdWU="),
+    ("create serviceaccount robot", "robot created"),
+    ("create service clusterip web --tcp=80:8080 --tcp=443:8443", "web created"),
+    ("get service web -o jsonpath={.spec.ports[1].targetPort}", "8443"),
+    ("create role reader --verb=get,list --resource=pods", "reader created"),
+    ("create rolebinding readers --role=reader --serviceaccount=default:robot", "readers created"),
+    ("create clusterrole watcher --verb=watch --resource=nodes", "watcher created"),
+    ("create clusterrolebinding watchers --clusterrole=watcher --user=me", "watchers created"),
+    ("get rolebinding readers -o jsonpath={.subjects[0].name}", "robot"),
+    ("create token robot --duration=1h", ""),
+    ("auth whoami", "kubernetes-admin"),
+    // The others.
+    ("run client --image=example.com/client --labels=app=client", "pod/client created"),
+    ("expose deployment web --name=exposed --port=80", "exposed exposed"),
+    ("get pods,services -o wide", "service/exposed"),
+    ("get pod client -o yaml", "restartPolicy: Always"),
+    ("get pod client -o json", "\"restartPolicy\": \"Always\""),
+    ("get pods -o name", "pod/client"),
+    ("get pods --field-selector metadata.name=client --no-headers", "client"),
+    ("get deployments --all-namespaces", "default"),
+    ("describe deployment web", "example.com/web"),
+    ("label pod client tier=front", "pod/client labeled"),
+    ("get pods -l tier=front,app!=web -o name", "pod/client"),
+    ("label pod client tier-", "pod/client unlabeled"),
+    ("annotate pod client note=hello", "pod/client annotated"),
+    ("scale deployment web --replicas=3", "web scaled"),
+    ("set image deployment/web web=example.com/web:2", "image updated"),
+    ("patch deployment web -p {\"spec\":{\"replicas\":1}}", "web patched"),
+    ("patch deployment web --type=merge -p {\"spec\":{\"replicas\":4}}", "web patched"),
+    (
+        "patch deployment web --type=json -p [{\"op\":\"replace\",\"path\":\"/spec/replicas\",\"value\":5}]",
+        "web patched",
+    ),
+    ("get deployment web -o jsonpath={.spec.replicas}", "5"),
+    ("wait --for=jsonpath={.spec.replicas}=5 deployment/web --timeout=5s", "condition met"),
+    ("explain networkpolicy.spec.ingress.from", "namespaceSelector"),
+    ("api-resources --api-group=networking.k8s.io", "netpol"),
+    ("api-versions", "networking.k8s.io/v1"),
+    ("cluster-info", "control plane"),
+    ("version", "Server Version"),
+    ("delete configmap settings", "\"settings\" deleted"),
+    ("delete service --all", "\"exposed\" deleted"),
+    ("delete pods -l app=client --grace-period=0 --force", "deleted"),
+    ("wait --for=delete pod/client --timeout=5s", ""),
+    ("delete deployment web", "deleted"),
+];
+
+#[tokio::test(flavor = "multi_thread")]
+async fn kubectl_verbs() {
+    let cluster = start("verbs");
+    if cluster.kubectl.is_none() {
+        eprintln!("SKIPPED: no kubectl in PALISADE_KUBECTL, .tools/bin or PATH");
+        return;
+    }
+    cluster.ok("create namespace default", "");
+    for (command, says) in VERBS {
+        let said = cluster.ok(command, "");
+        assert!(said.contains(says), "kubectl {command}: {said}");
+    }
+}

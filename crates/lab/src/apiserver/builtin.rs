@@ -235,6 +235,7 @@ fn collect(generator: &mut SchemaGenerator) {
         api::rbac::v1::ClusterRoleBinding,
         api::rbac::v1::Role,
         api::rbac::v1::RoleBinding,
+        api::authentication::v1::TokenRequest,
         api::autoscaling::v1::Scale,
         k8s_openapi::apimachinery::pkg::apis::meta::v1::DeleteOptions,
         k8s_openapi::apimachinery::pkg::apis::meta::v1::ListMeta,

@@ -39,7 +39,7 @@ pub(super) fn answer(
             "apiVersion": format!("{}/{}", kind.group, kind.version), "kind": kind.kind,
             "spec": {},
         }),
-        _ => body::decode(content_type, bytes)?.value,
+        _ => object(body::decode(content_type, bytes)?.value)?,
     };
     let status = match target.resource.as_str() {
         "selfsubjectreviews" => json!({"userInfo": administrator()}),
@@ -63,6 +63,13 @@ pub(super) fn answer(
     Ok(reply::object(201, &review, false))
 }
 
+fn object(value: Value) -> Result<Value, ApiError> {
+    if !value.is_object() || value.get("spec").is_some_and(|spec| !spec.is_object()) {
+        return Err(ApiError::bad_request("the body must be an object, and so must its spec"));
+    }
+    Ok(value)
+}
+
 fn administrator() -> Value {
     json!({"username": "kubernetes-admin", "groups": ["system:masters", "system:authenticated"]})
 }
@@ -80,7 +87,7 @@ pub(super) fn is_known_token(api: &Api, token: &str) -> bool {
 /// `serviceaccounts/token`.
 pub(super) fn token(call: &Call) -> Result<Reply, ApiError> {
     let account = call.api.store.get(&call.key()).ok_or_else(|| call.not_found())?;
-    let mut request = body::decode(&call.content_type, &call.body)?.value;
+    let mut request = object(body::decode(&call.content_type, &call.body)?.value)?;
     let seconds = request["spec"]["expirationSeconds"].as_i64().unwrap_or(3600).clamp(600, 1 << 32);
     let end = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
     let token = tls::random_hex(32).map_err(ApiError::internal)?;

@@ -71,6 +71,16 @@ impl<'a> Schema<'a> {
         self.node
     }
 
+    /// The name of the definition that the place of use refers to.
+    pub fn name(self) -> Option<&'a str> {
+        reference(self.place)
+    }
+
+    /// The declared format, if any.
+    pub fn format(self) -> Option<&'a str> {
+        self.text("format")
+    }
+
     /// The declared type, if any.
     pub fn kind(self) -> Option<&'a str> {
         self.text("type")
