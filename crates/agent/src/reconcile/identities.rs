@@ -2,13 +2,19 @@
 //!
 //! What makes a prefix longer is written before rows flip to tables that know the new prefix, what
 //! makes it shorter after: both the old and the new tables then see each address under a prefix
-//! that they know.
+//! that they know. Who has an address is written after the flip: a table that is replaced need
+//! not know the new identity, and what it does not know it cannot deny.
 
-use palisade_abi::{EndpointKey, EndpointValue, IpcacheValue, PREFIX_ID_BIT};
+use std::collections::BTreeSet;
+
+use palisade_abi::{
+    EndpointKey, EndpointValue, IpcacheValue, PREFIX_ID_BIT,
+    identity::{CLUSTER_MIN, UNKNOWN},
+};
 use palisade_datapath::{Entry, Key, Step};
 
 use super::{
-    Pending, Refused, Writer, bump_all_rows,
+    Failures, Pending, Refused, Writer, bump_all_rows,
     mirror::{Mirror, address_bytes, ipcache_key},
     put,
 };
@@ -17,78 +23,97 @@ use crate::tables::{
     identities::{AddressEntry, PrefixEntry},
 };
 
-/// Writes what is new or has changed, before the rows flip.
+/// Makes prefixes longer, before the rows flip. Returns the prefixes that some address should have
+/// and has not: no row may flip to a table that relies on them.
 pub(super) fn lead(
     writer: &mut Writer<'_>,
     tables: &Tables,
     pending: &Pending,
-) -> Result<(), Refused> {
+    failures: &mut Failures,
+) -> BTreeSet<u32> {
+    let mut missing = BTreeSet::new();
     let mut wrote_prefix = false;
     for network in &pending.prefixes {
         let Some(entry) = tables.prefixes.get(network) else { continue };
         let wanted = prefix_value(entry);
-        let known = writer.mirror.prefixes.get(network);
-        if known != Some(&wanted) {
-            // A network that lost its own prefix keeps it until no table needs it.
-            let keeps = known.is_some_and(|known| {
-                length(writer.mirror, known.prefix) > length_of(tables, wanted.prefix)
-            });
-            let prefix = known.filter(|_| keeps).map_or(wanted.prefix, |known| known.prefix);
-            let value = IpcacheValue { prefix, ..wanted };
-            writer.run(&[put(Entry::Ipcache(ipcache_key(*network), value))])?;
-            wrote_prefix = true;
+        let known = writer.mirror.prefixes.get(network).copied();
+        if known == Some(wanted) {
+            continue;
         }
-    }
-    if wrote_prefix {
-        let steps = bump_all_rows(writer.mirror);
-        writer.run(&steps)?;
-    }
-    for address in &pending.addresses {
-        let Some(entry) = tables.addresses.get(address) else { continue };
-        let wanted = address_value(entry);
-        let known = writer.mirror.addresses.get(address).copied();
-        let keeps = known.is_some_and(|known| {
-            length(writer.mirror, known.prefix) > length_of(tables, wanted.prefix)
-        });
-        let prefix = known.filter(|_| keeps).map_or(wanted.prefix, |known| known.prefix);
-        write_address(writer, entry, EndpointValue { prefix, ..wanted })?;
-    }
-    Ok(())
-}
-
-/// Writes the rest, after the rows flipped.
-pub(super) fn trail(
-    writer: &mut Writer<'_>,
-    tables: &Tables,
-    pending: &Pending,
-) -> Result<(), Refused> {
-    for address in &pending.addresses {
-        match tables.addresses.get(address) {
-            Some(entry) => write_address(writer, entry, address_value(entry))?,
-            None => {
-                let Some(known) = writer.mirror.addresses.get(address) else { continue };
-                let local = known.row != palisade_abi::ROW_NONE;
-                let steps = forget(address_bytes(*address), local);
-                writer.run(&steps)?;
-            }
+        // A network that lost its own prefix keeps it until no table needs it.
+        let keeps =
+            known.filter(|known| is_longer(writer.mirror, known.prefix, tables, wanted.prefix));
+        let prefix = keeps.map_or(wanted.prefix, |known| known.prefix);
+        let value = IpcacheValue { prefix, ..wanted };
+        if !failures.note(writer.run(&[put(Entry::Ipcache(ipcache_key(*network), value))])) {
+            missing.insert(wanted.prefix);
         }
-    }
-    let mut wrote_prefix = false;
-    for network in &pending.prefixes {
-        let step = match tables.prefixes.get(network).map(|entry| prefix_value(entry)) {
-            Some(wanted) if writer.mirror.prefixes.get(network) == Some(&wanted) => continue,
-            Some(wanted) => put(Entry::Ipcache(ipcache_key(*network), wanted)),
-            None if !writer.mirror.prefixes.contains_key(network) => continue,
-            None => Step::Delete(Key::Ipcache(ipcache_key(*network))),
-        };
-        writer.run(&[step])?;
         wrote_prefix = true;
     }
     if wrote_prefix {
         let steps = bump_all_rows(writer.mirror);
-        writer.run(&steps)?;
+        failures.note(writer.run(&steps));
     }
-    Ok(())
+    for address in &pending.addresses {
+        let Some(entry) = tables.addresses.get(address) else { continue };
+        let Some(known) = writer.mirror.addresses.get(address).copied() else { continue };
+        let same = known.prefix == entry.prefix;
+        if same || is_longer(writer.mirror, known.prefix, tables, entry.prefix) {
+            continue;
+        }
+        // Nothing denies an identity that is no more.
+        let gone =
+            known.identity >= CLUSTER_MIN && tables.identities.get(&known.identity).is_none();
+        let identity = if gone { UNKNOWN } else { known.identity };
+        let value = EndpointValue { prefix: entry.prefix, identity, ..known };
+        if !failures.note(write_address(writer, entry, value)) {
+            missing.insert(entry.prefix);
+        }
+    }
+    missing
+}
+
+/// Writes the rest, after the rows flipped; where they did not, only what is gone goes. What could
+/// not be written stays pending.
+pub(super) fn trail(
+    writer: &mut Writer<'_>,
+    tables: &Tables,
+    pending: &mut Pending,
+    flipped: bool,
+    failures: &mut Failures,
+) {
+    // First what makes room.
+    pending.addresses.retain(|address| {
+        if tables.addresses.get(address).is_some() {
+            return true;
+        }
+        let Some(known) = writer.mirror.addresses.get(address) else { return false };
+        let local = known.row != palisade_abi::ROW_NONE;
+        let steps = forget(address_bytes(*address), local);
+        !failures.note(writer.run(&steps))
+    });
+    if !flipped {
+        return;
+    }
+    pending.addresses.retain(|address| match tables.addresses.get(address) {
+        Some(entry) => !failures.note(write_address(writer, entry, address_value(entry))),
+        None => true,
+    });
+    let mut wrote_prefix = false;
+    pending.prefixes.retain(|network| {
+        let step = match tables.prefixes.get(network).map(|entry| prefix_value(entry)) {
+            Some(wanted) if writer.mirror.prefixes.get(network) == Some(&wanted) => return false,
+            Some(wanted) => put(Entry::Ipcache(ipcache_key(*network), wanted)),
+            None if !writer.mirror.prefixes.contains_key(network) => return false,
+            None => Step::Delete(Key::Ipcache(ipcache_key(*network))),
+        };
+        wrote_prefix = true;
+        !failures.note(writer.run(&[step]))
+    });
+    if wrote_prefix {
+        let steps = bump_all_rows(writer.mirror);
+        failures.note(writer.run(&steps));
+    }
 }
 
 /// The steps that make an address nobody's.
@@ -124,6 +149,11 @@ fn address_value(entry: &AddressEntry) -> EndpointValue {
 
 fn prefix_value(entry: &PrefixEntry) -> IpcacheValue {
     IpcacheValue { identity: entry.identity, prefix: entry.prefix }
+}
+
+/// Whether the prefix in the kernel stands for a longer network than the desired one.
+fn is_longer(mirror: &Mirror, known: u32, tables: &Tables, wanted: u32) -> bool {
+    known != wanted && length(mirror, known) > length_of(tables, wanted)
 }
 
 /// Length of the network that a prefix number in the kernel stands for.

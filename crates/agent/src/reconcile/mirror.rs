@@ -2,7 +2,7 @@
 
 use std::{
     collections::BTreeMap,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
 use ipnet::{IpNet, Ipv4Net, Ipv6Net};
@@ -192,12 +192,5 @@ impl Mirror {
             }
         }
         widest.into_iter().map(|(id, network)| (network, id)).collect()
-    }
-
-    /// IPv4 and IPv6 address of a row.
-    pub fn row_addresses(row: &EndpointRow) -> impl Iterator<Item = IpAddr> + use<> {
-        let ipv4 = Some(Ipv4Addr::from(row.ipv4)).filter(|ip| !ip.is_unspecified());
-        let ipv6 = Some(Ipv6Addr::from(row.ipv6)).filter(|ip| !ip.is_unspecified());
-        ipv4.map(IpAddr::V4).into_iter().chain(ipv6.map(IpAddr::V6))
     }
 }

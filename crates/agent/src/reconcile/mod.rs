@@ -1,9 +1,9 @@
 //! From desired tables to the kernel's.
 //!
 //! A round writes in an order in which every state between two steps is as strict as the old
-//! state or the new one: compiled tables aside, then what leads to new prefixes and identities,
-//! then the rows flip, then what is gone goes. A step that fails ends the round; what was not
-//! done stays pending, and the next round takes it up.
+//! state or the new one: compiled tables aside, then what leads to new prefixes,
+//! then the rows flip, then who has which address, then what is gone goes. A step that fails holds
+//! up only what relies on it; what was not done stays pending, and the next round takes it up.
 
 mod identities;
 pub mod mirror;
@@ -11,6 +11,8 @@ mod nodes;
 mod pods;
 mod policies;
 mod services;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -35,16 +37,80 @@ pub type Refused = KernelError;
 pub struct Writer<'a> {
     kernel: &'a dyn Kernel,
     mirror: &'a mut Mirror,
+    /// Steps that show in no table, and failed.
+    owed: &'a mut BTreeSet<Owed>,
+}
+
+/// A step that leaves no trace by which the next round could see that it is missing.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+enum Owed {
+    Row(u32),
+    Shard(palisade_abi::Address),
+    Flows(palisade_abi::Address),
+}
+
+impl Owed {
+    fn of(step: &Step) -> Option<Self> {
+        match step {
+            Step::BumpRow(row) => Some(Self::Row(*row)),
+            Step::BumpShard(address) => Some(Self::Shard(*address)),
+            Step::FlushFlows(address) => Some(Self::Flows(*address)),
+            Step::Put(_) | Step::Delete(_) => None,
+        }
+    }
+
+    fn step(self) -> Step {
+        match self {
+            Self::Row(row) => Step::BumpRow(row),
+            Self::Shard(address) => Step::BumpShard(address),
+            Self::Flows(address) => Step::FlushFlows(address),
+        }
+    }
 }
 
 impl Writer<'_> {
-    /// Performs the steps, up to the first one that fails.
+    /// Performs the steps, up to the first write that fails. What has to follow writes that are
+    /// done is tried again in the next round where it fails.
     fn run(&mut self, steps: &[Step]) -> Result<(), Refused> {
+        let mut result = Ok(());
         for step in steps {
-            self.kernel.apply(step)?;
-            self.mirror.note(step);
+            match (self.kernel.apply(step), Owed::of(step)) {
+                (Ok(()), _) => self.mirror.note(step),
+                (Err(error), None) => return Err(error),
+                (Err(error), Some(owed)) => {
+                    self.owed.insert(owed);
+                    result = result.and(Err(error));
+                }
+            }
         }
-        Ok(())
+        result
+    }
+
+    fn pay(&mut self, failures: &mut Failures) {
+        for owed in std::mem::take(self.owed) {
+            failures.note(self.run(&[owed.step()]));
+        }
+    }
+}
+
+/// Writes that failed, by what the kernel said.
+#[derive(Debug, Default)]
+struct Failures(BTreeMap<String, usize>);
+
+impl Failures {
+    /// Whether it succeeded.
+    fn note(&mut self, result: Result<(), Refused>) -> bool {
+        if let Err(error) = &result {
+            *self.0.entry(error.to_string()).or_default() += 1;
+        }
+        result.is_ok()
+    }
+
+    fn into_problems(self) -> impl Iterator<Item = String> {
+        self.0.into_iter().map(|(error, count)| match count {
+            1 => error,
+            _ => format!("{error} ({count} writes)"),
+        })
     }
 }
 
@@ -55,6 +121,8 @@ struct Pending {
     prefixes: BTreeSet<IpNet>,
     endpoints: BTreeSet<u32>,
     services: BTreeSet<Frontend>,
+    /// Policy prefixes that nothing needs once all this is done.
+    removed: BTreeSet<IpNet>,
     /// The policy engine waits to hear that removed prefixes are out of use.
     acknowledge: bool,
 }
@@ -83,6 +151,7 @@ pub struct Reconciler {
     mirror: Mirror,
     policies: PolicyTables,
     pending: Pending,
+    owed: BTreeSet<Owed>,
     /// Policy prefixes that the kernel's addresses refer to.
     prefixes: BTreeMap<IpNet, u32>,
     next_version: u32,
@@ -107,6 +176,7 @@ impl Reconciler {
             mirror,
             policies,
             pending: Pending::default(),
+            owed: BTreeSet::new(),
             started: false,
         })
     }
@@ -133,7 +203,7 @@ impl Reconciler {
 
     /// Whether a round would have something to do.
     pub fn is_settled(&self) -> bool {
-        self.pending.is_empty() && !self.policies.is_pending()
+        self.pending.is_empty() && self.owed.is_empty() && !self.policies.is_pending()
     }
 
     /// One round. All inputs are complete: what is not wanted goes.
@@ -143,30 +213,32 @@ impl Reconciler {
         if !self.started {
             self.start(tables);
         }
-        let mut report = Report::default();
-        let mut writer = Writer { kernel: &*self.kernel, mirror: &mut self.mirror };
-        report.problems = self.policies.write(&mut writer, &self.prefixes, &changes.prefixes_added);
-        if let Err(error) = self.finish(tables) {
-            report.problems.push(error.to_string());
-            return report;
-        }
-        for (network, _) in &changes.prefixes_removed {
-            self.prefixes.remove(network);
-        }
-        report.prefixes_settled = std::mem::take(&mut self.pending.acknowledge);
-        report
-    }
+        let pending = &mut self.pending;
+        let mut writer =
+            Writer { kernel: &*self.kernel, mirror: &mut self.mirror, owed: &mut self.owed };
+        let mut failures = Failures::default();
+        writer.pay(&mut failures);
+        let mut problems =
+            self.policies.write(&mut writer, &self.prefixes, &changes.prefixes_added);
+        let missing = identities::lead(&mut writer, tables, pending, &mut failures);
+        let missing = with_covering(missing, &self.prefixes);
+        let flipped =
+            pods::flip(&mut writer, tables, pending, &self.policies, &missing, &mut failures);
+        identities::trail(&mut writer, tables, pending, flipped, &mut failures);
+        self.policies.collect(&mut writer, flipped, &mut failures);
+        let next = &mut self.next_version;
+        services::write(&mut writer, tables, &mut pending.services, next, &mut failures);
 
-    fn finish(&mut self, tables: &Tables) -> Result<(), Refused> {
-        let mut writer = Writer { kernel: &*self.kernel, mirror: &mut self.mirror };
-        identities::lead(&mut writer, tables, &self.pending)?;
-        pods::flip(&mut writer, tables, &self.pending, &self.policies)?;
-        identities::trail(&mut writer, tables, &self.pending)?;
-        self.pending.addresses.clear();
-        self.pending.prefixes.clear();
-        self.pending.endpoints.clear();
-        self.policies.collect(&mut writer)?;
-        services::write(&mut writer, tables, &mut self.pending.services, &mut self.next_version)
+        let settled = pending.addresses.is_empty()
+            && pending.prefixes.is_empty()
+            && pending.endpoints.is_empty();
+        if settled {
+            for network in std::mem::take(&mut pending.removed) {
+                self.prefixes.remove(&network);
+            }
+        }
+        problems.extend(failures.into_problems());
+        Report { problems, prefixes_settled: settled && std::mem::take(&mut pending.acknowledge) }
     }
 
     fn note(&mut self, tables: &mut Tables, changes: &Changes) {
@@ -175,6 +247,7 @@ impl Reconciler {
         pending.prefixes.extend(keys(tables.prefixes.take_changes()));
         pending.endpoints.extend(keys(tables.policy_entries.take_changes()));
         pending.services.extend(keys(tables.service_entries.take_changes()));
+        pending.removed.extend(changes.prefixes_removed.iter().map(|(network, _)| *network));
         pending.acknowledge |= !changes.prefixes_removed.is_empty();
         // An endpoint's row also holds its identity, which its address entry tells.
         let rows = pending.addresses.iter().filter_map(|address| tables.addresses.get(address));
@@ -188,6 +261,7 @@ impl Reconciler {
         }
         for (network, id) in &changes.prefixes_added {
             self.prefixes.insert(*network, *id);
+            pending.removed.remove(network);
         }
     }
 
@@ -219,8 +293,21 @@ impl Reconciler {
     /// The kernel refuses a write.
     pub fn release(&mut self, endpoint: u32) -> Result<(), Refused> {
         let steps = pods::release(&self.mirror, endpoint);
-        Writer { kernel: &*self.kernel, mirror: &mut self.mirror }.run(&steps)
+        let owed = &mut self.owed;
+        Writer { kernel: &*self.kernel, mirror: &mut self.mirror, owed }.run(&steps)
     }
+}
+
+/// An address that lacks a prefix is taken for one of the shorter prefixes around it: a table that
+/// knows one of those relies on the missing one even where it says nothing of it (an exception).
+fn with_covering(missing: BTreeSet<u32>, prefixes: &BTreeMap<IpNet, u32>) -> BTreeSet<u32> {
+    let networks = prefixes.iter().filter(|(_, id)| missing.contains(id));
+    let around = networks.flat_map(|(network, _)| {
+        let covering = std::iter::successors(network.supernet(), IpNet::supernet);
+        covering.filter_map(|network| prefixes.get(&network).copied())
+    });
+    let around: Vec<u32> = around.collect();
+    missing.into_iter().chain(around).collect()
 }
 
 fn keys<R: crate::tables::Row>(deltas: Vec<crate::tables::Delta<R>>) -> Vec<R::Key> {

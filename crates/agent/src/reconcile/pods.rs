@@ -1,12 +1,15 @@
 //! Rows and interfaces of endpoints.
 
+use std::collections::BTreeSet;
+
 use palisade_abi::{
     EndpointRow, ROW_HOST, TABLE_ALLOW_ALL, TABLE_NONE, identity as number, row_flags,
 };
 use palisade_datapath::{Entry, Key, Step};
+use palisade_policy::resolve::GroupId;
 
 use super::{
-    Pending, Refused, Writer,
+    Failures, Pending, Refused, Writer,
     identities::forget,
     mirror::{Mirror, address_bytes},
     policies::PolicyTables,
@@ -14,39 +17,90 @@ use super::{
 };
 use crate::tables::{Tables, policies::Enforcement};
 
-/// Has the rows to look at point to the tables in force; closes those of endpoints that are gone.
+/// Has the rows to look at point to the tables in force; closes those of endpoints that are gone,
+/// and those whose tables could not be written or rely on prefixes that are `missing`. Returns whether no row is left that
+/// points to an earlier table.
+///
+/// The tables flip first, all of them: only then is every table in use one that knows the new
+/// identities, and endpoints get theirs.
 pub(super) fn flip(
     writer: &mut Writer<'_>,
     tables: &Tables,
-    pending: &Pending,
+    pending: &mut Pending,
     policies: &PolicyTables,
-) -> Result<(), Refused> {
+    missing: &BTreeSet<u32>,
+    failures: &mut Failures,
+) -> bool {
+    let mut closed = BTreeSet::new();
+    let mut table = |endpoint: u32, group: GroupId| {
+        let relies = policies.relies_on(group, missing);
+        let table = if relies { TABLE_NONE } else { policies.table_of(group) };
+        if table == TABLE_NONE {
+            closed.insert(endpoint);
+        }
+        table
+    };
+    let mut rows = Vec::new();
+    let mut failed = BTreeSet::new();
     for id in &pending.endpoints {
-        let Some(wanted) = row(tables, policies, *id) else {
+        let Some(wanted) = row(tables, &mut table, *id) else {
             let steps = release(writer.mirror, *id);
-            writer.run(&steps)?;
+            if !failures.note(writer.run(&steps)) {
+                failed.insert(*id);
+            }
             continue;
         };
-        if writer.mirror.rows.get(id) != Some(&wanted) {
-            writer.run(&[put(Entry::Row(*id, wanted))])?;
+        let other = |known: &EndpointRow| known.ifindex != wanted.ifindex;
+        if writer.mirror.rows.get(id).is_some_and(other) {
+            // The row of an endpoint that nobody remembers.
+            let steps = release(writer.mirror, *id);
+            if !failures.note(writer.run(&steps)) {
+                failed.insert(*id);
+            }
+        } else if let Some(known) = writer.mirror.rows.get(id) {
+            let flipped = EndpointRow { identity: known.identity, ..wanted };
+            if *known != flipped && !failures.note(writer.run(&[put(Entry::Row(*id, flipped))])) {
+                failed.insert(*id);
+            }
         }
-        if *id != ROW_HOST && writer.mirror.interfaces.get(&wanted.ifindex) != Some(id) {
-            writer.run(&[put(Entry::Interface(wanted.ifindex, *id))])?;
-        }
-        let stale: Vec<Step> = writer
-            .mirror
-            .interfaces
-            .iter()
-            .filter(|(ifindex, row)| *row == id && **ifindex != wanted.ifindex)
-            .map(|(ifindex, _)| Step::Delete(Key::Interface(*ifindex)))
-            .collect();
-        writer.run(&stale)?;
+        rows.push((*id, wanted));
     }
-    Ok(())
+    let flipped = failed.is_empty();
+    if flipped {
+        for (id, wanted) in rows {
+            if !failures.note(enter(writer, id, wanted)) {
+                failed.insert(id);
+            }
+        }
+        pending.endpoints.retain(|id| failed.contains(id) || closed.contains(id));
+    }
+    flipped
+}
+
+/// The whole row, and the interface that leads to it.
+fn enter(writer: &mut Writer<'_>, id: u32, wanted: EndpointRow) -> Result<(), Refused> {
+    if writer.mirror.rows.get(&id) != Some(&wanted) {
+        writer.run(&[put(Entry::Row(id, wanted))])?;
+    }
+    if id != ROW_HOST && writer.mirror.interfaces.get(&wanted.ifindex) != Some(&id) {
+        writer.run(&[put(Entry::Interface(wanted.ifindex, id))])?;
+    }
+    let stale: Vec<Step> = writer
+        .mirror
+        .interfaces
+        .iter()
+        .filter(|(ifindex, row)| **row == id && **ifindex != wanted.ifindex)
+        .map(|(ifindex, _)| Step::Delete(Key::Interface(*ifindex)))
+        .collect();
+    writer.run(&stale)
 }
 
 /// The row as it is to be; none where there is no such endpoint.
-fn row(tables: &Tables, policies: &PolicyTables, id: u32) -> Option<EndpointRow> {
+fn row(
+    tables: &Tables,
+    table_of: &mut impl FnMut(u32, GroupId) -> u32,
+    id: u32,
+) -> Option<EndpointRow> {
     if id == ROW_HOST {
         return Some(EndpointRow {
             ingress_table: TABLE_ALLOW_ALL,
@@ -59,10 +113,10 @@ fn row(tables: &Tables, policies: &PolicyTables, id: u32) -> Option<EndpointRow>
     }
     let endpoint = tables.endpoints.get(&id)?;
     let entry = tables.policy_entries.get(&id);
-    let table = |direction: Option<&Enforcement>| match direction {
+    let mut table = |direction: Option<&Enforcement>| match direction {
         None => TABLE_NONE,
         Some(Enforcement::AllowAll) => TABLE_ALLOW_ALL,
-        Some(Enforcement::Enforced(group, _)) => policies.table_of(*group),
+        Some(Enforcement::Enforced(group, _)) => table_of(id, *group),
     };
     let identity = endpoint
         .addresses()
@@ -84,16 +138,15 @@ fn row(tables: &Tables, policies: &PolicyTables, id: u32) -> Option<EndpointRow>
     })
 }
 
-/// The steps that forget an endpoint: nothing passes after the first one.
+/// The steps that forget an endpoint, as far as they are not done: nothing passes after the first.
 pub(super) fn release(mirror: &Mirror, id: u32) -> Vec<Step> {
-    let Some(row) = mirror.rows.get(&id) else { return Vec::new() };
-    let mut steps = vec![put(Entry::Row(id, EndpointRow::default()))];
+    let mut steps = Vec::new();
+    if mirror.rows.contains_key(&id) {
+        steps.push(put(Entry::Row(id, EndpointRow::default())));
+    }
     let interfaces = mirror.interfaces.iter().filter(|(_, row)| **row == id);
     steps.extend(interfaces.map(|(ifindex, _)| Step::Delete(Key::Interface(*ifindex))));
-    for address in Mirror::row_addresses(row) {
-        if mirror.addresses.get(&address).is_some_and(|value| value.row == id) {
-            steps.extend(forget(address_bytes(address), true));
-        }
-    }
+    let addresses = mirror.addresses.iter().filter(|(_, value)| value.row == id);
+    steps.extend(addresses.flat_map(|(address, _)| forget(address_bytes(*address), true)));
     steps
 }

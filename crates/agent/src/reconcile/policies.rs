@@ -18,7 +18,10 @@ use palisade_policy::{
     words,
 };
 
-use super::{Writer, mirror::TableEntries};
+use super::{
+    Failures, Writer,
+    mirror::{Mirror, TableEntries},
+};
 
 /// A table in the kernel and what it holds.
 #[derive(Clone, Debug)]
@@ -185,22 +188,42 @@ impl PolicyTables {
         problems
     }
 
-    /// Removes what no row and no address refers to any more.
-    pub(super) fn collect(&mut self, writer: &mut Writer<'_>) -> Result<(), super::Refused> {
-        while let Some(key) = self.retired_peers.pop() {
-            if let Err(error) = writer.run(&[Step::Delete(key)]) {
-                self.retired_peers.push(key);
-                return Err(error);
-            }
+    /// Removes what no row and no address refers to any more. Rows may refer to any table where
+    /// not all of them flipped.
+    pub(super) fn collect(
+        &mut self,
+        writer: &mut Writer<'_>,
+        flipped: bool,
+        failures: &mut Failures,
+    ) {
+        if !flipped {
+            return;
         }
-        while let Some((number, keys)) = self.retired.pop_first() {
+        if !self.retired_peers.is_empty() {
+            let carried = carried(writer.mirror);
+            self.retired_peers.retain(|key| {
+                let in_use = match key {
+                    Key::Peer(peer) => carried.contains(&(peer.id & !PREFIX_POD_BIT)),
+                    _ => false,
+                };
+                in_use || !failures.note(writer.run(&[Step::Delete(*key)]))
+            });
+        }
+        self.retired.retain(|_, keys| {
             let steps: Vec<Step> = keys.iter().map(|key| Step::Delete(*key)).collect();
-            if let Err(error) = writer.run(&steps) {
-                self.retired.insert(number, keys);
-                return Err(error);
-            }
+            !failures.note(writer.run(&steps))
+        });
+    }
+
+    /// Whether the table of a group relies on one of these prefixes.
+    pub(super) fn relies_on(&self, group: GroupId, prefixes: &BTreeSet<u32>) -> bool {
+        if prefixes.is_empty() {
+            return false;
         }
-        Ok(())
+        let live = self.groups.get(&group).and_then(|group| group.live.as_ref());
+        live.into_iter()
+            .flat_map(|live| &live.policy.chunks)
+            .any(|chunk| chunk.peers.keys().any(|id| prefixes.contains(&(id & !PREFIX_POD_BIT))))
     }
 
     /// Whether something could not be written yet.
@@ -212,6 +235,14 @@ impl PolicyTables {
     pub(super) fn live(&self) -> impl Iterator<Item = &LiveTable> {
         self.groups.values().filter_map(|group| group.live.as_ref())
     }
+}
+
+/// The identities and prefixes that packets can be found to have.
+fn carried(mirror: &Mirror) -> BTreeSet<u32> {
+    let addresses = mirror.addresses.values().flat_map(|value| [value.identity, value.prefix]);
+    let networks = mirror.prefixes.values().flat_map(|value| [value.identity, value.prefix]);
+    let rows = mirror.rows.values().map(|row| row.identity);
+    addresses.chain(networks).chain(rows).collect()
 }
 
 /// Everything that a compiled policy is in the kernel, under this number.

@@ -7,7 +7,7 @@ use palisade_abi::{BackendKey, ServiceValue, service_flags};
 use palisade_datapath::{Entry, Key, Step};
 
 use super::{
-    Refused, Writer,
+    Failures, Refused, Writer,
     mirror::{Mirror, backend_value, service_key},
     put,
 };
@@ -22,18 +22,22 @@ pub(super) fn write(
     tables: &Tables,
     pending: &mut BTreeSet<Frontend>,
     next_version: &mut u32,
-) -> Result<(), Refused> {
-    while let Some(frontend) = pending.pop_first() {
+    failures: &mut Failures,
+) {
+    // First what makes room.
+    let (wanted, gone) = std::mem::take(pending)
+        .into_iter()
+        .partition::<BTreeSet<_>, _>(|frontend| tables.service_entries.get(frontend).is_some());
+    for frontend in gone.into_iter().chain(wanted) {
         let written = match tables.service_entries.get(&frontend) {
             Some(entry) => write_one(writer, entry, next_version),
             None => remove(writer, frontend),
         };
-        if let Err(error) = written {
+        if !failures.note(written) {
             pending.insert(frontend);
-            return Err(error);
         }
     }
-    collect(writer)
+    failures.note(collect(writer));
 }
 
 fn write_one(
