@@ -3,7 +3,7 @@
 use std::{
     fs,
     io::{self, Read},
-    net::{IpAddr, SocketAddr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     time::{Duration, Instant},
 };
 
@@ -76,6 +76,16 @@ impl Attempt {
         };
         let socket = Socket::new(Domain::for_address(to), kind.0, Some(kind.1))?;
         socket.set_nonblocking(true)?;
+        if target.protocol == Protocol::Tcp {
+            // A port of its own. Left to connect, one port may serve a pod's address and a Service
+            // in front of it at once, which the datapath refuses: their answers look the same.
+            let any: IpAddr = if to.is_ipv4() {
+                Ipv4Addr::UNSPECIFIED.into()
+            } else {
+                Ipv6Addr::UNSPECIFIED.into()
+            };
+            socket.bind(&SocketAddr::new(any, 0).into())?;
+        }
         let connected = socket.connect(&to.into());
         let under_way = |error: &io::Error| {
             error.raw_os_error() == Some(rustix::io::Errno::INPROGRESS.raw_os_error())
