@@ -107,7 +107,7 @@ host_rust() {
 # ---------------------------------------------------------------- Rust for eBPF
 
 # The eBPF programs need a compiler that accepts unstable options and the sources of `core`:
-# a rustup nightly with rust-src, or Debian's rustc-web with rust-web-src.
+# a rustup nightly with rust-src, or Debian's cargo-web and rustc-web with rust-web-src.
 nightly_ready() {
     have rustup || return 1
     local sysroot
@@ -116,7 +116,8 @@ nightly_ready() {
 }
 
 debian_ready() {
-    [ -x /usr/bin/rustc ] && [ -d /usr/lib/rustlib/src/rust/library ] &&
+    [ -x /usr/bin/cargo ] && [ -x /usr/bin/rustc ] && [ -d /usr/lib/rustlib/src/rust/library ] &&
+        at_least "$(/usr/bin/cargo --version 2>/dev/null | awk '{ print $2 }')" "$min_rust" &&
         at_least "$(/usr/bin/rustc --version 2>/dev/null | awk '{ print $2 }')" "$min_rust"
 }
 
@@ -124,7 +125,7 @@ ebpf_rust() {
     if nightly_ready || debian_ready; then return; fi
     if have apt-get; then apt_update; fi
     if have apt-cache && at_least "$(candidate rust-web-src)" "$min_rust" && ! installed rustup; then
-        if apt_install rustc-web rust-web-src && debian_ready; then return; fi
+        if apt_install cargo-web rustc-web rust-web-src && debian_ready; then return; fi
     fi
     if have rustup; then
         say "asking rustup for a nightly toolchain with rust-src"
@@ -132,7 +133,7 @@ ebpf_rust() {
     fi
     fail "no toolchain that can build the eBPF programs" \
         "Either of these is enough:" \
-        "  apt-get install rustc-web rust-web-src                    (Debian, $min_rust or newer)" \
+        "  apt-get install cargo-web rustc-web rust-web-src          (Debian, $min_rust or newer)" \
         "  rustup toolchain install nightly --component rust-src     (rustup)" \
         "What was tried is in $log"
 }

@@ -1,7 +1,8 @@
 //! Builds the eBPF object and hands its path to `include_bytes!` in `load.rs`.
 //!
 //! The eBPF target needs `core` built from source: either by a rustup nightly with `rust-src`, or
-//! by Debian's `rustc-web` and `rust-web-src` (a stable compiler, told to allow `build-std`).
+//! by Debian's `cargo-web`, `rustc-web` and `rust-web-src` (a stable compiler, told to allow
+//! `build-std`).
 
 use std::{
     env,
@@ -11,8 +12,8 @@ use std::{
 };
 
 const HELP: &str = "the eBPF programs need a Rust toolchain that can build `core`, and bpf-linker: \
-    run `make setup`, or install by hand either Debian's rustc-web and rust-web-src or a rustup \
-    nightly with rust-src, and `cargo install bpf-linker`";
+    run `make setup`, or install by hand either Debian's cargo-web, rustc-web and rust-web-src \
+    or a rustup nightly with rust-src, and `cargo install bpf-linker`";
 
 fn main() -> Result<(), Box<dyn Error>> {
     let manifest = PathBuf::from(env::var("CARGO_MANIFEST_DIR")?);
