@@ -74,6 +74,8 @@ base_packages() {
     have gcc || wanted+=(gcc libc6-dev)
     have ip || wanted+=(iproute2)
     have curl || wanted+=(curl)
+    have ping || wanted+=(iputils-ping)
+    have nft || wanted+=(nftables)
     have mount || wanted+=(mount)
     [ -e /etc/ssl/certs/ca-certificates.crt ] || wanted+=(ca-certificates)
     [ ${#wanted[@]} -eq 0 ] || apt_install "${wanted[@]}"
