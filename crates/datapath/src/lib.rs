@@ -6,6 +6,7 @@
 
 mod events;
 pub mod fake;
+mod grace;
 mod load;
 mod maps;
 pub mod netlink;

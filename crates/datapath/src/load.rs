@@ -23,6 +23,7 @@ use palisade_abi::map;
 
 use crate::{
     events::EventReader,
+    grace::Expedited,
     maps::{FlowStats, Maps, Metrics},
     step::Kernel,
 };
@@ -123,6 +124,7 @@ impl Datapath {
     /// # Errors
     /// [`LoadError::Attach`] or [`LoadError::Pin`].
     pub fn attach_endpoint(&self, interface: &str) -> Result<(), LoadError> {
+        let _expedited = Expedited::begin();
         self.attach(interface, "from_pod", TcAttachType::Ingress)?;
         self.attach(interface, "to_pod", TcAttachType::Egress)
     }
