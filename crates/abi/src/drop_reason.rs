@@ -28,11 +28,15 @@ pub enum DropReason {
     UnknownEndpoint = 12,
     /// Rewriting or redirecting the packet failed in the kernel.
     Internal = 13,
+    /// The proxy has to see the traffic, and this went round it.
+    ProxyBypassed = 14,
+    /// The proxy has to see the traffic, and it does not listen.
+    ProxyGone = 15,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 13] = [
+    pub const ALL: [Self; 15] = [
         Self::EgressDenied,
         Self::IngressDenied,
         Self::PolicyMissing,
@@ -46,6 +50,8 @@ impl DropReason {
         Self::TranslationCollision,
         Self::UnknownEndpoint,
         Self::Internal,
+        Self::ProxyBypassed,
+        Self::ProxyGone,
     ];
 
     /// The reason with this number; none for a number that no program of this version writes.
@@ -71,6 +77,8 @@ impl DropReason {
             Self::TranslationCollision => "translation collision",
             Self::UnknownEndpoint => "unknown endpoint",
             Self::Internal => "internal error",
+            Self::ProxyBypassed => "proxy bypassed",
+            Self::ProxyGone => "proxy not running",
         }
     }
 }

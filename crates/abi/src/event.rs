@@ -39,6 +39,8 @@ pub mod event_flags {
     pub const REJUDGED: u8 = 4;
     /// Addresses are IPv6.
     pub const IPV6: u8 = 8;
+    /// The flow goes through the proxy.
+    pub const PROXIED: u8 = 16;
 }
 
 /// One record of the `EVENTS` ring: always in the direction of the packet.
@@ -113,6 +115,9 @@ impl Event {
         }
         if egress {
             self.flags |= event_flags::EGRESS;
+        }
+        if flow.flags & crate::flow_flags::PROXIED != 0 {
+            self.flags |= event_flags::PROXIED;
         }
     }
 }

@@ -20,6 +20,22 @@ pub mod flow_flags {
     pub const CLOSE_LOGGED: u32 = 64;
     /// The sender is the node itself or a remote address: no egress policy of ours applies.
     pub const OPENER_REMOTE: u32 = 128;
+    /// The flow goes through the proxy: this is its leg between the client and the proxy.
+    pub const PROXIED: u32 = 256;
+    /// The leg between the proxy and the server; its key says [`super::flow_direction::UPSTREAM`].
+    pub const UPSTREAM: u32 = 512;
+}
+
+/// Values of [`FlowKey4::direction`] and [`FlowKey6::direction`].
+pub mod flow_direction {
+    /// Protocols whose flows need no more than their ends.
+    pub const NONE: u8 = 0;
+    /// ICMP: `low` asks.
+    pub const LOW_ASKS: u8 = 1;
+    /// ICMP: `high` asks.
+    pub const HIGH_ASKS: u8 = 2;
+    /// From the proxy to the server, with the ends that the client's own leg has.
+    pub const UPSTREAM: u8 = 3;
 }
 
 /// Key of `FLOWS4*`: the flow's ends in ascending order of (address, port), so that both
@@ -53,7 +69,7 @@ pub struct FlowKey4 {
     pub high_port: u16,
     /// IP protocol.
     pub protocol: u8,
-    /// ICMP: 1 when `low` asks, 2 when `high` does. Other protocols: 0.
+    /// One of [`flow_direction`].
     pub direction: u8,
     /// Zero.
     pub reserved: u16,

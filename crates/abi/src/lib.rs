@@ -16,6 +16,7 @@ mod fragment;
 pub mod limits;
 mod metrics;
 mod policy;
+mod proxy;
 mod service;
 
 pub use drop_reason::DropReason;
@@ -24,13 +25,14 @@ pub use endpoint::{
     ROW_HOST, ROW_NONE, row_flags,
 };
 pub use event::{Event, EventKind, event_flags};
-pub use flow::{FlowKey4, FlowKey6, FlowValue, flow_flags};
+pub use flow::{FlowKey4, FlowKey6, FlowValue, flow_direction, flow_flags};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use metrics::{METRICS_LEN, MetricsValue, metric_index};
 pub use policy::{
     CHUNK_RULES, ChunkKey, ChunkValue, MAX_CHUNKS, PREFIX_ID_BIT, PREFIX_POD_BIT, PeerKey,
     PeerValue, PortKey, PortValue, RULE_NONE, TABLE_ALLOW_ALL, TABLE_NONE, identity, protocol,
 };
+pub use proxy::{PROXY_PORT, mark};
 pub use service::{
     BackendKey, BackendValue, ServiceKey, ServiceValue, SocketKey, SocketValue, service_flags,
 };

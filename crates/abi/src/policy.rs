@@ -1,7 +1,7 @@
 //! A compiled policy: for one group of endpoints and one direction, rules in the order of their
 //! precedence, cut into chunks of [`CHUNK_RULES`]. In a chunk, bit *n* of every bitmap stands for
 //! rule *n*. A peer has a bitmap of the rules that match it, a port has one too; the verdict is
-//! the lowest bit set in both, and the bitmap `deny` says which kind of rule it is. No bit set in
+//! the lowest bit set in both, and the bitmaps `deny` and `redirect` say which kind of rule it is. No bit set in
 //! any chunk: default deny.
 
 use core::mem::size_of;
@@ -110,6 +110,8 @@ pub struct ChunkValue {
     pub default_ports: [u64; 2],
     /// Rules that deny.
     pub deny: [u64; 2],
+    /// Rules that allow what the proxy agrees to.
+    pub redirect: [u64; 2],
     /// Bit *n* (0..=15): some port entry of the chunk has a prefix of *n* bits. Bit 16: some port
     /// entry is a whole port. Looked up from the longest to the shortest; the first entry found
     /// holds the rules of the shorter ones too.
@@ -193,7 +195,7 @@ pub struct PortValue {
 }
 
 const _: () = assert!(size_of::<ChunkKey>() == 8);
-const _: () = assert!(size_of::<ChunkValue>() == 56);
+const _: () = assert!(size_of::<ChunkValue>() == 72);
 const _: () = assert!(size_of::<PeerKey>() == 12);
 const _: () = assert!(size_of::<PeerValue>() == 16);
 const _: () = assert!(size_of::<PortKey>() == 12);

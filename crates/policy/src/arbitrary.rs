@@ -2,7 +2,7 @@
 //! networks nested into each other, ports at the edges of ranges.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
 };
 
@@ -12,10 +12,11 @@ use palisade_abi::{identity as number, protocol};
 use crate::{
     evaluate::End,
     identity,
+    l7::{HttpRequest, HttpRule, NamePattern, Pattern, Question, Secrets},
     label::{CLUSTER, Label, Labels, POD_NAMESPACE},
     model::{
-        Action, Cidr, Direction, Entity, Entry, NamedPort, Peer, Peers, Policy, PolicyKind,
-        PolicyRef, PortMatch, PortSpec, Ports, Rule, Section,
+        Action, Application, Cidr, Direction, Entity, Entry, NamedPort, Peer, Peers, Policy,
+        PolicyKind, PolicyRef, PortMatch, PortSpec, Ports, Rule, Section,
     },
     selector::{Key, Operator, Requirement, Selector},
 };
@@ -172,12 +173,76 @@ fn entity(random: &mut Random) -> Entity {
     }
 }
 
-fn peers(random: &mut Random) -> Peers {
+const DNS_NAMES: [&str; 5] = ["x.io", "a.x.io", "b.x.io", "c.a.x.io", "a.y.io"];
+const PATTERNS: [&str; 5] = ["*.x.io", "**.x.io", "a.*.io", "*", "b*.x.io"];
+const METHODS: [&str; 3] = ["GET", "PUT", "GET|HEAD"];
+const PATHS: [&str; 4] = ["/", "/a", "/a.*", "/(a|b)"];
+
+/// A random pattern of names.
+fn name_pattern(random: &mut Random) -> NamePattern {
+    if random.once_in(2) {
+        return NamePattern::Name((*random.pick(&DNS_NAMES)).into());
+    }
+    NamePattern::Pattern((*random.pick(&PATTERNS)).into())
+}
+
+fn http_rule(random: &mut Random) -> HttpRule {
+    let mut maybe = |texts: &[&str]| {
+        let text = *random.pick(texts);
+        random.once_in(2).then(|| Pattern::new(text).ok()).flatten()
+    };
+    HttpRule { method: maybe(&METHODS), path: maybe(&PATHS), ..HttpRule::default() }
+}
+
+fn application(random: &mut Random) -> Application {
+    match random.below(9) {
+        0 | 1 => Application::Http((0..1 + random.below(2)).map(|_| http_rule(random)).collect()),
+        2 => Application::Dns((0..1 + random.below(2)).map(|_| name_pattern(random)).collect()),
+        3 => Application::Tls((0..1 + random.below(2)).map(|_| name_pattern(random)).collect()),
+        _ => Application::Any,
+    }
+}
+
+/// A random question for what may be inside a connection; all requests have no headers.
+pub fn question<'a>(random: &mut Random, secrets: &'a Secrets) -> Question<'a> {
+    match random.below(4) {
+        0 => Question::Dns(random.pick::<&str>(&DNS_NAMES)),
+        1 if random.once_in(4) => Question::Tls(None),
+        1 => Question::Tls(Some(*random.pick(&DNS_NAMES))),
+        _ => {
+            let method = *random.pick(&["GET", "PUT", "POST"]);
+            let target = *random.pick(&["/", "/a", "/ab", "/b"]);
+            Question::Http(HttpRequest { method, target, host: "x.io", headers: &[] }, secrets)
+        }
+    }
+}
+
+/// What a random endpoint learned from DNS.
+/// It may have been told any address, those of pods and nodes too.
+pub fn learned(random: &mut Random, world: &World) -> BTreeMap<String, BTreeSet<IpAddr>> {
+    const NEVER: [&str; 5] = ["127.0.0.1", "169.254.1.1", "::1", "fe80::1", "::ffff:10.0.0.1"];
+    let count = random.below(4);
+    (0..count)
+        .map(|_| {
+            let name = (*random.pick(&DNS_NAMES)).to_owned();
+            let count = random.below(3);
+            let addresses = (0..count).map(|_| match random.below(8) {
+                0 => random.pick(&NEVER).parse().unwrap_or(IpAddr::V4(Ipv4Addr::LOCALHOST)),
+                1..=5 if !world.others.is_empty() => random.pick(&world.others).address,
+                _ => address(random),
+            });
+            (name, addresses.collect())
+        })
+        .collect()
+}
+
+fn peers(random: &mut Random, names: bool) -> Peers {
     if random.once_in(6) {
         return Peers::Any;
     }
     let count = random.below(4);
-    let list = (0..count).map(|_| match random.below(5) {
+    let list = (0..count).map(|_| match random.below(7) {
+        5 | 6 if names => Peer::Fqdn(name_pattern(random)),
         0 | 1 => Peer::Selector(selector(random)),
         2 => Peer::Entity(entity(random)),
         _ => Peer::Cidr(cidr(random)),
@@ -207,17 +272,25 @@ fn ports(random: &mut Random) -> Ports {
     Ports::List(list.collect())
 }
 
-fn section(random: &mut Random, path: &str) -> Section {
+fn entry(random: &mut Random, direction: Direction, path: String) -> Entry {
+    let action = if random.once_in(3) { Action::Deny } else { Action::Allow };
+    let allow = action == Action::Allow;
+    Entry {
+        action,
+        peers: peers(random, allow && direction == Direction::Egress),
+        ports: ports(random),
+        application: if allow { application(random) } else { Application::Any },
+        path,
+    }
+}
+
+fn section(random: &mut Random, direction: Direction, rule: usize) -> Section {
     if random.once_in(3) {
         return Section::default();
     }
     let count = random.below(5);
-    let entries = (0..count).map(|n| Entry {
-        action: if random.once_in(3) { Action::Deny } else { Action::Allow },
-        peers: peers(random),
-        ports: ports(random),
-        path: format!("{path}[{n}]"),
-    });
+    let entries =
+        (0..count).map(|n| entry(random, direction, format!("specs[{rule}].{direction}[{n}]")));
     Section { entries: entries.collect(), default_deny: !random.once_in(4) }
 }
 
@@ -233,8 +306,8 @@ pub fn policy(random: &mut Random, n: usize) -> Policy {
     let rules = (0..count)
         .map(|rule| Rule {
             subject: selector(random),
-            ingress: section(random, &format!("specs[{rule}].ingress")),
-            egress: section(random, &format!("specs[{rule}].egress")),
+            ingress: section(random, Direction::Ingress, rule),
+            egress: section(random, Direction::Egress, rule),
         })
         .collect();
     Policy { id: PolicyRef { kind, namespace, name: format!("policy-{n}") }, rules }
@@ -273,7 +346,7 @@ fn other(random: &mut Random) -> End {
     let nodes = [number::HOST, number::REMOTE_NODE, number::KUBE_APISERVER, number::UNKNOWN];
     let identity = if random.once_in(2) { world } else { *random.pick(&nodes) };
     let labels = identity::reserved(identity).unwrap_or_default();
-    End { identity, labels, address, named_ports: Vec::new() }
+    End { identity, labels, address, named_ports: Vec::new(), names: BTreeSet::new() }
 }
 
 /// A random world.
@@ -287,7 +360,16 @@ pub fn world(random: &mut Random) -> World {
         let identity = number::CLUSTER_MIN + n;
         let labels = identities.get(&identity).cloned().unwrap_or_default();
         let address = address(random);
-        pods.insert(address, End { identity, labels, address, named_ports: named_ports(random) });
+        pods.insert(
+            address,
+            End {
+                identity,
+                labels,
+                address,
+                named_ports: named_ports(random),
+                names: BTreeSet::new(),
+            },
+        );
     }
     let others: Vec<End> =
         (0..12).map(|_| other(random)).filter(|other| !pods.contains_key(&other.address)).collect();

@@ -1,14 +1,18 @@
 //! The oracle: what a set of policies says of one packet, by walking them one by one. It shares
 //! no code with the compiler; both are compared in the tests of every layer.
 
-use std::net::IpAddr;
+use std::{collections::BTreeSet, net::IpAddr};
 
 use palisade_abi::identity as number;
 
 use crate::{
     compile::RuleSource,
+    l7::{HttpMatcher, Question, may_learn},
     label::Labels,
-    model::{Action, Direction, Entry, NamedPort, Peer, Peers, Policy, PortMatch, PortSpec, Ports},
+    model::{
+        Action, Application, Direction, Entry, NamedPort, Peer, Peers, Policy, PortMatch, PortSpec,
+        Ports,
+    },
 };
 
 /// One end of a packet.
@@ -22,6 +26,8 @@ pub struct End {
     pub address: IpAddr,
     /// Ports that it declares, if it is a pod.
     pub named_ports: Vec<NamedPort>,
+    /// Names for which DNS gave its address to those whose policies are asked.
+    pub names: BTreeSet<String>,
 }
 
 /// The answer.
@@ -29,8 +35,196 @@ pub struct End {
 pub struct Verdict {
     /// Whether the packet passes.
     pub allowed: bool,
+    /// Whether it passes through the proxy, which has the last word.
+    pub proxied: bool,
     /// Which rule says so; `None`: no policy selects the endpoint, or the default deny.
     pub rule: Option<RuleSource>,
+}
+
+impl Verdict {
+    const fn allow(rule: Option<RuleSource>) -> Self {
+        Self { allowed: true, proxied: false, rule }
+    }
+
+    const fn deny(rule: Option<RuleSource>) -> Self {
+        Self { allowed: false, proxied: false, rule }
+    }
+}
+
+/// A packet, as the subject sees it.
+#[derive(Clone, Copy)]
+pub(crate) struct Asked<'a> {
+    pub(crate) direction: Direction,
+    pub(crate) subject: &'a End,
+    pub(crate) peer: &'a End,
+    pub(crate) protocol: u8,
+    pub(crate) port: u16,
+}
+
+/// What the policies that select the subject say.
+#[derive(Default)]
+struct Heard<'a> {
+    /// Some policy says something.
+    selected: bool,
+    default_deny: bool,
+    /// The entries that match, in the order of policies.
+    entries: Vec<(RuleSource, &'a Entry)>,
+}
+
+impl<'a> Heard<'a> {
+    fn ask(policies: impl IntoIterator<Item = &'a Policy>, asked: &Asked<'_>) -> Self {
+        let mut policies: Vec<&Policy> = policies.into_iter().collect();
+        policies.sort_by(|a, b| a.id.cmp(&b.id));
+        let Asked { direction, subject, peer, protocol, port } = *asked;
+        let default_deny = subject.identity == number::INIT;
+        let mut heard = Self { default_deny, ..Self::default() };
+        for policy in policies {
+            let selecting = policy.rules.iter().filter(|one| one.subject.matches(&subject.labels));
+            for section in selecting.map(|rule| rule.section(direction)) {
+                heard.selected |= !section.is_empty();
+                heard.default_deny |= section.default_deny;
+                let matching = section.entries.iter().filter(|entry| {
+                    matches_peer(entry, peer)
+                        && matches_port(entry, direction, subject, peer, protocol, port)
+                });
+                heard.entries.extend(matching.map(|entry| {
+                    let (policy, path) = (policy.id.clone(), entry.path.clone());
+                    (RuleSource::Policy { policy, path }, entry)
+                }));
+            }
+        }
+        heard
+    }
+
+    /// The entries that allow and that something else is true of.
+    fn allowing(
+        &self,
+        also: impl Fn(&Entry) -> bool,
+    ) -> impl Iterator<Item = &(RuleSource, &'a Entry)> {
+        self.entries.iter().filter(move |(_, entry)| entry.action == Action::Allow && also(entry))
+    }
+
+    fn verdict(&self, asked: &Asked<'_>) -> Verdict {
+        let local = asked.direction == Direction::Ingress && asked.peer.identity == number::HOST;
+        let deny = self.entries.iter().find(|(_, entry)| entry.action == Action::Deny);
+        let redirect = self.allowing(|entry| entry.application != Application::Any).next();
+        let allow = self.allowing(|_| true).next();
+        match (deny, redirect, allow) {
+            _ if !self.selected && !self.default_deny => Verdict::allow(None),
+            _ if local => Verdict::allow(Some(RuleSource::AllowLocalhost)),
+            (Some((rule, _)), ..) => Verdict::deny(Some(rule.clone())),
+            (_, Some((rule, _)), _) => {
+                Verdict { allowed: true, proxied: true, rule: Some(rule.clone()) }
+            }
+            (.., Some((rule, _))) => Verdict::allow(Some(rule.clone())),
+            _ if self.default_deny => Verdict::deny(None),
+            _ => Verdict::allow(Some(RuleSource::NoDefaultDeny)),
+        }
+    }
+
+    /// The rules that admit what is asked for inside a proxied connection; the first decides.
+    fn admitting(&self, asked: &Asked<'_>, question: &Question<'_>) -> Vec<RuleSource> {
+        let proxied = |entry: &Entry| entry.application != Application::Any;
+        let first = self.allowing(proxied).map(|(_, entry)| &entry.application).next();
+        let Some(kind) = first else { return Vec::new() };
+        let open = (!self.default_deny).then_some(RuleSource::NoDefaultDeny);
+        if let (Application::Tls(_), Some(open)) = (kind, &open) {
+            return vec![open.clone()];
+        }
+        // Another protocol than the first of the rules asks for.
+        let same = matches!(
+            (kind, question),
+            (Application::Http(_), Question::Http(..))
+                | (Application::Dns(_), Question::Dns(_))
+                | (Application::Tls(_), Question::Tls(_))
+        );
+        if !same {
+            return Vec::new();
+        }
+        let plain = |entry: &Entry| {
+            let spoken = how_spoken_of(entry, asked);
+            entry.application == Application::Any
+                && match kind {
+                    Application::Http(_) => spoken != Spoken::AmongOthers,
+                    Application::Dns(_) => spoken == Spoken::ByItself,
+                    _ => false,
+                }
+        };
+        let by_content = self.allowing(|entry| application_admits(&entry.application, question));
+        let found = by_content.chain(self.allowing(plain)).map(|(rule, _)| rule.clone());
+        found.chain(open).collect()
+    }
+
+    /// All rules that match, in the order of their precedence.
+    fn matching(&self, verdict: &Verdict) -> Vec<(Action, RuleSource)> {
+        let mut found: Vec<&(RuleSource, &Entry)> = self.entries.iter().collect();
+        found.sort_by_key(|(_, entry)| (entry.action, entry.application == Application::Any));
+        let mut rules: Vec<(Action, RuleSource)> =
+            found.into_iter().map(|(rule, entry)| (entry.action, rule.clone())).collect();
+        match &verdict.rule {
+            Some(local @ RuleSource::AllowLocalhost) => {
+                rules.insert(0, (Action::Allow, local.clone()));
+            }
+            Some(open @ RuleSource::NoDefaultDeny) => rules.push((Action::Allow, open.clone())),
+            _ => {}
+        }
+        rules
+    }
+}
+
+/// How an entry that matches a port speaks of it.
+#[derive(Clone, Copy, PartialEq, Eq)]
+enum Spoken {
+    /// It names this port.
+    ByItself,
+    /// It names no ports.
+    NotAtAll,
+    /// It names a range.
+    AmongOthers,
+}
+
+fn how_spoken_of(entry: &Entry, asked: &Asked<'_>) -> Spoken {
+    let Ports::List(list) = &entry.ports else { return Spoken::NotAtAll };
+    let own = || list.iter().filter(|one| one.protocol == asked.protocol);
+    let named = |one: &PortMatch| match &one.port {
+        PortSpec::All => false,
+        PortSpec::Range(first, last) => *first == asked.port && *last == asked.port,
+        PortSpec::Named(_) => {
+            let only = Ports::List(vec![one.clone()]);
+            port_matches(&only, asked.destination(), asked.protocol, asked.port)
+        }
+    };
+    if own().any(named) {
+        Spoken::ByItself
+    } else if own().any(|one| one.port == PortSpec::All) {
+        Spoken::NotAtAll
+    } else {
+        Spoken::AmongOthers
+    }
+}
+
+/// Whether what is inside is what an application asks for.
+pub(crate) fn application_admits(application: &Application, question: &Question<'_>) -> bool {
+    match (application, question) {
+        (Application::Http(rules), Question::Http(request, secrets)) => {
+            HttpMatcher::new(rules, secrets).is_ok_and(|rules| rules.judge(request).is_some())
+        }
+        (Application::Dns(names), Question::Dns(name))
+        | (Application::Tls(names), Question::Tls(Some(name))) => {
+            names.iter().any(|pattern| pattern.matches(name))
+        }
+        _ => false,
+    }
+}
+
+impl Asked<'_> {
+    /// Named ports are those of the destination.
+    const fn destination(&self) -> &End {
+        match self.direction {
+            Direction::Ingress => self.subject,
+            Direction::Egress => self.peer,
+        }
+    }
 }
 
 /// What the policies of `subject` say of a packet from (ingress) or to (egress) `peer`. `port` is
@@ -44,43 +238,42 @@ pub fn evaluate<'a>(
     protocol: u8,
     port: u16,
 ) -> Verdict {
-    let mut policies: Vec<&Policy> = policies.into_iter().collect();
-    policies.sort_by(|a, b| a.id.cmp(&b.id));
-    let mut allow = None;
-    let mut deny = None;
-    let mut selected = false;
-    let mut default_deny = subject.identity == number::INIT;
+    let asked = Asked { direction, subject, peer, protocol, port };
+    Heard::ask(policies, &asked).verdict(&asked)
+}
 
-    for policy in policies {
-        for rule in &policy.rules {
-            if !rule.subject.matches(&subject.labels) {
-                continue;
-            }
-            let section = rule.section(direction);
-            selected |= !section.is_empty();
-            default_deny |= section.default_deny;
-            for entry in &section.entries {
-                let matches = matches_peer(entry, peer)
-                    && matches_port(entry, direction, subject, peer, protocol, port);
-                let first = if entry.action == Action::Deny { &mut deny } else { &mut allow };
-                if matches && first.is_none() {
-                    let (policy, path) = (policy.id.clone(), entry.path.clone());
-                    *first = Some(RuleSource::Policy { policy, path });
-                }
-            }
-        }
-    }
+/// The same for what is asked for inside the connection. Where only the proxy can tell, this is
+/// what it says; `proxied` with no rule: none of the rules for such a connection admits it.
+#[must_use]
+pub fn evaluate_inside<'a>(
+    policies: impl IntoIterator<Item = &'a Policy>,
+    direction: Direction,
+    subject: &End,
+    peer: &End,
+    protocol: u8,
+    port: u16,
+    question: &Question<'_>,
+) -> Verdict {
+    let asked = Asked { direction, subject, peer, protocol, port };
+    judge(policies, &asked, Some(question)).0
+}
 
-    let local = direction == Direction::Ingress && peer.identity == number::HOST;
-    let enforced = selected || default_deny;
-    match (deny, allow) {
-        _ if !enforced => Verdict { allowed: true, rule: None },
-        _ if local => Verdict { allowed: true, rule: Some(RuleSource::AllowLocalhost) },
-        (Some(rule), _) => Verdict { allowed: false, rule: Some(rule) },
-        (None, Some(rule)) => Verdict { allowed: true, rule: Some(rule) },
-        (None, None) if default_deny => Verdict { allowed: false, rule: None },
-        (None, None) => Verdict { allowed: true, rule: Some(RuleSource::NoDefaultDeny) },
-    }
+/// The verdict, and all rules that match, in the order of their precedence.
+pub(crate) fn judge<'a>(
+    policies: impl IntoIterator<Item = &'a Policy>,
+    asked: &Asked<'_>,
+    question: Option<&Question<'_>>,
+) -> (Verdict, Vec<(Action, RuleSource)>) {
+    let heard = Heard::ask(policies, asked);
+    let verdict = heard.verdict(asked);
+    let Some(question) = question.filter(|_| verdict.proxied) else {
+        let matching = heard.matching(&verdict);
+        return (verdict, matching);
+    };
+    let rules = heard.admitting(asked, question);
+    let rule = rules.first().cloned();
+    let matching = rules.into_iter().map(|rule| (Action::Allow, rule)).collect();
+    (Verdict { allowed: rule.is_some(), proxied: true, rule }, matching)
 }
 
 /// A peer that is not known yet is matched by whatever matches everybody, by what matches its
@@ -94,6 +287,11 @@ pub(crate) fn matches_peer(entry: &Entry, peer: &End) -> bool {
             let world = number::is_world(peer.identity);
             (world || cidr.matches_pods) && cidr.contains(peer.address)
         }
+        Peer::Fqdn(pattern) => {
+            number::is_world(peer.identity)
+                && may_learn(peer.address)
+                && peer.names.iter().any(|name| pattern.matches(name))
+        }
         Peer::Entity(entity) if unknown => entity.selectors().is_none(),
         Peer::Selector(_) if unknown => false,
         Peer::Entity(entity) => entity.matches(&peer.labels),
@@ -101,7 +299,7 @@ pub(crate) fn matches_peer(entry: &Entry, peer: &End) -> bool {
     })
 }
 
-/// Named ports are those of the destination.
+/// Whether an entry matches the port, or the ICMP type.
 pub(crate) fn matches_port(
     entry: &Entry,
     direction: Direction,

@@ -6,13 +6,16 @@ use palisade_abi::identity;
 
 use crate::{
     compile::RuleSource,
-    evaluate::{End, Verdict, evaluate, matches_peer, matches_port},
+    evaluate::{Asked, End, Verdict, judge, matches_peer, matches_port},
+    l7::Question,
     model::{Action, Direction, Entry, Policy, PolicyRef, Ports},
 };
 
 /// What a rule that did not match lacks.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Missing {
+    /// It matches the peer and the port, and allows other things inside.
+    Inside,
     /// It matches the peer, on other ports.
     Port,
     /// It matches the port, for other peers.
@@ -30,6 +33,8 @@ pub struct Nearest {
     pub missing: Missing,
     /// The ports that it allows, for people.
     pub ports: String,
+    /// What it allows inside, for people; empty: everything.
+    pub inside: String,
 }
 
 /// Why one end's policies decide as they do.
@@ -64,7 +69,8 @@ impl Explanation {
     }
 }
 
-/// Explains a packet from `source` to `destination`. Only pods are subject to policies.
+/// Explains a packet from `source` to `destination`, or what is asked for inside the connection
+/// that it belongs to. Only pods are subject to policies.
 #[must_use]
 pub fn explain(
     policies: &[&Policy],
@@ -72,11 +78,13 @@ pub fn explain(
     destination: &End,
     protocol: u8,
     port: u16,
+    question: Option<&Question<'_>>,
 ) -> Explanation {
     let reason = |direction, subject: &End, peer| {
         let subject_to_policy = subject.identity >= identity::CLUSTER_MIN
             || matches!(subject.identity, identity::INIT | identity::HEALTH);
-        subject_to_policy.then(|| reason(policies, direction, subject, peer, protocol, port))
+        let asked = Asked { direction, subject, peer, protocol, port };
+        subject_to_policy.then(|| reason(policies, &asked, question))
     };
     Explanation {
         egress: reason(Direction::Egress, source, destination),
@@ -84,16 +92,9 @@ pub fn explain(
     }
 }
 
-fn reason(
-    policies: &[&Policy],
-    direction: Direction,
-    subject: &End,
-    peer: &End,
-    protocol: u8,
-    port: u16,
-) -> Reason {
-    let verdict = evaluate(policies.iter().copied(), direction, subject, peer, protocol, port);
-    let mut matched = Vec::new();
+fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_>>) -> Reason {
+    let Asked { direction, subject, peer, protocol, port } = *asked;
+    let (verdict, matched) = judge(policies.iter().copied(), asked, question);
     let mut default_deny_by = Vec::new();
     let mut nearest: Option<Nearest> = None;
     let mut sorted = policies.to_vec();
@@ -104,31 +105,24 @@ fn reason(
             if section.default_deny && !default_deny_by.contains(&policy.id) {
                 default_deny_by.push(policy.id.clone());
             }
-            for entry in &section.entries {
-                let source =
-                    RuleSource::Policy { policy: policy.id.clone(), path: entry.path.clone() };
+            for entry in section.entries.iter().filter(|entry| entry.action == Action::Allow) {
                 let to_port = matches_port(entry, direction, subject, peer, protocol, port);
                 let missing = match (matches_peer(entry, peer), to_port) {
-                    (true, true) => {
-                        matched.push((entry.action, source));
-                        continue;
-                    }
+                    (true, true) => Missing::Inside,
                     (true, false) => Missing::Port,
                     (false, true) => Missing::Peer,
                     (false, false) => Missing::Both,
                 };
-                let closer = nearest.as_ref().is_none_or(|found| missing < found.missing);
-                if entry.action == Action::Allow && closer {
-                    nearest = Some(Nearest { source, missing, ports: describe_ports(entry) });
+                if nearest.as_ref().is_none_or(|found| missing < found.missing) {
+                    let (policy, path) = (policy.id.clone(), entry.path.clone());
+                    nearest = Some(Nearest {
+                        source: RuleSource::Policy { policy, path },
+                        missing,
+                        ports: describe_ports(entry),
+                        inside: entry.application.to_string(),
+                    });
                 }
             }
-        }
-    }
-    matched.sort_by_key(|(action, _)| *action);
-    if matches!(verdict.rule, Some(RuleSource::AllowLocalhost | RuleSource::NoDefaultDeny)) {
-        let synthetic = (Action::Allow, verdict.rule.clone());
-        if let (action, Some(source)) = synthetic {
-            matched.insert(0, (action, source));
         }
     }
     let nearest = nearest.filter(|_| !verdict.allowed && verdict.rule.is_none());
@@ -147,9 +141,28 @@ fn names(policies: &[PolicyRef]) -> String {
     policies.iter().map(ToString::to_string).collect::<Vec<_>>().join(", ")
 }
 
+impl fmt::Display for Nearest {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { source, missing, ports, inside } = self;
+        match missing {
+            Missing::Inside => write!(f, "{source} allows {inside}"),
+            Missing::Port => write!(f, "{source} allows this peer, on {ports}"),
+            Missing::Peer => write!(f, "{source} allows this port, for other peers"),
+            Missing::Both => {
+                write!(f, "the nearest rule, {source}, allows other peers on {ports}")
+            }
+        }
+    }
+}
+
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        let word = if self.verdict.allowed { "allowed" } else { "denied" };
+        let word = match (self.verdict.allowed, self.verdict.proxied) {
+            (true, true) => "allowed through the proxy",
+            (true, false) => "allowed",
+            (false, true) => "denied by the proxy",
+            (false, false) => "denied",
+        };
         write!(f, "{}: {word} ", self.direction)?;
         match &self.verdict.rule {
             Some(rule) => write!(f, "by {rule}")?,
@@ -157,16 +170,12 @@ impl fmt::Display for Reason {
             None if self.default_deny_by.is_empty() => {
                 f.write_str("because the pod's labels are not known yet")?;
             }
+            None if self.verdict.proxied => f.write_str("because no rule allows what is inside")?,
             None => write!(f, "by default; closed by {}", names(&self.default_deny_by))?,
         }
-        let Some(nearest) = &self.nearest else { return Ok(()) };
-        let Nearest { source, missing, ports } = nearest;
-        match missing {
-            Missing::Port => write!(f, "; {source} allows this peer, on {ports}"),
-            Missing::Peer => write!(f, "; {source} allows this port, for other peers"),
-            Missing::Both => {
-                write!(f, "; the nearest rule, {source}, allows other peers on {ports}")
-            }
+        match &self.nearest {
+            Some(nearest) => write!(f, "; {nearest}"),
+            None => Ok(()),
         }
     }
 }
@@ -185,26 +194,32 @@ impl fmt::Display for Explanation {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::arbitrary::{self, Random};
+    use crate::{
+        arbitrary::{self, Packet, Random},
+        l7::Secrets,
+    };
 
     #[test]
     fn the_first_rule_that_matches_is_the_one_that_decides() {
+        let secrets = Secrets::default();
         for seed in 0..2000 {
             let mut random = Random::new(seed);
             let world = arbitrary::world(&mut random);
             let policies: Vec<&Policy> = world.policies.iter().collect();
-            let packet = world.packet(&mut random);
-            let found = reason(
-                &policies,
-                packet.direction,
-                &packet.subject,
-                &packet.peer,
-                packet.protocol,
-                packet.port,
-            );
-            let first = found.matched.first().map(|(_, source)| source.clone());
-            assert_eq!(found.verdict.rule, first, "seed {seed}");
-            assert!(!found.to_string().is_empty());
+            let Packet { direction, subject, peer, protocol, port } = &world.packet(&mut random);
+            let (protocol, port) = (*protocol, *port);
+            let asked = Asked { direction: *direction, subject, peer, protocol, port };
+            let question = arbitrary::question(&mut random, &secrets);
+            for question in [None, Some(&question)] {
+                let found = reason(&policies, &asked, question);
+                let first = found.matched.first().map(|(_, source)| source.clone());
+                assert_eq!(found.verdict.rule, first, "seed {seed}");
+                assert!(!found.to_string().is_empty());
+                let near = found.nearest.as_ref().map(|nearest| nearest.missing);
+                if near == Some(Missing::Inside) {
+                    assert!(!found.verdict.allowed, "seed {seed}");
+                }
+            }
         }
     }
 }

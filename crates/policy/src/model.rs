@@ -7,6 +7,7 @@ use palisade_abi::protocol;
 use serde::{Deserialize, Serialize};
 
 use crate::{
+    l7::{HttpRule, NamePattern},
     label::{CLUSTER, Labels, SOURCE_K8S, SOURCE_RESERVED},
     selector::{Key, Requirement, Selector},
 };
@@ -159,8 +160,59 @@ pub struct Entry {
     pub peers: Peers,
     /// Which ports of the destination.
     pub ports: Ports,
+    /// What it asks of the traffic inside; anything but [`Application::Any`] only if it allows.
+    pub application: Application,
     /// Where the policy says so, such as `spec.ingress[0]`.
     pub path: String,
+}
+
+/// What an entry asks of the traffic inside a connection.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Application {
+    /// Nothing.
+    #[default]
+    Any,
+    /// To be HTTP, and requests that one of the rules matches.
+    Http(Vec<HttpRule>),
+    /// To be DNS, and questions for names that one of the patterns matches.
+    Dns(Vec<NamePattern>),
+    /// To be TLS, for a server name that one of the patterns matches.
+    Tls(Vec<NamePattern>),
+}
+
+impl Application {
+    /// Whether only the proxy can tell what the entry allows.
+    #[must_use]
+    pub fn needs_proxy(&self) -> bool {
+        *self != Self::Any
+    }
+}
+
+impl fmt::Display for Application {
+    /// As in "allows ...".
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let list = |things: Vec<String>| things.join(", ");
+        match self {
+            Self::Any => f.write_str("everything"),
+            Self::Http(rules) => {
+                write!(
+                    f,
+                    "HTTP requests: {}",
+                    list(rules.iter().map(HttpRule::to_string).collect())
+                )
+            }
+            Self::Dns(names) => {
+                write!(f, "DNS names: {}", list(names.iter().map(NamePattern::to_string).collect()))
+            }
+            Self::Tls(names) => {
+                write!(
+                    f,
+                    "TLS servers: {}",
+                    list(names.iter().map(NamePattern::to_string).collect())
+                )
+            }
+        }
+    }
 }
 
 /// Peers of an entry.
@@ -186,6 +238,9 @@ pub enum Peer {
     Cidr(Cidr),
     /// A named set of identities.
     Entity(Entity),
+    /// Addresses outside the cluster that DNS gave for such names to the subject, or to endpoints
+    /// that the very same rules select.
+    Fqdn(NamePattern),
 }
 
 /// Addresses in a network, without some networks inside it.

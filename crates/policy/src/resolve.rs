@@ -12,7 +12,8 @@
 mod section;
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap},
+    collections::{BTreeMap, BTreeSet, HashMap, HashSet},
+    iter::successors,
     net::IpAddr,
     sync::Arc,
 };
@@ -22,10 +23,11 @@ use palisade_abi::{CHUNK_RULES, MAX_CHUNKS, PREFIX_POD_BIT, identity as number};
 
 use self::section::{Section, SectionId};
 use crate::{
-    compile::{self, Bit, CompiledPolicy},
+    compile::{self, Bit, CompiledPolicy, PeerTables},
     identity::{self, RESERVED},
     index::{Anchored, Index, SelectorId},
     label::Labels,
+    learned::{Learned, Names},
     model::{Direction, NamedPort, Policy, PolicyRef},
     pods::{self, Numbers, Pods, PortName},
     prefix::Prefixes,
@@ -159,6 +161,7 @@ struct Endpoint {
     info: EndpointInfo,
     sections: BTreeSet<SectionId>,
     groups: [Option<GroupId>; 2],
+    learned: Names,
 }
 
 /// What makes a group: endpoints with equal keys share their tables.
@@ -178,6 +181,7 @@ struct Group {
     key: GroupKey,
     endpoints: BTreeSet<EndpointId>,
     bits: Vec<Bit>,
+    learned: Learned,
     compiled: Arc<CompiledPolicy>,
     /// All has to be compiled anew.
     stale: bool,
@@ -335,7 +339,9 @@ impl Repository {
             .collect();
         let old = self.endpoints.remove(&id);
         let groups = old.as_ref().map_or([None; 2], |old| old.groups);
-        for section in old.into_iter().flat_map(|old| old.sections) {
+        let (old_sections, learned) =
+            old.map_or_else(Default::default, |old| (old.sections, old.learned));
+        for section in old_sections {
             if let Some(section) = self.sections.get_mut(&section) {
                 section.endpoints.remove(&id);
             }
@@ -345,7 +351,7 @@ impl Repository {
                 section.endpoints.insert(id);
             }
         }
-        self.endpoints.insert(id, Endpoint { info, sections, groups });
+        self.endpoints.insert(id, Endpoint { info, sections, groups, learned });
         self.stale_endpoints.insert(id);
     }
 
@@ -359,7 +365,58 @@ impl Repository {
             }
         }
         for group in endpoint.groups.into_iter().flatten() {
-            self.leave_group(group, id);
+            self.leave_group(group, id, &endpoint.learned);
+        }
+    }
+
+    /// What a local endpoint learned from DNS, all of it: names in lower case without a final
+    /// dot, and their addresses. An endpoint that is not known learns nothing.
+    ///
+    /// Only addresses outside the cluster ever match a name. One that the endpoint forgets is
+    /// closed for new connections.
+    pub fn set_learned(&mut self, id: EndpointId, names: Names) {
+        let Some(endpoint) = self.endpoints.get_mut(&id) else { return };
+        let old = std::mem::replace(&mut endpoint.learned, names);
+        let new = &endpoint.learned;
+        let without = |one: &Names, other: &Names| -> Names {
+            one.iter()
+                .filter_map(|(name, addresses)| {
+                    let known = other.get(name);
+                    let left: BTreeSet<IpAddr> = addresses
+                        .iter()
+                        .filter(|address| known.is_none_or(|known| !known.contains(address)))
+                        .copied()
+                        .collect();
+                    (!left.is_empty()).then(|| (name.clone(), left))
+                })
+                .collect()
+        };
+        let (added, removed) = (without(new, &old), without(&old, new));
+        for group in endpoint.groups.into_iter().flatten() {
+            self.learn(group, &added);
+            self.forget(group, &removed);
+        }
+    }
+
+    fn learn(&mut self, group: GroupId, names: &Names) {
+        let Some(group) = self.groups.get_mut(&group) else { return };
+        for (name, address) in pairs(names) {
+            let net = IpNet::from(address);
+            if group.learned.add(name, address) {
+                self.prefixes.acquire(net);
+                group.stale_peers.extend(self.prefixes.number(net));
+            }
+        }
+    }
+
+    fn forget(&mut self, group: GroupId, names: &Names) {
+        let Some(group) = self.groups.get_mut(&group) else { return };
+        for (name, address) in pairs(names) {
+            let net = IpNet::from(address);
+            if group.learned.remove(name, address) {
+                group.stale_peers.extend(self.prefixes.number(net));
+                self.prefixes.release(net);
+            }
         }
     }
 
@@ -509,10 +566,17 @@ impl Repository {
     }
 
     fn prefixes_changed(&mut self, prefixes: &[(IpNet, u32)]) {
+        if prefixes.is_empty() {
+            return;
+        }
         for id in &self.cidr_users {
             let Some(section) = self.sections.get(id) else { continue };
+            // Each prefix looks up itself and the shorter ones, so that tens of thousands of
+            // prefixes in a policy of as many do not take the square of that.
+            let nets: HashSet<IpNet> = section.cidrs().map(|cidr| cidr.net.trunc()).collect();
             for (net, number) in prefixes {
-                if !section.cidrs().any(|cidr| cidr.net.contains(net)) {
+                let mut covering = successors(Some(net.trunc()), IpNet::supernet);
+                if !covering.any(|net| nets.contains(&net)) {
                     continue;
                 }
                 for group in &section.groups {
@@ -524,7 +588,15 @@ impl Repository {
         }
     }
 
-    fn leave_group(&mut self, group_id: GroupId, endpoint: EndpointId) {
+    fn join_group(&mut self, group_id: GroupId, endpoint: EndpointId, learned: &Names) {
+        self.learn(group_id, learned);
+        if let Some(group) = self.groups.get_mut(&group_id) {
+            group.endpoints.insert(endpoint);
+        }
+    }
+
+    fn leave_group(&mut self, group_id: GroupId, endpoint: EndpointId, learned: &Names) {
+        self.forget(group_id, learned);
         if let Some(group) = self.groups.get_mut(&group_id) {
             group.endpoints.remove(&endpoint);
             if group.endpoints.is_empty() {
@@ -538,7 +610,7 @@ impl Repository {
         let mut changed = BTreeSet::new();
         for id in std::mem::take(&mut self.stale_endpoints) {
             let Some(endpoint) = self.endpoints.get(&id) else { continue };
-            let old = endpoint.groups;
+            let (old, learned) = (endpoint.groups, endpoint.learned.clone());
             let new = Direction::BOTH
                 .map(|direction| self.group_key(endpoint, direction))
                 .map(|key| key.map(|key| self.group(key)));
@@ -546,11 +618,11 @@ impl Repository {
                 if old == new {
                     continue;
                 }
-                if let Some(group) = new.and_then(|group| self.groups.get_mut(&group)) {
-                    group.endpoints.insert(id);
+                if let Some(group) = new {
+                    self.join_group(group, id, &learned);
                 }
                 if let Some(group) = old {
-                    self.leave_group(group, id);
+                    self.leave_group(group, id, &learned);
                 }
             }
             if let Some(endpoint) = self.endpoints.get_mut(&id) {
@@ -598,8 +670,15 @@ impl Repository {
             self.use_section(section, id);
         }
         self.group_ids.insert(key.clone(), id);
+        let patterns = key
+            .sections
+            .iter()
+            .filter_map(|section| self.sections.get(section))
+            .flat_map(|section| section.fqdns().cloned());
+        let learned = Learned::new(patterns);
         let group = Group {
             key,
+            learned,
             endpoints: BTreeSet::new(),
             bits: Vec::new(),
             compiled: Arc::default(),
@@ -710,8 +789,9 @@ impl Repository {
             } else if ids.is_empty() {
                 continue;
             } else {
-                let (compiled, delta) =
-                    group.compiled.with_peers(&ids, &group.bits, &self.index, &self.prefixes);
+                let (index, prefixes, learned) = (&self.index, &self.prefixes, &group.learned);
+                let tables = PeerTables { index, prefixes, learned };
+                let (compiled, delta) = group.compiled.with_peers(&ids, &group.bits, &tables);
                 if delta.is_empty() {
                     continue;
                 }
@@ -757,8 +837,15 @@ impl Group {
             default_deny_by = policies;
             self.bits = section::bits(&[], &[], self.key.direction, false);
         }
-        self.compiled = Arc::new(compile::compile(&self.bits, default_deny_by, index, prefixes));
+        let tables = PeerTables { index, prefixes, learned: &self.learned };
+        self.compiled = Arc::new(compile::compile(&self.bits, default_deny_by, &tables));
     }
+}
+
+fn pairs(names: &Names) -> impl Iterator<Item = (&str, IpAddr)> {
+    names
+        .iter()
+        .flat_map(|(name, addresses)| addresses.iter().map(|address| (name.as_str(), *address)))
 }
 
 #[cfg(test)]

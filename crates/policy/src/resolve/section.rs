@@ -13,7 +13,10 @@ use super::{EndpointId, GroupId};
 use crate::{
     compile::{Bit, BitPeers, BitPorts, RuleInfo, RuleSource},
     index::{Index, SelectorId},
-    model::{self, Action, Cidr, Direction, Peer, Peers, PolicyRef, PortSpec, Ports, Rule},
+    l7::NamePattern,
+    model::{
+        self, Action, Application, Cidr, Direction, Peer, Peers, PolicyRef, PortSpec, Ports, Rule,
+    },
     pods::{Agreement, Numbers, Pods, PortName},
     prefix::{Prefixes, is_ipv4_mapped},
     selector::Selector,
@@ -90,6 +93,21 @@ impl Section {
 
     pub(super) fn cidrs(&self) -> impl Iterator<Item = &Cidr> {
         self.resolved.iter().flat_map(|entry| &entry.peers.cidrs)
+    }
+
+    /// Names whose addresses the entries speak of.
+    pub(super) fn fqdns(&self) -> impl Iterator<Item = &NamePattern> {
+        self.section
+            .entries
+            .iter()
+            .flat_map(|entry| match &entry.peers {
+                Peers::Any => &[],
+                Peers::List(list) => list.as_slice(),
+            })
+            .filter_map(|peer| match peer {
+                Peer::Fqdn(pattern) => Some(pattern),
+                _ => None,
+            })
     }
 
     /// Takes hold of the selectors and prefixes.
@@ -181,6 +199,7 @@ fn resolve_peers(action: Action, peers: &Peers, index: &mut Index) -> BitPeers {
                     resolved.cidrs.push(cidr);
                 }
             }
+            Peer::Fqdn(pattern) => resolved.fqdns.push(pattern.clone()),
             Peer::Entity(entity) => match entity.selectors() {
                 Some(list) => selectors.extend(list),
                 None => resolved.any = true,
@@ -196,11 +215,11 @@ fn resolve_peers(action: Action, peers: &Peers, index: &mut Index) -> BitPeers {
 fn static_ports(ports: &Ports) -> BitPorts {
     let mut resolved = BitPorts::default();
     match ports {
-        Ports::Any => resolved.any = true,
+        Ports::Any => return BitPorts::every(),
         Ports::List(list) => {
             for port in list {
                 match port.port {
-                    PortSpec::All => resolved.add_range(port.protocol, 0, u16::MAX),
+                    PortSpec::All => resolved.add_protocol(port.protocol),
                     PortSpec::Range(first, last) => resolved.add_range(port.protocol, first, last),
                     PortSpec::Named(_) => {}
                 }
@@ -280,13 +299,15 @@ pub(super) fn bits(
                     numbers.iter().for_each(|port| ports.add_range(protocol, *port, *port));
                 }
             }
-            rules.add(entry.action, &source, resolved.peers.clone(), ports);
+            let said = Said { action: entry.action, application: &entry.application, source };
+            rules.add(&said, resolved.peers.clone(), ports);
             if direction == Direction::Egress {
-                rules.add_named(entry.action, &source, resolved, &wanted);
+                rules.add_named(&said, resolved, &wanted);
             }
         }
     }
     let mut all = rules.deny;
+    all.extend(rules.redirect);
     all.extend(rules.allow);
     if open {
         let peers = BitPeers { any: true, ..BitPeers::default() };
@@ -296,59 +317,75 @@ pub(super) fn bits(
 }
 
 fn synthetic(source: RuleSource, peers: BitPeers) -> Bit {
+    let ports = BitPorts::every();
     Bit {
-        info: RuleInfo { action: Action::Allow, source, also: Vec::new() },
+        info: RuleInfo {
+            action: Action::Allow,
+            application: Application::Any,
+            ports: ports.named.clone(),
+            source,
+            also: Vec::new(),
+        },
         peers,
-        ports: BitPorts { any: true, prefixes: BTreeSet::new() },
+        ports,
     }
 }
 
-/// What makes two rules of the same action one.
-type Sameness = (Action, bool, Vec<SelectorId>, Vec<Cidr>, BitPorts);
+/// What an entry says of the traffic that it matches.
+struct Said<'a> {
+    action: Action,
+    application: &'a Application,
+    source: RuleSource,
+}
+
+/// What makes two rules one.
+type Sameness = (Action, Application, bool, Vec<SelectorId>, Vec<Cidr>, Vec<NamePattern>, BitPorts);
 
 #[derive(Default)]
 struct Rules {
     deny: Vec<Bit>,
+    redirect: Vec<Bit>,
     allow: Vec<Bit>,
     known: HashMap<Sameness, usize>,
 }
 
 impl Rules {
-    fn list(&mut self, action: Action) -> &mut Vec<Bit> {
-        match action {
+    fn list(&mut self, said: &Said<'_>) -> &mut Vec<Bit> {
+        match said.action {
             Action::Deny => &mut self.deny,
+            Action::Allow if said.application.needs_proxy() => &mut self.redirect,
             Action::Allow => &mut self.allow,
         }
     }
 
-    fn add(&mut self, action: Action, source: &RuleSource, peers: BitPeers, ports: BitPorts) {
-        let nobody = !peers.any && peers.selectors.is_empty() && peers.cidrs.is_empty();
-        if nobody && !peers.unknown || ports.is_empty() {
+    fn add(&mut self, said: &Said<'_>, peers: BitPeers, ports: BitPorts) {
+        if peers.is_nobody() || ports.is_empty() {
             return;
         }
-        let sameness =
-            (action, peers.any, peers.selectors.clone(), peers.cidrs.clone(), ports.clone());
+        let sameness = (
+            said.action,
+            said.application.clone(),
+            peers.any,
+            peers.selectors.clone(),
+            peers.cidrs.clone(),
+            peers.fqdns.clone(),
+            ports.clone(),
+        );
         if let Some(at) = self.known.get(&sameness).copied() {
-            if let Some(bit) = self.list(action).get_mut(at)
-                && bit.info.source != *source
-                && !bit.info.also.contains(source)
+            if let Some(bit) = self.list(said).get_mut(at)
+                && bit.info.source != said.source
+                && !bit.info.also.contains(&said.source)
             {
-                bit.info.also.push(source.clone());
+                bit.info.also.push(said.source.clone());
             }
             return;
         }
-        let at = self.list(action).len();
+        let at = self.list(said).len();
         self.known.insert(sameness, at);
-        self.push(action, source, peers, ports);
+        self.push(said, peers, ports);
     }
 
-    fn add_named(
-        &mut self,
-        action: Action,
-        source: &RuleSource,
-        resolved: &Resolved,
-        names: &BTreeSet<PortName>,
-    ) {
+    fn add_named(&mut self, said: &Said<'_>, resolved: &Resolved, names: &BTreeSet<PortName>) {
         for named in &resolved.named {
             let peers = BitPeers {
                 identities: named.identities.clone(),
@@ -357,22 +394,28 @@ impl Rules {
             };
             let mut ports = BitPorts::default();
             ports.add_range(named.protocol, named.port, named.port);
-            self.push(action, source, peers, ports);
+            self.push(said, peers, ports);
         }
         let anybody = resolved.peers.any || resolved.peers.unknown;
-        if action == Action::Deny && !names.is_empty() && anybody {
+        if said.action == Action::Deny && !names.is_empty() && anybody {
             // What the name means at a pod that is not known yet cannot be known either.
             let peers = BitPeers { unknown: true, ..BitPeers::default() };
             let mut ports = BitPorts::default();
             for (_, protocol) in names {
-                ports.add_range(*protocol, 0, u16::MAX);
+                ports.add_protocol(*protocol);
             }
-            self.push(action, source, peers, ports);
+            self.push(said, peers, ports);
         }
     }
 
-    fn push(&mut self, action: Action, source: &RuleSource, peers: BitPeers, ports: BitPorts) {
-        let info = RuleInfo { action, source: source.clone(), also: Vec::new() };
-        self.list(action).push(Bit { info, peers, ports });
+    fn push(&mut self, said: &Said<'_>, peers: BitPeers, ports: BitPorts) {
+        let info = RuleInfo {
+            action: said.action,
+            application: said.application.clone(),
+            ports: ports.named.clone(),
+            source: said.source.clone(),
+            also: Vec::new(),
+        };
+        self.list(said).push(Bit { info, peers, ports });
     }
 }

@@ -2,12 +2,14 @@
 
 use super::*;
 use crate::{
-    arbitrary::{self, Random, World},
+    arbitrary::{self, Packet, Random, World},
     compile::{Chunk, RuleSource},
-    evaluate::{End, Verdict, evaluate},
+    evaluate::{End, Verdict, evaluate, evaluate_inside},
+    l7::{Demand, HttpMatcher, HttpRule, Question, Secrets},
     label::Label,
     model::{
-        Action, Cidr, Entry, Peer, Peers, PolicyKind, PortMatch, PortSpec, Ports, Rule, Section,
+        Action, Application, Cidr, Entry, Peer, Peers, PolicyKind, PortMatch, PortSpec, Ports,
+        Rule, Section,
     },
     selector::{Key, Requirement},
 };
@@ -38,70 +40,140 @@ fn endpoint(end: &End) -> EndpointInfo {
     }
 }
 
-/// What the kernel would say with the tables of the repository.
-fn lookup(
-    repository: &Repository,
-    endpoint: EndpointId,
-    direction: Direction,
-    peer: &End,
+/// A packet's lookup in the tables of the repository.
+struct Lookup {
+    tables: Arc<CompiledPolicy>,
+    identity: u32,
+    prefix: u32,
     protocol: u8,
     port: u16,
-) -> Verdict {
-    let policy = repository.endpoint_policy(endpoint).expect("the endpoint is known");
-    let tables = match direction {
-        Direction::Ingress => policy.ingress,
-        Direction::Egress => policy.egress,
-    };
-    let GroupDirection::Enforced(_, tables) = tables else {
-        return Verdict { allowed: true, rule: None };
-    };
-    let prefix = repository.prefix_of(peer.address);
-    match tables.lookup(peer.identity, prefix, protocol, port) {
-        None => Verdict { allowed: false, rule: None },
-        Some(number) => {
-            let rule = tables.rule(number).expect("every bit has a rule");
-            let deny = tables.chunks[number as usize / 128].deny >> (number % 128) & 1 == 1;
-            assert_eq!(deny, rule.action == Action::Deny);
-            Verdict { allowed: !deny, rule: Some(rule.source.clone()) }
+}
+
+impl Lookup {
+    /// `None`: no tables are asked.
+    fn new(repository: &Repository, endpoint: EndpointId, packet: &Packet) -> Option<Self> {
+        let policy = repository.endpoint_policy(endpoint).expect("the endpoint is known");
+        let tables = match packet.direction {
+            Direction::Ingress => policy.ingress,
+            Direction::Egress => policy.egress,
+        };
+        let GroupDirection::Enforced(_, tables) = tables else { return None };
+        let Packet { peer, protocol, port, .. } = packet;
+        let prefix = repository.prefix_of(peer.address);
+        Some(Self { tables, identity: peer.identity, prefix, protocol: *protocol, port: *port })
+    }
+
+    /// What the kernel would say.
+    fn verdict(&self) -> Verdict {
+        let Self { tables, identity, prefix, protocol, port } = self;
+        let Some(number) = tables.lookup(*identity, *prefix, *protocol, *port) else {
+            return Verdict { allowed: false, proxied: false, rule: None };
+        };
+        let rule = tables.rule(number).expect("every bit has a rule");
+        let chunk = &tables.chunks[number as usize / 128];
+        let bit = |bitmap: u128| bitmap >> (number % 128) & 1 == 1;
+        assert_eq!(bit(chunk.deny), rule.action == Action::Deny);
+        assert_eq!(bit(chunk.redirect), rule.application.needs_proxy());
+        let (allowed, proxied) = (!bit(chunk.deny), bit(chunk.redirect));
+        Verdict { allowed, proxied, rule: Some(rule.source.clone()) }
+    }
+
+    /// What the proxy would say.
+    fn inside(&self, question: &Question<'_>) -> Option<RuleSource> {
+        let Self { tables, identity, prefix, protocol, port } = self;
+        match (tables.demand(*identity, *prefix, *protocol, *port), question) {
+            (Demand::Pass(rule), _) => Some(rule),
+            (Demand::Http(rules), Question::Http(request, secrets)) => {
+                let list: Vec<HttpRule> = rules.iter().map(|(_, rule)| rule.clone()).collect();
+                let found = HttpMatcher::new(&list, secrets).expect("checked").judge(request)?;
+                Some(rules[found.rule].0.clone())
+            }
+            (Demand::Dns(names), Question::Dns(name))
+            | (Demand::Tls(names), Question::Tls(Some(name))) => {
+                names.into_iter().find(|(_, one)| one.matches(name)).map(|(rule, _)| rule)
+            }
+            _ => None,
         }
     }
 }
 
+/// The rules that say something of an endpoint's own packets, and whether it is closed anyway:
+/// those with the same share what they learn.
+fn scope(world: &World, subject: &End) -> (bool, Vec<(PolicyRef, usize)>) {
+    let rules = world.policies.iter().flat_map(|policy| {
+        let selecting =
+            policy.rules.iter().enumerate().filter(|(_, rule)| {
+                rule.subject.matches(&subject.labels) && !rule.egress.is_empty()
+            });
+        selecting.map(|(n, _)| (policy.id.clone(), n))
+    });
+    (subject.identity == number::INIT, rules.collect())
+}
+
 #[test]
 fn tables_say_what_the_oracle_says() {
-    let mut pairs = 0;
+    let (mut pairs, mut proxied, mut admitted, mut by_name) = (0, 0, 0, 0);
+    let secrets = Secrets::default();
     for seed in 0..3000 {
         let mut random = Random::new(seed);
         let world = arbitrary::world(&mut random);
         let mut repository = repository(&world);
-        let packets: Vec<_> = (0..50).map(|_| world.packet(&mut random)).collect();
+        let mut packets: Vec<_> = (0..50).map(|_| world.packet(&mut random)).collect();
+        let learned: Vec<Names> =
+            packets.iter().map(|_| arbitrary::learned(&mut random, &world)).collect();
         let id = |n: usize| EndpointId(u32::try_from(n).expect("few"));
         for (n, packet) in packets.iter().enumerate() {
             repository.upsert_endpoint(id(n), endpoint(&packet.subject));
+            repository.set_learned(id(n), learned[n].clone());
         }
         repository.commit();
+        let scopes: Vec<_> = packets.iter().map(|packet| scope(&world, &packet.subject)).collect();
+        for (n, packet) in packets.iter_mut().enumerate() {
+            let same = (0..scopes.len()).filter(|other| scopes[*other] == scopes[n]);
+            let names = same.flat_map(|other| &learned[other]);
+            let of_peer = names.filter(|(_, found)| found.contains(&packet.peer.address));
+            packet.peer.names = of_peer.map(|(name, _)| name.clone()).collect();
+        }
         for (n, packet) in packets.iter().enumerate() {
-            let expected = evaluate(
-                &world.policies,
-                packet.direction,
-                &packet.subject,
-                &packet.peer,
-                packet.protocol,
-                packet.port,
-            );
-            let found = lookup(
-                &repository,
-                id(n),
-                packet.direction,
-                &packet.peer,
-                packet.protocol,
-                packet.port,
-            );
+            let Packet { direction, subject, peer, protocol, port } = packet;
+            let expected = evaluate(&world.policies, *direction, subject, peer, *protocol, *port);
+            let lookup = Lookup::new(&repository, id(n), packet);
+            let found = match &lookup {
+                Some(lookup) => lookup.verdict(),
+                None => Verdict { allowed: true, proxied: false, rule: None },
+            };
             assert_eq!(found, expected, "seed {seed}: {packet:#?}\n{:#?}", world.policies);
             pairs += 1;
+            let nameless = End { names: BTreeSet::new(), ..peer.clone() };
+            by_name += usize::from(
+                evaluate(&world.policies, *direction, subject, &nameless, *protocol, *port)
+                    != expected,
+            );
+            let Some(lookup) = lookup.filter(|_| expected.proxied) else { continue };
+            for _ in 0..4 {
+                let question = arbitrary::question(&mut random, &secrets);
+                let expected = evaluate_inside(
+                    &world.policies,
+                    *direction,
+                    subject,
+                    peer,
+                    *protocol,
+                    *port,
+                    &question,
+                );
+                let found = lookup.inside(&question);
+                let context = (packet, &question, &world.policies);
+                assert_eq!(found, expected.rule, "seed {seed}: {context:#?}");
+                assert_eq!(found.is_some(), expected.allowed);
+                proxied += 1;
+                admitted += usize::from(expected.allowed);
+            }
         }
     }
     assert!(pairs >= 100_000);
+    println!("{proxied} questions, {admitted} admitted; {by_name} verdicts made by a name");
+    assert!(proxied > 10_000 && admitted > proxied / 20 && admitted < proxied / 20 * 19);
+    assert!(by_name > 500, "names must count");
 }
 
 /// Tables with the networks themselves in place of their numbers.
@@ -121,12 +193,12 @@ fn canonical(repository: &Repository, policy: &CompiledPolicy) -> String {
             })
             .collect();
         format!(
-            "{} {} {} {peers:?} {:?}",
-            chunk.default_peers, chunk.default_ports, chunk.deny, chunk.ports
+            "{} {} {} {} {peers:?} {:?}",
+            chunk.default_peers, chunk.default_ports, chunk.deny, chunk.redirect, chunk.ports
         )
     };
     let chunks: Vec<String> = policy.chunks.iter().map(chunk).collect();
-    format!("{chunks:?} {:?} {:?}", policy.rules, policy.default_deny_by)
+    format!("{chunks:?} {:?} {:?} {:?}", policy.rules, policy.default_deny_by, policy.fqdns)
 }
 
 /// Applies changes as the writer of the kernel's tables does.
@@ -163,10 +235,11 @@ fn any_sequence_of_events_leads_to_the_tables_made_from_scratch() {
         let mut repository = Repository::new();
         let mut tables = BTreeMap::new();
         let mut endpoints: BTreeMap<EndpointId, EndpointInfo> = BTreeMap::new();
+        let mut learned: BTreeMap<EndpointId, Names> = BTreeMap::new();
         let all = std::mem::take(&mut world.pods);
         let mut known = std::mem::take(&mut world.identities);
         for _ in 0..80 {
-            match random.below(10) {
+            match random.below(12) {
                 0 | 1 => {
                     let n = random.below(4);
                     let policy = arbitrary::policy(&mut random, n);
@@ -208,10 +281,19 @@ fn any_sequence_of_events_leads_to_the_tables_made_from_scratch() {
                         world.pods.push(pod);
                     }
                 }
+                8 | 9 => {
+                    let id = EndpointId(u32::try_from(random.below(5)).expect("few"));
+                    let names = arbitrary::learned(&mut random, &world);
+                    if endpoints.contains_key(&id) {
+                        learned.insert(id, names.clone());
+                    }
+                    repository.set_learned(id, names);
+                }
                 _ => {
                     let id = EndpointId(u32::try_from(random.below(5)).expect("few"));
                     if random.once_in(3) {
                         endpoints.remove(&id);
+                        learned.remove(&id);
                         repository.remove_endpoint(id);
                     } else {
                         let info = endpoint(random.pick(&all));
@@ -234,6 +316,9 @@ fn any_sequence_of_events_leads_to_the_tables_made_from_scratch() {
         let mut fresh = super::tests::repository(&world);
         for (id, info) in &endpoints {
             fresh.upsert_endpoint(*id, info.clone());
+        }
+        for (id, names) in learned {
+            fresh.set_learned(id, names);
         }
         fresh.commit();
         let nets = |repository: &Repository| -> Vec<IpNet> {
@@ -281,7 +366,13 @@ fn policy(name: &str, entries: Vec<Entry>) -> Policy {
 
 fn allow(peers: Peers, port: u16, path: &str) -> Entry {
     let port = PortMatch { protocol: 6, port: PortSpec::Range(port, port) };
-    Entry { action: Action::Allow, peers, ports: Ports::List(vec![port]), path: path.into() }
+    Entry {
+        action: Action::Allow,
+        peers,
+        ports: Ports::List(vec![port]),
+        application: Application::Any,
+        path: path.into(),
+    }
 }
 
 fn pod(identity: u32) -> EndpointInfo {
@@ -381,4 +472,40 @@ fn an_endpoint_without_known_labels_is_closed_both_ways() {
     };
     assert_eq!(ingress.lookup(256, 0, 6, 80), None);
     assert_eq!(ingress.rules[0].source, RuleSource::AllowLocalhost);
+}
+
+/// As large as an object may be: nothing may take the square of that.
+#[test]
+fn a_policy_of_very_many_networks_is_a_matter_of_seconds() {
+    let nets = (0u32..40_000).map(|n| {
+        let net = format!("10.{}.{}.0/24", n / 200, n % 200);
+        Peer::Cidr(Cidr { net: net.parse().unwrap(), except: Vec::new(), matches_pods: false })
+    });
+    let mut policy = arbitrary::policy(&mut Random::new(1), 0);
+    policy.rules.truncate(1);
+    policy.rules[0].subject = Selector::default();
+    policy.rules[0].ingress = Section {
+        default_deny: true,
+        entries: vec![Entry {
+            action: Action::Allow,
+            peers: Peers::List(nets.collect()),
+            ports: Ports::Any,
+            application: Application::Any,
+            path: "spec.ingress[0]".into(),
+        }],
+    };
+    let mut repository = Repository::new();
+    repository.upsert_endpoint(
+        EndpointId(1),
+        EndpointInfo { identity: 1000, labels: Labels::default(), named_ports: Vec::new() },
+    );
+    let begun = std::time::Instant::now();
+    repository.upsert_policy(policy.clone());
+    let changes = repository.commit();
+    assert_eq!(changes.prefixes_added.len(), 40_000);
+    repository.acknowledge_prefixes();
+    repository.remove_policy(&policy.id);
+    repository.commit();
+    repository.acknowledge_prefixes();
+    assert!(begun.elapsed() < std::time::Duration::from_secs(30), "{:?}", begun.elapsed());
 }

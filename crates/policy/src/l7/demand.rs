@@ -1,0 +1,77 @@
+use super::{HttpRule, NamePattern};
+use crate::{
+    compile::{CompiledPolicy, RuleInfo, RuleSource},
+    model::{Action, Application},
+};
+
+/// What the rules of one end ask of a connection, all that match it taken together.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Demand {
+    /// Nothing passes: a rule denies it, or (`None`) no rule allows it.
+    Deny(Option<RuleSource>),
+    /// Everything passes, whatever is inside.
+    Pass(RuleSource),
+    /// It is HTTP, and these requests pass.
+    Http(Vec<(RuleSource, HttpRule)>),
+    /// It is DNS, and questions for these names pass.
+    Dns(Vec<(RuleSource, NamePattern)>),
+    /// It is TLS, and connections to these server names pass.
+    Tls(Vec<(RuleSource, NamePattern)>),
+}
+
+impl CompiledPolicy {
+    /// What the rules ask of a connection with a peer (its identity and the number of its policy
+    /// prefix, 0 if none).
+    ///
+    /// A deny decides. Rules that allow add up: one that asks nothing lets everything pass, still
+    /// as what the first of the others says it is. It has to speak of exactly this port, or of no
+    /// port at all: a range that contains the port among others opens nothing that a rule for the
+    /// port closes. Names are more careful: for DNS the port has to be named, and a server name
+    /// has to be given as soon as one rule asks for it.
+    #[must_use]
+    pub fn demand(&self, identity: u32, prefix: u32, protocol: u8, port: u16) -> Demand {
+        let rules: Vec<&RuleInfo> = self
+            .matching(identity, prefix, protocol, port)
+            .filter_map(|number| self.rule(number))
+            .collect();
+        let Some(first) = rules.first() else { return Demand::Deny(None) };
+        let source = first.source.clone();
+        if first.action == Action::Deny {
+            return Demand::Deny(Some(source));
+        }
+        let named = |rule: &RuleInfo| rule.ports.names(protocol, port);
+        let widens = |rule: &RuleInfo| named(rule) || rule.ports.is_every(protocol);
+        match first.application {
+            Application::Any => Demand::Pass(source),
+            Application::Http(_) => Demand::Http(gather(&rules, |rule| match &rule.application {
+                Application::Http(list) => list.clone(),
+                Application::Any if widens(rule) => vec![HttpRule::default()],
+                _ => Vec::new(),
+            })),
+            Application::Dns(_) => Demand::Dns(gather(&rules, |rule| match &rule.application {
+                Application::Dns(list) => list.clone(),
+                Application::Any if named(rule) || rule.source == RuleSource::NoDefaultDeny => {
+                    vec![NamePattern::everything()]
+                }
+                _ => Vec::new(),
+            })),
+            Application::Tls(_) => {
+                // Without default deny, what is no TLS passes too.
+                if rules.iter().any(|rule| rule.source == RuleSource::NoDefaultDeny) {
+                    return Demand::Pass(RuleSource::NoDefaultDeny);
+                }
+                Demand::Tls(gather(&rules, |rule| match &rule.application {
+                    Application::Tls(list) => list.clone(),
+                    _ => Vec::new(),
+                }))
+            }
+        }
+    }
+}
+
+fn gather<T>(rules: &[&RuleInfo], asks: impl Fn(&RuleInfo) -> Vec<T>) -> Vec<(RuleSource, T)> {
+    rules
+        .iter()
+        .flat_map(|rule| asks(rule).into_iter().map(|what| (rule.source.clone(), what)))
+        .collect()
+}

@@ -1,0 +1,367 @@
+use std::{collections::BTreeMap, fmt};
+
+use serde::{Deserialize, Serialize};
+
+use super::pattern::{Case, Compiled, Pattern, PatternError};
+
+/// Matches a request if all that it says is true of it; the default matches every request.
+#[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct HttpRule {
+    /// The method, whose letters have a case.
+    pub method: Option<Pattern>,
+    /// Path and query.
+    pub path: Option<Pattern>,
+    /// The host that the client asks for, with its port if it names one or without; letters have
+    /// no case.
+    pub host: Option<Pattern>,
+    /// The headers.
+    pub headers: Vec<HeaderRule>,
+}
+
+impl fmt::Display for HttpRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let Self { method, path, host, headers } = self;
+        let mut said: Vec<String> = Vec::new();
+        said.extend(method.as_ref().map(Pattern::to_string));
+        said.extend(path.as_ref().map(Pattern::to_string));
+        said.extend(host.as_ref().map(|host| format!("to host {host}")));
+        said.extend(
+            headers
+                .iter()
+                .filter(|header| header.mismatch == Mismatch::Fail)
+                .map(|header| format!("with header {header}")),
+        );
+        if said.is_empty() {
+            return f.write_str("any request");
+        }
+        f.write_str(&said.join(" "))
+    }
+}
+
+/// What one header has to be.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct HeaderRule {
+    /// Name, lower case.
+    pub name: String,
+    /// The value of every header of this name; `None`: one is there, whatever it says.
+    pub value: Option<HeaderValue>,
+    /// What becomes of a request of which that is not true.
+    pub mismatch: Mismatch,
+}
+
+impl fmt::Display for HeaderRule {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match &self.value {
+            None => f.write_str(&self.name),
+            Some(HeaderValue::Text(text)) => write!(f, "{}: {text}", self.name),
+            Some(HeaderValue::Secret(secret)) => write!(f, "{} as in {secret}", self.name),
+        }
+    }
+}
+
+/// The value of a header.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum HeaderValue {
+    /// This one.
+    Text(String),
+    /// What a secret holds; while it is not there, no header equals it.
+    Secret(SecretRef),
+}
+
+/// Names a value in a `Secret`.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub struct SecretRef {
+    /// Namespace.
+    pub namespace: String,
+    /// Name.
+    pub name: String,
+    /// Key; `None`: the only one.
+    pub key: Option<String>,
+}
+
+impl fmt::Display for SecretRef {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Secret {}/{}", self.namespace, self.name)
+    }
+}
+
+/// What becomes of a request whose header is not as a rule says.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+pub enum Mismatch {
+    /// The rule does not match.
+    Fail,
+    /// The rule matches all the same, and the access log says so.
+    Log,
+    /// A header with the value is added.
+    Add,
+    /// The headers that differ are removed.
+    Delete,
+    /// The headers are replaced by one with the value.
+    Replace,
+}
+
+/// Values of the secrets that rules refer to.
+#[derive(Clone, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(from = "Vec<(SecretRef, String)>", into = "Vec<(SecretRef, String)>")]
+pub struct Secrets(BTreeMap<SecretRef, String>);
+
+impl Secrets {
+    /// A value, if it is there.
+    #[must_use]
+    pub fn get(&self, secret: &SecretRef) -> Option<&str> {
+        self.0.get(secret).map(String::as_str)
+    }
+}
+
+impl FromIterator<(SecretRef, String)> for Secrets {
+    fn from_iter<T: IntoIterator<Item = (SecretRef, String)>>(pairs: T) -> Self {
+        Self(pairs.into_iter().collect())
+    }
+}
+
+impl From<Vec<(SecretRef, String)>> for Secrets {
+    fn from(pairs: Vec<(SecretRef, String)>) -> Self {
+        pairs.into_iter().collect()
+    }
+}
+
+impl From<Secrets> for Vec<(SecretRef, String)> {
+    fn from(secrets: Secrets) -> Self {
+        secrets.0.into_iter().collect()
+    }
+}
+
+impl fmt::Debug for Secrets {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.debug_set().entries(self.0.keys()).finish()
+    }
+}
+
+/// A request, as the proxy understood it and is about to send it on.
+#[derive(Clone, Copy, Debug)]
+pub struct HttpRequest<'a> {
+    /// Method.
+    pub method: &'a str,
+    /// Path and query, normalised.
+    pub target: &'a str,
+    /// Host that the client asks for, with the port if the client named one.
+    pub host: &'a str,
+    /// Headers, names in lower case.
+    pub headers: &'a [(&'a str, &'a [u8])],
+}
+
+/// Which rule lets a request pass.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Match {
+    /// Its place in the list.
+    pub rule: usize,
+    /// What has to be done to the request, of all rules that match it.
+    pub edits: Vec<HeaderEdit>,
+}
+
+/// What has to be done to a header.
+#[derive(Clone, PartialEq, Eq)]
+pub struct HeaderEdit {
+    /// Name, lower case.
+    pub name: String,
+    /// What.
+    pub change: HeaderChange,
+}
+
+/// What has to be done to the headers of one name. Values may be secret: never log them.
+#[derive(Clone, PartialEq, Eq)]
+pub enum HeaderChange {
+    /// Say in the access log that they differ.
+    Log,
+    /// Add one with this value.
+    Add(String),
+    /// Remove them, but for those with this value.
+    Remove {
+        /// The value.
+        except: Option<String>,
+    },
+    /// Remove them and add one with this value.
+    Replace(String),
+}
+
+impl fmt::Debug for HeaderEdit {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let word = match &self.change {
+            HeaderChange::Log => "log",
+            HeaderChange::Add(_) => "add",
+            HeaderChange::Remove { .. } => "remove",
+            HeaderChange::Replace(_) => "replace",
+        };
+        write!(f, "{word} {}", self.name)
+    }
+}
+
+/// Why rules cannot be made ready to match.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+#[error("rule {rule}: {error}")]
+pub struct L7Error {
+    /// Its place in the list.
+    pub rule: usize,
+    /// What is wrong.
+    pub error: PatternError,
+}
+
+/// Rules, ready to match.
+#[derive(Clone, Debug)]
+pub struct HttpMatcher {
+    rules: Vec<Ready>,
+    /// Whether any rule may change a request: then all of them have to be asked.
+    edits: bool,
+}
+
+#[derive(Clone, Debug)]
+struct Ready {
+    method: Option<Compiled>,
+    path: Option<Compiled>,
+    host: Option<Compiled>,
+    headers: Vec<ReadyHeader>,
+}
+
+#[derive(Clone)]
+struct ReadyHeader {
+    name: String,
+    value: Wanted,
+    mismatch: Mismatch,
+}
+
+#[derive(Clone)]
+enum Wanted {
+    Anything,
+    Value(String),
+    /// The secret is not there.
+    Nothing,
+}
+
+impl fmt::Debug for ReadyHeader {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} ({:?})", self.name, self.mismatch)
+    }
+}
+
+impl HttpMatcher {
+    /// Makes rules ready.
+    ///
+    /// # Errors
+    /// If a pattern does not compile.
+    pub fn new(rules: &[HttpRule], secrets: &Secrets) -> Result<Self, L7Error> {
+        let ready = rules
+            .iter()
+            .enumerate()
+            .map(|(n, rule)| Ready::new(rule, secrets).map_err(|error| L7Error { rule: n, error }));
+        let edits = |header: &HeaderRule| header.mismatch != Mismatch::Fail;
+        Ok(Self {
+            rules: ready.collect::<Result<_, _>>()?,
+            edits: rules.iter().flat_map(|rule| &rule.headers).any(edits),
+        })
+    }
+
+    /// The first rule that matches a request; `None` denies it.
+    #[must_use]
+    pub fn judge(&self, request: &HttpRequest<'_>) -> Option<Match> {
+        let mut found: Option<Match> = None;
+        for (rule, ready) in self.rules.iter().enumerate() {
+            let Some(edits) = ready.judge(request) else { continue };
+            let found = found.get_or_insert_with(|| Match { rule, edits: Vec::new() });
+            if !self.edits {
+                break;
+            }
+            for edit in edits {
+                if !found.edits.contains(&edit) {
+                    found.edits.push(edit);
+                }
+            }
+        }
+        found
+    }
+}
+
+impl Ready {
+    fn new(rule: &HttpRule, secrets: &Secrets) -> Result<Self, PatternError> {
+        let compile = |pattern: &Option<Pattern>, case| {
+            pattern.as_ref().map(|pattern| Compiled::new(pattern.as_str(), case)).transpose()
+        };
+        let header = |rule: &HeaderRule| ReadyHeader {
+            name: rule.name.clone(),
+            value: match &rule.value {
+                None => Wanted::Anything,
+                Some(HeaderValue::Text(text)) => Wanted::Value(text.clone()),
+                Some(HeaderValue::Secret(secret)) => secrets
+                    .get(secret)
+                    .map_or(Wanted::Nothing, |value| Wanted::Value(value.to_owned())),
+            },
+            mismatch: rule.mismatch,
+        };
+        Ok(Self {
+            method: compile(&rule.method, Case::Sensitive)?,
+            path: compile(&rule.path, Case::Sensitive)?,
+            host: compile(&rule.host, Case::Ignored)?,
+            headers: rule.headers.iter().map(header).collect(),
+        })
+    }
+
+    /// What has to be done to a request that matches.
+    fn judge(&self, request: &HttpRequest<'_>) -> Option<Vec<HeaderEdit>> {
+        let matches = |pattern: &Option<Compiled>, text: &str| {
+            pattern.as_ref().is_none_or(|pattern| pattern.matches(text.as_bytes()))
+        };
+        let plain = matches(&self.method, request.method)
+            && matches(&self.path, request.target)
+            && (matches(&self.host, request.host)
+                || matches(&self.host, without_port(request.host)));
+        if !plain {
+            return None;
+        }
+        let mut edits = Vec::new();
+        for header in &self.headers {
+            if header.is_satisfied(request.headers) {
+                continue;
+            }
+            let change = header.change()?;
+            edits.push(HeaderEdit { name: header.name.clone(), change });
+        }
+        Some(edits)
+    }
+}
+
+impl ReadyHeader {
+    /// Whether the header is there, and none of its name says anything else.
+    fn is_satisfied(&self, headers: &[(&str, &[u8])]) -> bool {
+        let mut own = headers.iter().filter(|(name, _)| *name == self.name).peekable();
+        let there = own.peek().is_some();
+        there
+            && match &self.value {
+                Wanted::Anything => true,
+                Wanted::Nothing => false,
+                Wanted::Value(value) => own.all(|(_, found)| *found == value.as_bytes()),
+            }
+    }
+
+    /// What a mismatch asks for; `None`: the rule does not match. Without a value there is
+    /// nothing to add.
+    fn change(&self) -> Option<HeaderChange> {
+        let value = match &self.value {
+            Wanted::Value(value) => Some(value.clone()),
+            Wanted::Anything | Wanted::Nothing => None,
+        };
+        match self.mismatch {
+            Mismatch::Fail => None,
+            Mismatch::Log => Some(HeaderChange::Log),
+            Mismatch::Add => value.map(HeaderChange::Add),
+            Mismatch::Delete => Some(HeaderChange::Remove { except: value }),
+            Mismatch::Replace => value.map(HeaderChange::Replace),
+        }
+    }
+}
+
+/// A host without its port; an IPv6 address keeps its brackets.
+fn without_port(host: &str) -> &str {
+    match host.rsplit_once(':') {
+        Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
+        _ => host,
+    }
+}

@@ -1,0 +1,188 @@
+use std::{fmt, sync::Arc};
+
+use regex_automata::{meta::Regex, util::syntax};
+use regex_syntax::hir::{Hir, HirKind, Look};
+use serde::{Deserialize, Serialize};
+
+/// Bytes that a compiled pattern may take.
+const SIZE_LIMIT: usize = 256 << 10;
+/// Bytes of a pattern's text.
+const LENGTH_LIMIT: usize = 4096;
+
+/// A regular expression over a whole string, in linear time: `/a` does not match `/ab`. Classes
+/// such as `\d` and `\w` are ASCII, as in RE2.
+#[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
+#[serde(try_from = "String", into = "String")]
+pub struct Pattern(String);
+
+/// Why a text is no pattern.
+#[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
+pub enum PatternError {
+    /// It is no regular expression.
+    #[error("not a regular expression: {0}")]
+    Syntax(String),
+    /// It would take too much memory.
+    #[error("the regular expression is too large: {0}")]
+    TooLarge(String),
+}
+
+impl Pattern {
+    /// Checks a text.
+    ///
+    /// # Errors
+    /// If it does not compile, or takes too much memory when it does.
+    pub fn new(text: &str) -> Result<Self, PatternError> {
+        Compiled::new(text, Case::Sensitive)?;
+        Ok(Self(text.to_owned()))
+    }
+
+    /// The text.
+    #[must_use]
+    pub fn as_str(&self) -> &str {
+        &self.0
+    }
+}
+
+impl fmt::Display for Pattern {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(&self.0)
+    }
+}
+
+impl TryFrom<String> for Pattern {
+    type Error = PatternError;
+
+    fn try_from(text: String) -> Result<Self, PatternError> {
+        Self::new(&text)
+    }
+}
+
+impl From<Pattern> for String {
+    fn from(pattern: Pattern) -> Self {
+        pattern.0
+    }
+}
+
+/// Whether letters differ by their case.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(super) enum Case {
+    Sensitive,
+    Ignored,
+}
+
+/// A pattern that is ready to match.
+#[derive(Clone, Debug)]
+pub(super) enum Compiled {
+    /// Most patterns are plain words.
+    Literal(Box<[u8]>, Case),
+    Regex(Arc<Regex>),
+}
+
+impl Compiled {
+    pub(super) fn new(text: &str, case: Case) -> Result<Self, PatternError> {
+        if text.len() > LENGTH_LIMIT {
+            let message = format!("{} characters, at most {LENGTH_LIMIT} are allowed", text.len());
+            return Err(PatternError::TooLarge(message));
+        }
+        let config = syntax::Config::new()
+            .unicode(false)
+            .utf8(false)
+            .case_insensitive(case == Case::Ignored)
+            .nest_limit(100);
+        let hir = syntax::parse_with(text, &config)
+            .map_err(|error| PatternError::Syntax(one_line(&error.to_string())))?;
+        if let Some(word) = literal(&hir) {
+            return Ok(Self::Literal(word, case));
+        }
+        // Built from the parsed form: no text can break out of the anchors.
+        let whole = Hir::concat(vec![Hir::look(Look::Start), hir, Hir::look(Look::End)]);
+        Regex::builder()
+            .configure(Regex::config().nfa_size_limit(Some(SIZE_LIMIT)).utf8_empty(false))
+            .build_from_hir(&whole)
+            .map(|regex| Self::Regex(Arc::new(regex)))
+            .map_err(|error| PatternError::TooLarge(one_line(&error.to_string())))
+    }
+
+    pub(super) fn matches(&self, text: &[u8]) -> bool {
+        match self {
+            Self::Literal(word, Case::Sensitive) => **word == *text,
+            Self::Literal(word, Case::Ignored) => word.eq_ignore_ascii_case(text),
+            Self::Regex(regex) => regex.is_match(text),
+        }
+    }
+}
+
+/// Without a regular expression, the text that alone matches.
+fn literal(hir: &Hir) -> Option<Box<[u8]>> {
+    match hir.kind() {
+        HirKind::Empty => Some(Box::default()),
+        HirKind::Literal(word) => Some(word.0.clone()),
+        _ => None,
+    }
+}
+
+/// The parser points at the place with several lines; the last one says what is wrong.
+fn one_line(message: &str) -> String {
+    let last = message.lines().last().unwrap_or_default();
+    last.trim_start_matches("error: ").to_owned()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn matches(pattern: &str, text: &str) -> bool {
+        Compiled::new(pattern, Case::Sensitive).is_ok_and(|found| found.matches(text.as_bytes()))
+    }
+
+    #[test]
+    fn the_whole_text_has_to_match() {
+        for (pattern, yes, no) in [
+            ("/public", "/public", "/public?x=1"),
+            ("/public", "/public", "x/public"),
+            ("/a|/ab", "/ab", "/abc"),
+            ("GET|PUT", "PUT", "GETPUT"),
+            ("^/a$", "/a", "/a\n"),
+            ("(?m)^/a$", "/a", "/a\n/b"),
+            ("/a.c", "/abc", "/a\nc"),
+            ("[0-9]+", "12", "1\u{663}"),
+            (r"\d", "1", "\u{663}"),
+            (r"\w+", "a_1", "é"),
+            ("(?i)/A", "/a", "/b"),
+            ("", "", "x"),
+            ("(?x) /a # )|.*", "/a", "/b"),
+        ] {
+            assert!(matches(pattern, yes), "{pattern} {yes}");
+            assert!(!matches(pattern, no), "{pattern} {no}");
+        }
+    }
+
+    #[test]
+    fn what_does_not_compile_or_is_too_large_is_refused() {
+        for text in ["[", "(", "a)|(b", "*", r"(\w)\1", "(?=a)", r"\p{Nonsense}"] {
+            assert!(matches!(Pattern::new(text), Err(PatternError::Syntax(_))), "{text}");
+        }
+        let long = "a".repeat(LENGTH_LIMIT + 1);
+        for text in [long.as_str(), "(a{1000}){1000}", "((a{100}){100}){100}"] {
+            assert!(matches!(Pattern::new(text), Err(PatternError::TooLarge(_))), "{text:.20}");
+        }
+        let nested = format!("{}a{}", "(".repeat(500), ")".repeat(500));
+        assert!(Pattern::new(&nested).is_err());
+    }
+
+    #[test]
+    fn a_pattern_read_back_is_checked_again() {
+        let json = serde_json::to_string(&Pattern::new("/a+").unwrap()).unwrap();
+        assert_eq!(serde_json::from_str::<Pattern>(&json).unwrap().as_str(), "/a+");
+        assert!(serde_json::from_str::<Pattern>("\"[\"").is_err());
+    }
+
+    #[test]
+    fn no_pattern_takes_more_than_linear_time() {
+        let evil = Compiled::new("(a+)+b", Case::Sensitive).unwrap();
+        let text = "a".repeat(64 << 10);
+        let start = std::time::Instant::now();
+        assert!(!evil.matches(text.as_bytes()));
+        assert!(start.elapsed() < std::time::Duration::from_millis(500));
+    }
+}
