@@ -3,7 +3,9 @@
 //! a program.
 
 use std::{
+    collections::{BTreeSet, HashSet},
     fs, io,
+    net::IpAddr,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -41,7 +43,9 @@ const SOCKET_PROGRAMS: [&str; 8] = [
     "getpeername4",
     "getpeername6",
 ];
-const PACKET_PROGRAMS: [&str; 4] = ["from_pod", "to_pod", "from_net", "clock_probe"];
+/// Those on the host side of a pod's veth.
+const POD_PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
+const PACKET_PROGRAMS: [&str; 5] = ["from_pod", "to_pod", "from_net", "to_net", "clock_probe"];
 
 /// Where a node keeps its eBPF objects.
 #[derive(Clone, Debug)]
@@ -129,12 +133,13 @@ impl Datapath {
         self.attach(interface, "to_pod", TcAttachType::Egress)
     }
 
-    /// Attaches the uplink program. Repeating it is harmless.
+    /// Attaches the uplink programs. Repeating it is harmless.
     ///
     /// # Errors
     /// [`LoadError::Attach`] or [`LoadError::Pin`].
     pub fn attach_uplink(&self, interface: &str) -> Result<(), LoadError> {
-        self.attach(interface, "from_net", TcAttachType::Ingress)
+        self.attach(interface, "from_net", TcAttachType::Ingress)?;
+        self.attach(interface, "to_net", TcAttachType::Egress)
     }
 
     /// Removes the pins of an interface that is gone or about to go.
@@ -142,7 +147,7 @@ impl Datapath {
     /// # Errors
     /// The pins cannot be removed.
     pub fn detach_endpoint(&self, interface: &str) -> io::Result<()> {
-        for program in ["from_pod", "to_pod"] {
+        for program in POD_PROGRAMS {
             match fs::remove_file(self.pin(program, interface)) {
                 Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
                 _ => {}
@@ -160,10 +165,13 @@ impl Datapath {
         )
     }
 
-    /// Whether the uplink program is attached to the interface.
+    /// Whether both uplink programs are attached to the interface.
     #[must_use]
     pub fn is_uplink_attached(&self, interface: &str) -> bool {
-        self.has_programs(interface, &[("from_net", TcAttachType::Ingress)])
+        self.has_programs(
+            interface,
+            &[("from_net", TcAttachType::Ingress), ("to_net", TcAttachType::Egress)],
+        )
     }
 
     fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {
@@ -179,19 +187,19 @@ impl Datapath {
         })
     }
 
-    /// Interfaces that have pins of ours.
+    /// Interfaces of pods that have pins, be they gone.
     ///
     /// # Errors
     /// The directory cannot be read.
-    pub fn attached_interfaces(&self) -> io::Result<Vec<String>> {
-        let mut interfaces = Vec::new();
+    pub fn pinned_interfaces(&self) -> io::Result<HashSet<String>> {
+        let mut interfaces = HashSet::new();
         for entry in fs::read_dir(&self.links)? {
             let name = entry?.file_name().to_string_lossy().into_owned();
-            if let Some(interface) = name.strip_prefix("from_pod-") {
-                interfaces.push(interface.to_owned());
-            }
+            let interface = POD_PROGRAMS.iter().find_map(|program| {
+                name.strip_prefix(program).and_then(|rest| rest.strip_prefix('-'))
+            });
+            interfaces.extend(interface.map(str::to_owned));
         }
-        interfaces.sort();
         Ok(interfaces)
     }
 
@@ -214,6 +222,15 @@ impl Datapath {
     pub fn collect_flows(&self) -> Result<FlowStats, LoadError> {
         let now = jiffies(&mut self.lock())?;
         Ok(self.maps.collect_flows(now, monotonic_nanos()))
+    }
+
+    /// The pairs of addresses that have a live flow, the lower address first.
+    ///
+    /// # Errors
+    /// The kernel's clock cannot be read.
+    pub fn live_pairs(&self) -> Result<BTreeSet<(IpAddr, IpAddr)>, LoadError> {
+        let now = jiffies(&mut self.lock())?;
+        Ok(self.maps.live_pairs(now))
     }
 
     /// Counters of the data path.

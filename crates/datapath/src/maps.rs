@@ -1,6 +1,10 @@
 //! The pinned maps, typed.
 
-use std::sync::{Mutex, MutexGuard, PoisonError};
+use std::{
+    collections::BTreeSet,
+    net::IpAddr,
+    sync::{Mutex, MutexGuard, PoisonError},
+};
 
 use aya::{
     Ebpf,
@@ -122,6 +126,27 @@ impl Maps {
         stats
     }
 
+    /// The pairs of addresses that have a flow that does not expire before `now` (low 32 bits of
+    /// the jiffies), the lower address first.
+    pub(crate) fn live_pairs(&self, now: u32) -> BTreeSet<(IpAddr, IpAddr)> {
+        let tables = self.lock();
+        let is_live = |flow: &FlowValue| flow.expires.wrapping_sub(now).cast_signed() >= 0;
+        let mut pairs = BTreeSet::new();
+        for (Wire(key), Wire(flow)) in tables.flows4.iter().flat_map(|flows| flows.iter()).flatten()
+        {
+            if is_live(&flow) {
+                pairs.insert((IpAddr::from(key.low), IpAddr::from(key.high)));
+            }
+        }
+        for (Wire(key), Wire(flow)) in tables.flows6.iter().flat_map(|flows| flows.iter()).flatten()
+        {
+            if is_live(&flow) {
+                pairs.insert((IpAddr::from(key.low), IpAddr::from(key.high)));
+            }
+        }
+        pairs
+    }
+
     pub(crate) fn metrics(&self) -> Result<Metrics, MapError> {
         let tables = self.lock();
         let mut slots = Vec::with_capacity(METRICS_LEN as usize);
@@ -193,7 +218,7 @@ fn collect<K>(
         if revived || flows.remove(&key).is_err() {
             continue;
         }
-        let hidden = flow_flags::CLOSE_LOGGED | flow_flags::TRANSLATED;
+        let hidden = flow_flags::CLOSE_LOGGED | flow_flags::TRANSLATED | flow_flags::UPSTREAM;
         if flow.flags & hidden == 0 {
             stats.closed.push(close(&key.0, &flow));
         }

@@ -2,7 +2,9 @@
 //! One lookup, two array reads, counters, out. Whatever is unusual goes to [`crate::slow`].
 
 use aya_ebpf::{bindings::__sk_buff, helpers::generated::bpf_redirect_peer};
-use palisade_abi::{EventKind, FlowKey4, FlowKey6, FlowValue, event_flags, flow_flags, protocol};
+use palisade_abi::{
+    EventKind, FlowKey4, FlowKey6, FlowValue, event_flags, flow_direction, flow_flags, protocol,
+};
 
 use crate::{
     Hook, clock, event, flow,
@@ -28,6 +30,10 @@ pub trait Family {
     /// `header` points at [`Family::HEADER`] readable bytes.
     unsafe fn key(header: *const u8, ports: [u16; 2], protocol: u8) -> (Self::Key, Side);
     fn find(key: &Self::Key, tcp: bool) -> Option<*mut FlowValue>;
+    /// The key of what the proxy opened in the name of that flow's opener.
+    fn upstream(key: Self::Key) -> Self::Key;
+    /// Source and destination of a packet.
+    fn ends(key: &Self::Key, side: Side) -> (palisade_abi::Address, palisade_abi::Address);
     /// Fills addresses and ports of an event in the direction of the packet.
     fn describe(key: &Self::Key, side: Side, event: &mut palisade_abi::Event);
 }
@@ -76,6 +82,19 @@ impl Family for V4 {
     }
 
     #[inline(always)]
+    fn upstream(key: FlowKey4) -> FlowKey4 {
+        FlowKey4 { direction: flow_direction::UPSTREAM, ..key }
+    }
+
+    #[inline(always)]
+    fn ends(key: &FlowKey4, side: Side) -> (palisade_abi::Address, palisade_abi::Address) {
+        match side {
+            Side::Low => (mapped(key.low), mapped(key.high)),
+            Side::High => (mapped(key.high), mapped(key.low)),
+        }
+    }
+
+    #[inline(always)]
     fn describe(key: &FlowKey4, side: Side, event: &mut palisade_abi::Event) {
         let (low, high) = (mapped(key.low), mapped(key.high));
         describe(event, side, (low, key.low_port), (high, key.high_port));
@@ -107,6 +126,19 @@ impl Family for V6 {
     }
 
     #[inline(always)]
+    fn upstream(key: FlowKey6) -> FlowKey6 {
+        FlowKey6 { direction: flow_direction::UPSTREAM, ..key }
+    }
+
+    #[inline(always)]
+    fn ends(key: &FlowKey6, side: Side) -> (palisade_abi::Address, palisade_abi::Address) {
+        match side {
+            Side::Low => (key.low, key.high),
+            Side::High => (key.high, key.low),
+        }
+    }
+
+    #[inline(always)]
     fn describe(key: &FlowKey6, side: Side, event: &mut palisade_abi::Event) {
         event.flags |= event_flags::IPV6;
         describe(event, side, (key.low, key.low_port), (key.high, key.high_port));
@@ -130,9 +162,20 @@ fn describe(
     event.destination_port = u16::from_be(destination.1);
 }
 
-/// The verdict, or nothing where the slow path has to look.
+/// A usual packet.
+pub struct Seen<K> {
+    pub key: K,
+    pub side: Side,
+    pub protocol: u8,
+    pub tcp_flags: u8,
+    /// Bytes from the IP header on.
+    pub length: u32,
+    pub ports: [u16; 2],
+}
+
+/// Reads a packet, unless it is unusual or opens a flow.
 #[inline(always)]
-pub fn fast<F: Family>(skb: *mut __sk_buff, hook: Hook) -> Option<i32> {
+pub fn look<F: Family>(skb: *mut __sk_buff) -> Option<Seen<F::Key>> {
     // SAFETY: a live context; every access below is inside what `data_end` allows, as the
     // verifier proves.
     unsafe {
@@ -160,12 +203,24 @@ pub fn fast<F: Family>(skb: *mut __sk_buff, hook: Hook) -> Option<i32> {
         }
         let ports = [at::<u16>(l4 as *const u8, 0), at::<u16>(l4 as *const u8, 2)];
         let (key, side) = F::key(header as *const u8, ports, proto);
+        Some(Seen { key, side, protocol: proto, tcp_flags, length, ports })
+    }
+}
+
+/// The verdict, or nothing where the slow path has to look.
+#[inline(always)]
+pub fn fast<F: Family>(skb: *mut __sk_buff, hook: Hook) -> Option<i32> {
+    let Seen { key, side, protocol, tcp_flags, length, .. } = look::<F>(skb)?;
+    let tcp = protocol == protocol::TCP;
+    // SAFETY: live map values and a live context.
+    unsafe {
         let flow = &mut *F::find(&key, tcp)?;
         let now = clock::now();
-        if flow.flags & flow_flags::TRANSLATED != 0
-            || clock::passed(flow.expires, now)
-            || !flow::fresh(flow)
-        {
+        if flow.flags & (flow_flags::TRANSLATED | flow_flags::PROXIED) != 0 {
+            let proxied = flow.flags & flow_flags::TRANSLATED == 0;
+            return proxied.then_some(crate::PROXIED);
+        }
+        if clock::passed(flow.expires, now) || !flow::fresh(flow) {
             return None;
         }
         let opener = flow::from_opener(flow, side);
@@ -185,7 +240,7 @@ pub fn fast<F: Family>(skb: *mut __sk_buff, hook: Hook) -> Option<i32> {
             0
         };
         if flow::advance(flow, opener, length, tcp, tcp_flags, now) {
-            closed::<F>(flow, &key, side, opener, proto, tcp_flags, hook);
+            closed::<F>(flow, &key, side, opener, protocol, tcp_flags, hook);
         }
         Some(if target == 0 { TC_ACT_OK } else { bpf_redirect_peer(target, 0) as i32 })
     }

@@ -2,7 +2,7 @@
 //! ends together with the revisions that they were made under.
 
 use palisade_abi::{
-    Address, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_flags, limits, protocol,
+    Address, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_direction, flow_flags, limits, protocol,
 };
 
 use crate::{
@@ -150,6 +150,16 @@ impl Key {
         self.v4 = key;
         self.v4.direction = direction(packet.kind, side);
         side
+    }
+
+    /// Becomes the key of what the proxy opened in the name of that flow's opener.
+    #[inline(always)]
+    pub fn set_upstream(&mut self) {
+        if self.ipv6 {
+            self.v6.direction = flow_direction::UPSTREAM;
+        } else {
+            self.v4.direction = flow_direction::UPSTREAM;
+        }
     }
 
     #[inline(never)]

@@ -1,7 +1,7 @@
 //! Palisade's eBPF programs. Entry points only; what they do is in the modules.
 //!
 //! A pod's veth has `from_pod` at the ingress and `to_pod` at the egress of its host side; the
-//! uplink has `from_net`; the node's cgroup has the socket programs. One loaded program serves
+//! uplink has `from_net` and `to_net`; the node's cgroup has the socket programs. One loaded program serves
 //! every pod: which one it is follows from the interface.
 #![no_std]
 #![no_main]
@@ -15,6 +15,8 @@ mod maps;
 mod net;
 mod packet;
 mod policy;
+mod proxied;
+mod proxy;
 mod refuse;
 mod service;
 mod slow;
@@ -37,6 +39,8 @@ pub enum Hook {
     FromPod,
     /// It enters an endpoint from the node's stack.
     ToPod,
+    /// It leaves the node.
+    ToNet,
 }
 
 #[classifier]
@@ -51,6 +55,8 @@ pub fn to_pod(context: TcContext) -> i32 {
 
 /// `TC_ACT_UNSPEC`: no program of ours returns it to the kernel.
 const UNDECIDED: i32 = -1;
+/// No action: the flow goes through the proxy.
+const PROXIED: i32 = -2;
 
 // Functions of their own: their stack is free again when the slow path needs it.
 #[inline(never)]
@@ -71,12 +77,43 @@ fn pod(skb: *mut __sk_buff, hook: Hook) -> i32 {
         ETH_P_IPV6 => fast_ipv6(skb, hook),
         _ => UNDECIDED,
     };
+    let verdict = if verdict == PROXIED { proxied(skb, hook) } else { verdict };
     if verdict == UNDECIDED { slow::slow(skb, hook) } else { verdict }
+}
+
+#[inline(never)]
+fn proxied_ipv4(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    proxied::proxied::<fast::V4>(skb, hook, false).unwrap_or(UNDECIDED)
+}
+
+#[inline(never)]
+fn proxied_ipv6(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    proxied::proxied::<fast::V6>(skb, hook, true).unwrap_or(UNDECIDED)
+}
+
+#[inline(always)]
+fn proxied(skb: *mut __sk_buff, hook: Hook) -> i32 {
+    // SAFETY: a live context.
+    match unsafe { (*skb).protocol } {
+        ETH_P_IP => proxied_ipv4(skb, hook),
+        ETH_P_IPV6 => proxied_ipv6(skb, hook),
+        _ => UNDECIDED,
+    }
 }
 
 #[classifier]
 pub fn from_net(context: TcContext) -> i32 {
     net::from_net(context.as_ptr().cast())
+}
+
+#[classifier]
+pub fn to_net(context: TcContext) -> i32 {
+    let skb = context.as_ptr().cast();
+    if !proxy::sent(skb) {
+        return slow::TC_ACT_OK;
+    }
+    let verdict = proxied(skb, Hook::ToNet);
+    if verdict == UNDECIDED { slow::slow(skb, Hook::ToNet) } else { verdict }
 }
 
 #[classifier]

@@ -25,17 +25,22 @@ pub struct Query {
     pub protocol: u8,
 }
 
+/// An answer of [`judge`]: let the flow pass.
+pub const ALLOW: u32 = 0;
+/// An answer of [`judge`]: let the flow pass through the proxy. No [`DropReason`] has this number.
+pub const REDIRECT: u32 = 256;
+
 /// The walk over a table's chunks.
 #[repr(C)]
 struct Walk {
     query: Query,
-    /// 0: allowed; else the number of a [`DropReason`].
+    /// As of [`judge`].
     answer: u32,
     denied: u32,
 }
 
-/// Zero: allowed; else the number of a [`DropReason`], of which `denied` is the one for default
-/// deny and deny rules.
+/// [`ALLOW`], [`REDIRECT`], or the number of a [`DropReason`], of which `denied` is the one for
+/// default deny and deny rules.
 #[inline(always)]
 pub fn judge(query: &mut Query, denied: DropReason) -> u32 {
     let asked = u32::from(query.protocol) << 16 | u32::from(query.port);
@@ -54,7 +59,7 @@ pub fn judge(query: &mut Query, denied: DropReason) -> u32 {
 extern "C" fn policy_judge(table: u32, identity: u32, prefix: u32, asked: u32, denied: u32) -> u64 {
     let answer = |rule: u32, answer: u32| u64::from(rule) << 32 | u64::from(answer);
     if table == TABLE_ALLOW_ALL {
-        return answer(RULE_NONE, 0);
+        return answer(RULE_NONE, ALLOW);
     }
     if table == TABLE_NONE {
         return answer(RULE_NONE, DropReason::PolicyMissing as u32);
@@ -96,13 +101,16 @@ extern "C" fn ask_chunk(index: u64, walk: *mut Walk) -> i64 {
         let low = peers[0] & ports[0];
         let high = peers[1] & ports[1];
         if low | high != 0 {
-            let (bit, deny) = if low != 0 {
-                (low.trailing_zeros(), low & low.wrapping_neg() & head.deny[0])
+            let (word, hit) = if low != 0 { (0, low) } else { (1, high) };
+            let first = hit & hit.wrapping_neg();
+            walk.query.rule = chunk * CHUNK_RULES + word * 64 + hit.trailing_zeros();
+            walk.answer = if first & head.deny[word as usize] != 0 {
+                walk.denied
+            } else if first & head.redirect[word as usize] != 0 {
+                REDIRECT
             } else {
-                (64 + high.trailing_zeros(), high & high.wrapping_neg() & head.deny[1])
+                ALLOW
             };
-            walk.query.rule = chunk * CHUNK_RULES + bit;
-            walk.answer = if deny != 0 { walk.denied } else { 0 };
             return STOP;
         }
     }

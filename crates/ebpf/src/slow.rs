@@ -21,11 +21,13 @@ use crate::{
     packet::{ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, SYN, load, unmapped},
     policy,
     policy::Query,
+    proxy,
+    proxy::Leg,
     refuse, service,
     service::{Choice, End},
 };
 
-const TC_ACT_OK: i32 = 0;
+pub const TC_ACT_OK: i32 = 0;
 const TC_ACT_SHOT: i32 = 2;
 
 /// Who stands behind an address.
@@ -48,11 +50,23 @@ pub struct Scratch {
     service: Address,
     service_port: u16,
     translated: bool,
+    /// The proxy sent it.
+    from_proxy: bool,
+    /// It belongs to what the proxy opened.
+    upstream: bool,
+    /// Policy wants the proxy between the ends.
+    redirected: bool,
+    /// The flow goes through the proxy.
+    proxied: bool,
+    /// The packet is of a flow that lives.
+    covered: bool,
     quiet: bool,
     rejudged: bool,
     reply: bool,
     side: Side,
     hook: Hook,
+    /// The endpoint at the hook, where there is one.
+    own: Peer,
     source_shard: Shard,
     destination_shard: Shard,
     key: Key,
@@ -91,6 +105,7 @@ pub fn slow(skb: *mut __sk_buff, hook: Hook) -> i32 {
         &mut *scratch
     };
     s.hook = hook;
+    s.from_proxy = hook != Hook::FromPod && proxy::sent(skb);
     match decide(skb, s) {
         Ok(action) => action,
         Err(reason) => {
@@ -127,6 +142,34 @@ fn opens_tcp(packet: &Packet) -> bool {
 
 #[inline(always)]
 fn decide(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
+    if s.hook == Hook::FromPod
+        && let Some(leg) = proxy::again(skb)
+    {
+        read(skb, s)?;
+        return proxy::give(skb, &s.packet, leg);
+    }
+    if s.hook == Hook::ToNet {
+        read(skb, s)?;
+    } else if at_pod(skb, s)? {
+        return Ok(TC_ACT_OK);
+    }
+    judge(skb, s)
+}
+
+#[inline(always)]
+fn read(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
+    // SAFETY: a live context.
+    match unsafe { (*skb).protocol } {
+        ETH_P_IP => packet::read(skb, &mut s.packet, ETH_LEN, false, false),
+        ETH_P_IPV6 => packet::read(skb, &mut s.packet, ETH_LEN, true, false),
+        _ => Err(DropReason::ForbiddenProtocol),
+    }
+}
+
+/// Reads a packet at an endpoint and guards it. True: upkeep of the link, which passes without
+/// judgement.
+#[inline(never)]
+fn at_pod(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
     let hook = s.hook;
     // SAFETY: a live context.
     let (ifindex, ethertype) = unsafe { ((*skb).ifindex, (*skb).protocol) };
@@ -142,33 +185,28 @@ fn decide(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
     if hook == Hook::FromPod {
         guard::source_mac(skb, row)?;
     }
-    match ethertype {
-        ETH_P_IP => packet::read(skb, &mut s.packet, ETH_LEN, false, false)?,
-        ETH_P_IPV6 => packet::read(skb, &mut s.packet, ETH_LEN, true, false)?,
-        ETH_P_ARP if hook == Hook::FromPod => {
+    if ethertype == ETH_P_ARP {
+        if hook == Hook::FromPod {
             guard::arp(skb, row)?;
-            return Ok(TC_ACT_OK);
         }
-        ETH_P_ARP => return Ok(TC_ACT_OK),
-        _ => return Err(DropReason::ForbiddenProtocol),
+        return Ok(true);
     }
-    match hook {
-        Hook::FromPod => {
-            if leaving(skb, s, row)? {
-                return Ok(TC_ACT_OK);
-            }
+    read(skb, s)?;
+    if hook == Hook::FromPod {
+        if leaving(skb, s, row)? {
+            return Ok(true);
         }
-        Hook::ToPod => {
-            if guard::icmpv6_to(&s.packet) {
-                return Ok(TC_ACT_OK);
-            }
-            if !owns(row, &s.packet.destination, s.packet.ipv6) {
-                s.quiet = guard::is_group_or_link(&s.packet);
-                return Err(DropReason::UnknownEndpoint);
-            }
+    } else {
+        if guard::icmpv6_to(&s.packet) {
+            return Ok(true);
+        }
+        if !owns(row, &s.packet.destination, s.packet.ipv6) {
+            s.quiet = guard::is_group_or_link(&s.packet);
+            return Err(DropReason::UnknownEndpoint);
         }
     }
-    judge(skb, s, own, row)
+    (s.own.row, s.own.identity) = (own, row.identity);
+    Ok(false)
 }
 
 #[inline(always)]
@@ -213,12 +251,7 @@ fn leaving(skb: *mut __sk_buff, s: &mut Scratch, row: &EndpointRow) -> Result<bo
 }
 
 #[inline(always)]
-fn judge(
-    skb: *mut __sk_buff,
-    s: &mut Scratch,
-    own: u32,
-    row: &EndpointRow,
-) -> Result<i32, DropReason> {
+fn judge(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
     if s.hook == Hook::FromPod {
         translate(skb, s)?;
     }
@@ -228,32 +261,28 @@ fn judge(
     s.destination_shard = Shard::of(&s.packet.destination);
     find_peer(&s.packet.source, &mut s.source);
     find_peer(&s.packet.destination, &mut s.destination);
-    let me = if s.hook == Hook::FromPod { &mut s.source } else { &mut s.destination };
-    me.row = own;
-    me.identity = row.identity;
+    let own = s.own;
+    if own.row != ROW_NONE {
+        let me = if s.hook == Hook::FromPod { &mut s.source } else { &mut s.destination };
+        (me.row, me.identity) = (own.row, own.identity);
+    }
 
     if s.packet.kind == Kind::IcmpError {
-        if related(skb, s)? {
-            return deliver(s);
+        match related(skb, s)? {
+            Relation::Flow => return deliver(s),
+            Relation::Proxy => return to_proxy(skb, s, Leg::Server),
+            Relation::None => s.packet.kind = Kind::IcmpOther,
         }
-        s.packet.kind = Kind::IcmpOther;
     }
 
     s.side = s.key.set(&s.packet);
     let opening = opens_tcp(&s.packet);
-    let known = s.key.find();
-    if let Some(known) = known {
+    let known = entry(s, opening)?;
+    if s.covered {
+        let flow = known.ok_or(DropReason::NoFlow)?;
         // SAFETY: a live map value; concurrent writers only move counters and timers.
-        let flow = unsafe { &mut *known };
-        let alive = !clock::passed(flow.expires, clock::now());
-        if alive && !opening && !reopens(s, flow) {
-            follow(skb, s, flow)?;
-            return deliver(s);
-        }
-        let established = flow.flags & (flow_flags::REPLIED | flow_flags::CLOSING);
-        if alive && opening && established == flow_flags::REPLIED && collides(s, flow) {
-            return Err(DropReason::TranslationCollision);
-        }
+        follow(skb, s, unsafe { &mut *flow })?;
+        return go_on(skb, s);
     }
     // Only a SYN opens a TCP flow, and an answer opens nothing. A late packet of the far end would
     // otherwise open a flow of its own, and what policy denies would return in it as a reply.
@@ -262,7 +291,89 @@ fn judge(
         return Err(DropReason::NoFlow);
     }
     open(s, known)?;
-    deliver(s)
+    go_on(skb, s)
+}
+
+/// The entry of the packet's flow, whose key `s` then has, and in `s.covered` whether it lives and
+/// the packet is of it.
+///
+/// A proxied flow has two: the proxy may speak to the server from the client's own address and
+/// port. What the proxy sends is of its own flow unless it answers a client, and nobody but the
+/// proxy answers a proxied client.
+#[inline(never)]
+fn entry(s: &mut Scratch, opening: bool) -> Result<Option<*mut FlowValue>, DropReason> {
+    let known = s.key.find();
+    let mut answered = false;
+    if let Some(known) = known {
+        // SAFETY: a live map value; concurrent writers only move counters and timers.
+        let flow = unsafe { &*known };
+        let alive = !clock::passed(flow.expires, clock::now());
+        let established = flow.flags & (flow_flags::REPLIED | flow_flags::CLOSING);
+        if alive
+            && opening
+            && !s.from_proxy
+            && established == flow_flags::REPLIED
+            && collides(s, flow)
+        {
+            return Err(DropReason::TranslationCollision);
+        }
+        s.covered = alive && !opening && !reopens(s, flow);
+        answered =
+            s.covered && flow.flags & flow_flags::PROXIED != 0 && !flow::from_opener(flow, s.side);
+    }
+    let may_answer_proxy = !s.covered && !opening && has_ports(&s.packet);
+    if s.from_proxy == answered && (s.from_proxy || !may_answer_proxy) {
+        return Ok(known);
+    }
+    s.key.set_upstream();
+    let upstream = s.key.find();
+    s.covered = !opening && covers_proxy(s, upstream);
+    s.upstream = s.covered || s.from_proxy;
+    if s.upstream {
+        return Ok(upstream);
+    }
+    if answered {
+        return Err(DropReason::ProxyBypassed);
+    }
+    s.key.set(&s.packet);
+    Ok(known)
+}
+
+/// Whether it is of a protocol that the proxy speaks.
+#[inline(always)]
+fn has_ports(packet: &Packet) -> bool {
+    matches!(packet.protocol, protocol::TCP | protocol::UDP)
+}
+
+/// Whether the packet belongs to a living flow of the proxy's, in the direction that its sender
+/// must have.
+#[inline(always)]
+fn covers_proxy(s: &Scratch, upstream: Option<*mut FlowValue>) -> bool {
+    let Some(upstream) = upstream else { return false };
+    // SAFETY: a live map value.
+    let flow = unsafe { &*upstream };
+    !clock::passed(flow.expires, clock::now()) && flow::from_opener(flow, s.side) == s.from_proxy
+}
+
+/// Where a packet goes that passes.
+#[inline(always)]
+fn go_on(skb: *mut __sk_buff, s: &Scratch) -> Result<i32, DropReason> {
+    if s.from_proxy {
+        return Ok(TC_ACT_OK);
+    }
+    if s.upstream {
+        return to_proxy(skb, s, Leg::Server);
+    }
+    if s.proxied { to_proxy(skb, s, Leg::Client) } else { deliver(s) }
+}
+
+/// On to the proxy of this node. Only an ingress can give a packet to a socket.
+#[inline(always)]
+fn to_proxy(skb: *mut __sk_buff, s: &Scratch, leg: Leg) -> Result<i32, DropReason> {
+    if s.hook == Hook::FromPod {
+        return proxy::give(skb, &s.packet, leg);
+    }
+    Ok(proxy::send_round(skb, leg))
 }
 
 /// A packet of a flow that is alive.
@@ -281,9 +392,10 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
         rejudge(s, opener, flow)?;
         event::count(metric_index::FLOWS_REJUDGED, 0);
     }
+    s.proxied = flow.flags & flow_flags::PROXIED != 0;
     let tcp = s.packet.protocol == protocol::TCP;
     let length = s.packet.length;
-    if flow::advance(flow, opener, length, tcp, s.packet.tcp_flags, now) {
+    if flow::advance(flow, opener, length, tcp, s.packet.tcp_flags, now) && !s.upstream {
         s.flow = *flow;
         closed(s, opener);
     }
@@ -332,6 +444,13 @@ fn rejudge(s: &mut Scratch, from_opener: bool, flow: &mut FlowValue) -> Result<(
     {
         return Err(DropReason::NoFlow);
     }
+    if s.redirected && flow.flags & (flow_flags::PROXIED | flow_flags::UPSTREAM) == 0 {
+        // The proxy knows nothing of the connection: its client has to open another.
+        if s.packet.protocol != protocol::UDP || !from_opener {
+            return Err(DropReason::ProxyBypassed);
+        }
+        flow.flags |= flow_flags::PROXIED;
+    }
     flow.opener_identity = opener.identity;
     flow.other_identity = other.identity;
     flow.shard_revision = shard_revision;
@@ -364,15 +483,21 @@ fn verdict(s: &mut Scratch, from_opener: bool, port: u16) -> Result<(), DropReas
         if from_opener { (s.source, s.destination) } else { (s.destination, s.source) };
     s.egress.rule = RULE_NONE;
     s.ingress.rule = RULE_NONE;
+    s.redirected = false;
     if flow::endpoint_row(opener.row) != ROW_NONE {
         let row = valid_row(opener.row)?;
         s.egress.table = row.egress_table;
-        ask(&mut s.egress, &other, s.packet.protocol, port, DropReason::EgressDenied)?;
+        s.redirected =
+            ask(&mut s.egress, &other, s.packet.protocol, port, DropReason::EgressDenied)?;
     }
     if flow::endpoint_row(other.row) != ROW_NONE {
         let row = valid_row(other.row)?;
         s.ingress.table = row.ingress_table;
-        ask(&mut s.ingress, &opener, s.packet.protocol, port, DropReason::IngressDenied)?;
+        s.redirected |=
+            ask(&mut s.ingress, &opener, s.packet.protocol, port, DropReason::IngressDenied)?;
+    }
+    if s.redirected && !has_ports(&s.packet) {
+        return Err(DropReason::ProxyBypassed);
     }
     Ok(())
 }
@@ -386,6 +511,7 @@ fn valid_row(row: u32) -> Result<&'static EndpointRow, DropReason> {
     Ok(row)
 }
 
+/// Whether the policy wants the proxy in between.
 #[inline(always)]
 fn ask(
     query: &mut Query,
@@ -393,13 +519,14 @@ fn ask(
     protocol: u8,
     port: u16,
     denied: DropReason,
-) -> Result<(), DropReason> {
+) -> Result<bool, DropReason> {
     query.identity = peer.identity;
     query.prefix = peer.prefix;
     query.protocol = protocol;
     query.port = port;
     match policy::judge(query, denied) {
-        0 => Ok(()),
+        policy::ALLOW => Ok(false),
+        policy::REDIRECT => Ok(true),
         reason if reason == DropReason::PolicyMissing as u32 => Err(DropReason::PolicyMissing),
         _ => Err(denied),
     }
@@ -430,6 +557,12 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
     if s.translated {
         flags |= flow_flags::TRANSLATED;
     }
+    if s.upstream {
+        flags |= flow_flags::UPSTREAM;
+    } else if s.redirected {
+        flags |= flow_flags::PROXIED;
+        s.proxied = true;
+    }
     s.flow = FlowValue {
         flags,
         opener_row: source_row,
@@ -449,7 +582,8 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
     if s.key.insert(&s.flow) != 0 {
         return Err(DropReason::FlowTableFull);
     }
-    if !retransmitted {
+    // What the proxy opens is told by what its client opened.
+    if !retransmitted && !s.upstream {
         event::count(metric_index::FLOWS_CREATED, 0);
         record(EventKind::Open, s, 0);
     }
@@ -465,9 +599,21 @@ fn is_retransmission(known: Option<*mut FlowValue>, flags: u32, now: u32) -> boo
     known.flags == flags && !clock::passed(known.expires, now)
 }
 
+/// What an ICMP error is about.
+#[derive(Clone, Copy, PartialEq, Eq)]
+#[repr(u32)]
+enum Relation {
+    /// Nothing that lives here, or its sender has no say in it.
+    None,
+    /// A flow between two ends.
+    Flow,
+    /// A connection of the proxy.
+    Proxy,
+}
+
 /// Whether an ICMP error is about a flow that lives, sent by an end of it or by a router.
 #[inline(never)]
-fn related(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
+fn related(skb: *mut __sk_buff, s: &mut Scratch) -> Result<Relation, DropReason> {
     let version: u8 = load(skb, s.packet.l4 + 8)?;
     let ipv6 = version >> 4 == 6;
     if ipv6 != s.packet.ipv6 {
@@ -477,18 +623,35 @@ fn related(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
     packet::read(skb, &mut s.quoted, offset, ipv6, true)?;
     // The error goes to whoever sent the quoted packet.
     if s.quoted.source != s.packet.destination {
-        return Ok(false);
+        return Ok(Relation::None);
     }
     let from_end = s.quoted.destination == s.packet.source;
     let from_pod = s.hook == Hook::FromPod || s.source.identity >= identity::CLUSTER_MIN;
     if from_pod && !from_end {
-        return Ok(false);
+        return Ok(Relation::None);
     }
     s.key.set(&s.quoted);
-    let Some(flow) = s.key.find() else { return Ok(false) };
+    match relation(&s.key) {
+        Relation::None if has_ports(&s.quoted) => {
+            s.key.set_upstream();
+            Ok(relation(&s.key))
+        }
+        relation => Ok(relation),
+    }
+}
+
+#[inline(always)]
+fn relation(key: &Key) -> Relation {
+    let Some(flow) = key.find() else { return Relation::None };
     // SAFETY: a live map value.
     let flow = unsafe { &*flow };
-    Ok(!clock::passed(flow.expires, clock::now()) && flow::fresh(flow))
+    if clock::passed(flow.expires, clock::now()) || !flow::fresh(flow) {
+        return Relation::None;
+    }
+    if flow.flags & (flow_flags::PROXIED | flow_flags::UPSTREAM) != 0 {
+        return Relation::Proxy;
+    }
+    Relation::Flow
 }
 
 /// Sends a packet to a Service address on to a backend.
@@ -632,6 +795,9 @@ fn record(kind: EventKind, s: &mut Scratch, reason: u8) {
         }
         if s.rejudged {
             event.flags |= event_flags::REJUDGED;
+        }
+        if s.proxied {
+            event.flags |= event_flags::PROXIED;
         }
     });
 }

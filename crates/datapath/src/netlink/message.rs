@@ -19,6 +19,7 @@ use rtnetlink::packet_route::route::{
     RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
     RouteType,
 };
+use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
@@ -159,6 +160,51 @@ pub(super) fn delete_route(route: &Route) -> Call {
         message: RouteNetlinkMessage::DelRoute(route_message(route)),
         flags: 0,
         ignore: &[Errno::SRCH],
+    }
+}
+
+/// A route that delivers everything of the family of `unspecified` locally.
+pub(super) fn local_route(unspecified: IpAddr, ifindex: u32, table: u32) -> Call {
+    let mut message = RouteMessage::default();
+    message.header = RouteHeader {
+        address_family: family(unspecified),
+        table: RouteHeader::RT_TABLE_UNSPEC,
+        protocol: RouteProtocol::from(ROUTE_PROTOCOL),
+        scope: RouteScope::Host,
+        kind: RouteType::Local,
+        ..RouteHeader::default()
+    };
+    message.attributes = vec![RouteAttribute::Table(table), RouteAttribute::Oif(ifindex)];
+    Call {
+        what: format!("add a local route to table {table}"),
+        message: RouteNetlinkMessage::NewRoute(message),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        ignore: &[],
+    }
+}
+
+/// A rule: packets of the family of `unspecified` whose mark is `mark` under `mask` use `table`.
+pub(super) fn mark_rule(
+    unspecified: IpAddr,
+    (mark, mask): (u32, u32),
+    table: u32,
+    priority: u32,
+) -> Call {
+    let mut message = RuleMessage::default();
+    message.header.family = family(unspecified);
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(priority),
+        RuleAttribute::FwMark(mark),
+        RuleAttribute::FwMask(mask),
+        RuleAttribute::Table(table),
+        RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)),
+    ];
+    Call {
+        what: format!("add a rule for mark {mark:#x} to table {table}"),
+        message: RouteNetlinkMessage::NewRule(message),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        ignore: &[Errno::EXIST],
     }
 }
 

@@ -8,6 +8,7 @@ mod message;
 mod namespace;
 mod pod;
 mod socket;
+mod steer;
 mod sysctl;
 #[cfg(test)]
 mod tests;
