@@ -20,7 +20,6 @@ use crate::flow::Flow;
 pub const SOCKET: &str = "admin.sock";
 
 /// A question.
-#[expect(clippy::large_enum_variant, reason = "one request lives for one question")]
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
 pub enum Request {
@@ -46,6 +45,8 @@ pub enum Request {
         #[serde(default, skip_serializing_if = "Option::is_none")]
         endpoint: Option<String>,
     },
+    /// Whether something would pass, and why: [`Response::Explanation`].
+    Explain(Explain),
     /// Flows: a line of [`Response::Flow`] each.
     Observe(Observe),
     /// The names of all tables: [`Response::Tables`].
@@ -57,6 +58,72 @@ pub enum Request {
     },
     /// Prometheus text: [`Response::Metrics`].
     Metrics,
+}
+
+/// Would this pass?
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explain {
+    /// The sender: `namespace/pod`, the beginning of that, or an address.
+    pub from: String,
+    /// The receiver, likewise.
+    pub to: String,
+    /// IP protocol number.
+    pub protocol: u8,
+    /// The receiver's port, or the ICMP type.
+    pub port: u16,
+    /// What is asked for inside the connection; without it only the connection is judged.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub inside: Option<Inside>,
+}
+
+/// What is asked for inside a connection.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum Inside {
+    /// A request of HTTP.
+    Http {
+        /// Method.
+        method: String,
+        /// Path and query.
+        target: String,
+        /// Host, empty where nobody cares.
+        host: String,
+    },
+    /// A question of DNS for a name.
+    Dns(String),
+    /// TLS for a server name.
+    Tls(String),
+}
+
+/// Whether something would pass, and why.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Explanation {
+    /// The sender that was meant.
+    pub from: String,
+    /// The receiver that was meant.
+    pub to: String,
+    /// Both ends agree to it.
+    pub allowed: bool,
+    /// What the policies of each end say; an end that is no pod has none.
+    pub ends: Vec<ExplainedEnd>,
+}
+
+/// What the policies of one end say.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct ExplainedEnd {
+    /// `egress` of the sender, or `ingress` of the receiver.
+    pub direction: String,
+    /// They agree to it.
+    pub allowed: bool,
+    /// The proxy sees the connection.
+    pub proxied: bool,
+    /// The verdict and its ground, in words.
+    pub verdict: String,
+    /// Rules that match, in the order of their precedence; the first one decides.
+    pub rules: Vec<RuleState>,
+    /// Where no rule allows it: what the nearest one allows.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nearest: Option<String>,
 }
 
 /// Which flows to tell.
@@ -114,6 +181,8 @@ pub enum Response {
     Identity(Identity),
     /// To [`Request::PolicyGet`].
     Policy(Box<PolicyReport>),
+    /// To [`Request::Explain`].
+    Explanation(Box<Explanation>),
     /// To [`Request::Observe`], one per flow.
     Flow(Box<Flow>),
     /// To [`Request::Observe`]: so many flows were lost here because the reader was slow.

@@ -13,6 +13,10 @@ pub const GROUP: &str = "cilium.io";
 /// The only version.
 pub const VERSION: &str = "v2";
 
+/// Annotation of a `CiliumIdentity` that nobody uses, with the time since when. An agent removes it
+/// before it uses the number again; the operator removes the object only with it.
+pub const UNUSED_SINCE: &str = "palisade.io/unused-since";
+
 /// What tells one definition from another.
 struct Definition {
     kind: &'static str,

@@ -1,6 +1,6 @@
 //! Flow records: what the observer tells of a connection that was opened, ended or refused.
 
-use std::net::IpAddr;
+use std::{fmt::Write, net::IpAddr};
 
 use serde::{Deserialize, Serialize};
 
@@ -44,6 +44,80 @@ pub struct Flow {
     /// Final counters of a flow that ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counters: Option<Counters>,
+    /// What was asked inside the connection, and answered.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub l7: Option<L7>,
+}
+
+/// What the L7 proxy saw. Text that came from the network is escaped ([`escaped`]), and what is
+/// known to be a credential is left out.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "lowercase")]
+pub enum L7 {
+    /// A request over HTTP.
+    Http(Http),
+    /// A question to a name server.
+    Dns(Dns),
+    /// The name in a TLS client hello.
+    Tls {
+        /// Server name, where there was one.
+        server_name: Option<String>,
+    },
+}
+
+/// A request over HTTP, and the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Http {
+    /// Method; empty where the request could not be read.
+    pub method: String,
+    /// `http://host/path?query` as it was judged.
+    pub url: String,
+    /// `HTTP/1.1`, `HTTP/2`.
+    pub version: String,
+    /// Status of the answer: the server's, or the proxy's own; none: there was no answer.
+    pub status: Option<u16>,
+    /// From the end of the request's head to the end of the answer's.
+    pub latency_ns: u64,
+    /// Headers that are not as a rule with another action than to deny wants them.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub mismatches: Vec<String>,
+    /// Why the proxy answered in the server's place.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
+}
+
+/// A question to a name server, and the answer.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Dns {
+    /// Name, lower case.
+    pub query: String,
+    /// Type, such as `AAAA`.
+    pub qtype: String,
+    /// Response code, such as `NXDOMAIN`; none: there was no answer.
+    pub rcode: Option<String>,
+    /// Addresses in the answer.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub addresses: Vec<IpAddr>,
+    /// Seconds for which they hold.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub ttl: Option<u32>,
+    /// From the question to the answer.
+    pub latency_ns: u64,
+}
+
+/// Text from the network as one printable word: whatever is not a visible ASCII character becomes
+/// `\xNN`, and so do quotes and backslashes.
+#[must_use]
+pub fn escaped(bytes: &[u8]) -> String {
+    let mut text = String::with_capacity(bytes.len());
+    for &byte in bytes {
+        match byte {
+            b'"' | b'\\' => _ = write!(text, "\\x{byte:02x}"),
+            0x21..=0x7e => text.push(char::from(byte)),
+            _ => _ = write!(text, "\\x{byte:02x}"),
+        }
+    }
+    text
 }
 
 /// What a [`Flow`] tells.
@@ -56,6 +130,10 @@ pub enum FlowKind {
     Close,
     /// A packet was dropped.
     Drop,
+    /// A request was judged inside a connection.
+    Request,
+    /// A request was answered.
+    Response,
 }
 
 /// Whether the packet went on.

@@ -6,4 +6,8 @@ pub mod cni;
 pub mod convert;
 #[cfg(feature = "crd")]
 pub mod crd;
+#[cfg(feature = "crd")]
+pub mod explain;
 pub mod flow;
+#[cfg(feature = "proxy")]
+pub mod proxy;

@@ -1,17 +1,20 @@
-//! `cilium.io/v2` `CiliumNetworkPolicy` and `CiliumClusterwideNetworkPolicy`, layers 3 and 4.
+//! `cilium.io/v2` `CiliumNetworkPolicy` and `CiliumClusterwideNetworkPolicy`.
+
+mod application;
 
 use palisade_abi::protocol;
 use palisade_policy::{
     identity::is_relevant,
     label::{CLUSTER, NAMESPACE_LABELS, POD_NAMESPACE, SOURCE_ANY, SOURCE_K8S, SOURCE_RESERVED},
     model::{
-        Action, Cidr, Direction, Entity, Entry, Peer, Peers, PolicyRef, PortMatch, PortSpec, Ports,
-        Rule, Section,
+        Action, Application, Cidr, Direction, Entity, Entry, Peer, Peers, PolicyRef, PortMatch,
+        PortSpec, Ports, Rule, Section,
     },
     selector::{Key, Operator, Requirement, Selector},
 };
 use serde_json::{Map, Value};
 
+use self::application::fqdn;
 use super::{
     Converted, RefusedSubject, everybody,
     kubernetes::{IRRELEVANT_SUGGESTION, irrelevant},
@@ -125,6 +128,9 @@ fn rule(
         for (item, path) in items {
             section.entries.extend(entry(reader, item, path, list, &context));
         }
+    }
+    for section in &sections {
+        application::contradictions(reader, &section.entries);
     }
     if let Some(value) = present(map, "enableDefaultDeny") {
         let path = format!("{path}.enableDefaultDeny");
@@ -299,7 +305,25 @@ fn entry(
     path: String,
     list: List,
     context: &Context<'_>,
-) -> Option<Entry> {
+) -> Vec<Entry> {
+    entries(reader, value, path, list, context).unwrap_or_default()
+}
+
+/// Ports of an entry that ask the same of what is inside.
+struct PortGroup {
+    ports: Ports,
+    application: Application,
+    path: String,
+}
+
+/// One for the ports that ask nothing, and one for each item of `toPorts` that does.
+fn entries(
+    reader: &mut Reader,
+    value: &Value,
+    path: String,
+    list: List,
+    context: &Context<'_>,
+) -> Option<Vec<Entry>> {
     let members = members(list);
     let requires = match list.direction {
         Direction::Ingress => "fromRequires",
@@ -328,14 +352,21 @@ fn entry(
         reader.problem(&path, message, "make two rules of it");
         return None;
     }
-    let ports = ports(reader, map, &path, list.action)?;
+    let groups = ports(reader, map, &path, list, context)?;
     let peers = match written.first() {
         // Without a word on peers, ports are open for everybody; without ports too, for nobody.
-        None if ports == Ports::Any => Peers::NOBODY,
+        None if groups.iter().any(|group| group.ports == Ports::Any) => Peers::NOBODY,
         None => Peers::Any,
         Some(member) => peers(reader, map, member, &path, context),
     };
-    Some(Entry { action: list.action, peers, ports, path })
+    let entry = |PortGroup { ports, application, path }| Entry {
+        action: list.action,
+        peers: peers.clone(),
+        ports,
+        application,
+        path,
+    };
+    Some(groups.into_iter().map(entry).collect())
 }
 
 fn peers(
@@ -359,6 +390,7 @@ fn peers(
                     .map(|net| Peer::Cidr(Cidr { net, except: Vec::new(), matches_pods: false })),
             ),
             "CIDRSet" => found.extend(cidr_set(reader, item, &path).map(Peer::Cidr)),
+            "FQDNs" => found.extend(fqdn(reader, item, &path).map(Peer::Fqdn)),
             "Entities" => match reader.word(item, &path, &ENTITIES) {
                 Some("all") => return Peers::Any,
                 Some(word) => found.push(Peer::Entity(entity(word, context.cluster))),
@@ -368,7 +400,6 @@ fn peers(
                 let suggestion = match kind {
                     "Nodes" => "use the entities `host` and `remote-node`",
                     "Services" => "select the pods behind the service with toEndpoints",
-                    "FQDNs" => "use toCIDR, or the entity `world`",
                     _ => "use CIDRs",
                 };
                 reader.problem(path, "is not supported", suggestion);
@@ -412,74 +443,65 @@ fn ports(
     reader: &mut Reader,
     map: &Map<String, Value>,
     path: &str,
-    action: Action,
-) -> Option<Ports> {
+    list: List,
+    context: &Context<'_>,
+) -> Option<Vec<PortGroup>> {
     let to_ports = reader.list(map, "toPorts", path).unwrap_or_default();
     let icmps = reader.list(map, "icmps", path).unwrap_or_default();
     if !to_ports.is_empty() && !icmps.is_empty() {
         reader.problem(path, "`toPorts` and `icmps` cannot be in one rule", "make two rules of it");
         return None;
     }
+    let plain = |ports| PortGroup { ports, application: Application::Any, path: path.to_owned() };
     if to_ports.is_empty() && icmps.is_empty() {
-        return Some(Ports::Any);
+        return Some(vec![plain(Ports::Any)]);
     }
-    let mut found = Vec::new();
+    let mut open = Vec::new();
+    let mut groups = Vec::new();
     for (item, path) in to_ports {
-        port_rule(reader, item, &path, action, &mut found);
+        let Some((ports, application, path)) = port_rule(reader, item, &path, list, context) else {
+            continue;
+        };
+        match application {
+            Application::Any => open.extend(ports),
+            _ => groups.push(PortGroup { ports: Ports::List(ports), application, path }),
+        }
     }
     for (item, path) in icmps {
         let Some(map) = reader.object(item, &path, &["fields"]) else { continue };
         for (item, path) in reader.list(map, "fields", &path).unwrap_or_default() {
-            found.extend(icmp(reader, item, &path));
+            open.extend(icmp(reader, item, &path));
         }
     }
-    Some(Ports::List(found))
+    if !open.is_empty() || groups.is_empty() {
+        groups.push(plain(Ports::List(open)));
+    }
+    Some(groups)
 }
 
+/// The ports of an item, what it asks of the traffic inside, and where it says so.
 fn port_rule(
     reader: &mut Reader,
     value: &Value,
     path: &str,
-    action: Action,
-    found: &mut Vec<PortMatch>,
-) {
-    let known: &[&str] = match action {
-        Action::Allow => {
-            &["ports", "rules", "terminatingTLS", "originatingTLS", "serverNames", "listener"]
-        }
-        Action::Deny => &["ports"],
-    };
-    let Some(map) = reader.object(value, path, known) else { return };
-    for field in ["terminatingTLS", "originatingTLS", "serverNames", "listener"] {
-        if present(map, field).is_some() {
-            reader.problem(format!("{path}.{field}"), "is not supported", "allow the ports alone");
-        }
-    }
-    if let Some(rules) = present(map, "rules") {
-        application_rules(reader, rules, &format!("{path}.rules"));
-    }
+    list: List,
+    context: &Context<'_>,
+) -> Option<(Vec<PortMatch>, Application, String)> {
+    let mut known = vec!["ports"];
+    known.extend(application::FIELDS);
+    let map = reader.object(value, path, &known)?;
     let ports = reader.list(map, "ports", path).unwrap_or_default();
-    if ports.is_empty() && action == Action::Deny {
+    if ports.is_empty() && list.action == Action::Deny {
         let suggestion = "name the ports, or leave out `toPorts` to deny them all";
         reader.problem(format!("{path}.ports"), "a deny without ports denies nothing", suggestion);
     }
+    let mut found = Vec::new();
     for (item, path) in ports {
-        port(reader, item, &path, found);
+        port(reader, item, &path, &mut found);
     }
-}
-
-/// Rules of layer 7: an empty list asks for nothing and is fine.
-fn application_rules(reader: &mut Reader, value: &Value, path: &str) {
-    let Some(map) = reader.object(value, path, &["http", "kafka", "dns", "l7proto", "l7"]) else {
-        return;
-    };
-    for (field, value) in map {
-        let empty = value.is_null() || value.as_array().is_some_and(Vec::is_empty);
-        if !empty {
-            let message = "rules inside connections (layer 7) are not supported";
-            reader.problem(format!("{path}.{field}"), message, "allow the ports alone");
-        }
-    }
+    let (application, path) =
+        application::application(reader, map, path, list, context, &mut found);
+    Some((found, application, path))
 }
 
 fn port(reader: &mut Reader, value: &Value, path: &str, found: &mut Vec<PortMatch>) {

@@ -4,7 +4,10 @@ use palisade_abi::protocol;
 use palisade_policy::{
     identity::is_relevant,
     label::{CLUSTER, NAMESPACE_LABELS, POD_NAMESPACE, SOURCE_K8S},
-    model::{Action, Entry, Peer, Peers, PolicyRef, PortMatch, PortSpec, Ports, Rule, Section},
+    model::{
+        Action, Application, Entry, Peer, Peers, PolicyRef, PortMatch, PortSpec, Ports, Rule,
+        Section,
+    },
     selector::{Key, Requirement, Selector},
 };
 use serde_json::{Map, Value};
@@ -117,7 +120,7 @@ fn entries(
                         .collect(),
                 ),
             };
-            Some(Entry { action: Action::Allow, peers, ports, path })
+            Some(Entry { action: Action::Allow, peers, ports, application: Application::Any, path })
         })
         .collect()
 }

@@ -254,7 +254,7 @@ fn application_rules() -> Value {
             "http": list(json!({ "type": "object", "properties": {
                 "path": string(),
                 "method": string(),
-                "host": { "type": "string", "format": "idn-hostname" },
+                "host": string(),
                 "headers": strings(),
                 "headerMatches": list(json!({
                     "type": "object",
