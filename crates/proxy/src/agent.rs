@@ -1,0 +1,186 @@
+//! The link to the agent: rules come in, acknowledgements, learned names and records go out.
+
+use std::{collections::HashMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use palisade_api::proxy::{FromProxy, Hello, ToProxy, VERSION, decode, encode};
+use serde::de::DeserializeOwned;
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::{
+        UnixStream,
+        unix::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{mpsc, oneshot},
+};
+
+use crate::Proxy;
+
+/// Between two attempts to reach an agent that is away.
+const PAUSE: Duration = Duration::from_millis(100);
+/// Questions that wait to be sent.
+const QUEUE: usize = 1024;
+
+/// How the rest of the proxy asks the agent.
+#[derive(Clone)]
+pub struct Agent(mpsc::Sender<Question>);
+
+/// Why a client must not hear something new.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum NotLearned {
+    /// The agent, and with it the kernel, will not have it.
+    Refused,
+    /// The agent is away.
+    Away,
+}
+
+struct Question {
+    client: IpAddr,
+    name: String,
+    addresses: Vec<IpAddr>,
+    ttl: u32,
+    answer: oneshot::Sender<Result<(), NotLearned>>,
+}
+
+impl Agent {
+    /// Returns once the client may reach the addresses that it is about to hear.
+    ///
+    /// # Errors
+    ///
+    /// It must not hear them.
+    pub async fn learn(
+        &self,
+        client: IpAddr,
+        name: String,
+        addresses: Vec<IpAddr>,
+        ttl: u32,
+    ) -> Result<(), NotLearned> {
+        let (answer, learned) = oneshot::channel();
+        let question = Question { client, name, addresses, ttl, answer };
+        self.0.try_send(question).map_err(|_| NotLearned::Away)?;
+        learned.await.map_err(|_| NotLearned::Away)?
+    }
+}
+
+/// The connection to the agent, made again whenever it breaks.
+pub struct Link {
+    socket: PathBuf,
+    questions: mpsc::Receiver<Question>,
+}
+
+/// Both ends of what leads to the agent.
+#[must_use]
+pub fn link(socket: PathBuf) -> (Agent, Link) {
+    let (sender, questions) = mpsc::channel(QUEUE);
+    (Agent(sender), Link { socket, questions })
+}
+
+impl Link {
+    /// Keeps the connection until the process ends.
+    pub async fn run(mut self, proxy: Arc<Proxy>) {
+        loop {
+            if let Ok(stream) = UnixStream::connect(&self.socket).await {
+                let Err(error) = self.serve(stream, &proxy).await;
+                tracing::warn!(%error, "lost the agent; the rules at hand stay in force");
+            }
+            self.refuse_all();
+            tokio::time::sleep(PAUSE).await;
+        }
+    }
+
+    /// Nobody is there to answer: better no than late.
+    fn refuse_all(&mut self) {
+        while let Ok(question) = self.questions.try_recv() {
+            _ = question.answer.send(Err(NotLearned::Away));
+        }
+    }
+
+    async fn serve(
+        &mut self,
+        stream: UnixStream,
+        proxy: &Proxy,
+    ) -> io::Result<std::convert::Infallible> {
+        let (read, mut write) = stream.into_split();
+        let mut frames = Frames { read, buffer: Vec::new() };
+        send(&mut write, &Hello { version: VERSION }).await?;
+        let hello: Hello = frames.next().await?;
+        if hello.version != VERSION {
+            return Err(io::Error::other(format!(
+                "the agent speaks version {}, this proxy {VERSION}",
+                hello.version
+            )));
+        }
+        let mut waiting = HashMap::new();
+        let mut next_id = 0u64;
+        loop {
+            tokio::select! {
+                message = frames.next() => {
+                    if let Some(ack) = take(message?, proxy, &mut waiting)? {
+                        send(&mut write, &ack).await?;
+                    }
+                }
+                Some(question) = self.questions.recv() => {
+                    next_id += 1;
+                    let Question { client, name, addresses, ttl, answer } = question;
+                    waiting.insert(next_id, answer);
+                    let learn = FromProxy::Learn { id: next_id, client, name, addresses, ttl };
+                    send(&mut write, &learn).await?;
+                }
+                (records, lost) = proxy.log.next() => {
+                    send(&mut write, &FromProxy::Records { records, lost }).await?;
+                }
+            }
+        }
+    }
+}
+
+type Waiting = HashMap<u64, oneshot::Sender<Result<(), NotLearned>>>;
+
+/// Does what the agent says, and answers.
+fn take(message: ToProxy, proxy: &Proxy, waiting: &mut Waiting) -> io::Result<Option<FromProxy>> {
+    let rules = match message {
+        ToProxy::Snapshot(rules) => rules,
+        ToProxy::Delta(delta) => {
+            let mut rules = proxy.rules.load().rules.clone();
+            rules.apply(delta).map_err(io::Error::other)?;
+            rules
+        }
+        ToProxy::Learned { id } => {
+            waiting.remove(&id).map(|answer| answer.send(Ok(())));
+            return Ok(None);
+        }
+        ToProxy::LearnRefused { id } => {
+            waiting.remove(&id).map(|answer| answer.send(Err(NotLearned::Refused)));
+            return Ok(None);
+        }
+    };
+    let version = rules.version;
+    proxy.rules.put(rules);
+    // Before the acknowledgement: a process that starts from the file must not go back behind it.
+    proxy.rules.save()?;
+    Ok(Some(FromProxy::Ack { version }))
+}
+
+async fn send<T: serde::Serialize>(write: &mut OwnedWriteHalf, message: &T) -> io::Result<()> {
+    write.write_all(&encode(message)?).await
+}
+
+/// The agent's messages, one by one.
+struct Frames {
+    read: OwnedReadHalf,
+    buffer: Vec<u8>,
+}
+
+impl Frames {
+    /// The next message. May be dropped at any time: what was read stays in the buffer.
+    async fn next<T: DeserializeOwned>(&mut self) -> io::Result<T> {
+        loop {
+            if let Some((message, length)) = decode(&self.buffer)? {
+                self.buffer.drain(..length);
+                return Ok(message);
+            }
+            if self.read.read_buf(&mut self.buffer).await? == 0 {
+                return Err(io::ErrorKind::UnexpectedEof.into());
+            }
+        }
+    }
+}

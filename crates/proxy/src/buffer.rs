@@ -1,0 +1,116 @@
+//! Bytes that were read and not used yet.
+
+use std::{cell::RefCell, io};
+
+use tokio::net::TcpStream;
+
+const SMALL: usize = 8 << 10;
+const LARGE: usize = 64 << 10;
+/// Small buffers that a thread keeps for later.
+const KEPT: usize = 64;
+
+thread_local! {
+    static FREE: RefCell<Vec<Vec<u8>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// Bytes that were read and not used yet. Takes memory only while it holds some.
+#[derive(Debug, Default)]
+pub(crate) struct Buffer {
+    bytes: Vec<u8>,
+    start: usize,
+    /// The last read filled it.
+    greedy: bool,
+}
+
+impl Buffer {
+    /// What was read.
+    pub(crate) fn data(&self) -> &[u8] {
+        &self.bytes[self.start..]
+    }
+
+    /// Whether nothing is left.
+    pub(crate) fn is_empty(&self) -> bool {
+        self.start == self.bytes.len()
+    }
+
+    /// Lets go of bytes that were used.
+    pub(crate) fn consume(&mut self, count: usize) {
+        self.start += count;
+        if self.is_empty() {
+            self.bytes.clear();
+            self.start = 0;
+            give_back(&mut self.bytes);
+        }
+    }
+
+    /// Reads more; 0 at the end of the stream. May be dropped at any time.
+    ///
+    /// # Errors
+    ///
+    /// As the stream's.
+    pub(crate) async fn fill(&mut self, stream: &TcpStream) -> io::Result<usize> {
+        loop {
+            stream.readable().await?;
+            self.make_room();
+            match stream.try_read_buf(&mut self.bytes) {
+                Ok(count) => {
+                    self.greedy = self.bytes.len() == self.bytes.capacity();
+                    if self.is_empty() {
+                        self.consume(0);
+                    }
+                    return Ok(count);
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.consume(0),
+                Err(error) => return Err(error),
+            }
+        }
+    }
+
+    fn make_room(&mut self) {
+        if self.bytes.capacity() == 0 {
+            self.bytes = take_one();
+        }
+        if self.start > 0 {
+            self.bytes.drain(..self.start);
+            self.start = 0;
+        }
+        let most = if self.greedy { LARGE } else { SMALL };
+        if self.bytes.len() == self.bytes.capacity() || self.bytes.capacity() < most && self.greedy
+        {
+            self.bytes.reserve(most.max(self.bytes.len()));
+        }
+    }
+}
+
+fn take_one() -> Vec<u8> {
+    let kept = FREE.with_borrow_mut(Vec::pop);
+    kept.unwrap_or_else(|| Vec::with_capacity(SMALL))
+}
+
+fn give_back(bytes: &mut Vec<u8>) {
+    let bytes = std::mem::take(bytes);
+    if bytes.capacity() != SMALL {
+        return;
+    }
+    FREE.with_borrow_mut(|free| {
+        if free.len() < KEPT {
+            free.push(bytes);
+        }
+    });
+}
+
+/// Writes all of the bytes.
+///
+/// # Errors
+///
+/// As the stream's.
+pub(crate) async fn write_all(stream: &TcpStream, mut bytes: &[u8]) -> io::Result<()> {
+    while !bytes.is_empty() {
+        match stream.try_write(bytes) {
+            Ok(count) => bytes = &bytes[count..],
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => stream.writable().await?,
+            Err(error) => return Err(error),
+        }
+    }
+    Ok(())
+}

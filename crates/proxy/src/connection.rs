@@ -1,0 +1,43 @@
+//! One accepted connection.
+
+use std::{net::SocketAddr, sync::Arc};
+
+use palisade_abi::protocol;
+use tokio::net::TcpStream;
+
+use crate::{
+    Proxy,
+    buffer::Buffer,
+    dns, http,
+    judge::{Application, Gate},
+    net, relay, tls,
+};
+
+/// Serves a connection to its end. The address that it was made to is its local one.
+pub(crate) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, client: SocketAddr) {
+    let Ok(server) = stream.local_addr() else { return };
+    _ = stream.set_nodelay(true);
+    net::keep_alive(&stream);
+    let gate = Gate::new(proxy, protocol::TCP, client, server);
+    match gate.application() {
+        Application::Http => http::serve(&gate, stream).await,
+        Application::Anything => pass(&gate, stream).await,
+        Application::Dns => dns::serve_tcp(proxy, stream, client).await,
+        Application::Tls => tls::serve(&gate, stream).await,
+        Application::Denied => net::reset(&stream),
+    }
+}
+
+/// Relays whatever is said, as long as everything is allowed.
+async fn pass(gate: &Gate, client: TcpStream) {
+    let Ok(server) = gate.connect().await else { return net::reset(&client) };
+    let (mut from_client, mut from_server) = (Buffer::default(), Buffer::default());
+    let relayed = tokio::select! {
+        relayed = relay::run((&client, &mut from_client), (&server, &mut from_server)) => relayed.is_ok(),
+        () = gate.until(gate.generation(), || gate.application() == Application::Anything) => false,
+    };
+    if !relayed {
+        net::reset(&client);
+        net::reset(&server);
+    }
+}

@@ -1,0 +1,301 @@
+//! DNS: questions are judged by name, and answers are held until the client may reach what they
+//! say.
+//!
+//! | module | question it answers |
+//! |---|---|
+//! | `name`, `message` | what do the bytes say? |
+//! | `question` | may this be passed on at all? |
+//! | `answer` | does it answer the question, and which addresses does it give the name? |
+//! | `upstream` | what does the server say? |
+//! | `known` | what was the client told before? |
+//! | `limits` | may the client ask one more? |
+//! | `udp`, `tcp` | how do questions come in, and answers go out? |
+//!
+//! The client's bytes are passed on as they are, but for the id; so are the server's.
+
+mod answer;
+mod known;
+mod limits;
+mod message;
+mod name;
+mod question;
+mod tcp;
+#[cfg(test)]
+mod tests;
+mod udp;
+mod upstream;
+
+use std::{
+    io,
+    net::{IpAddr, SocketAddr},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    time::{Duration, Instant},
+};
+
+use palisade_abi::{identity, protocol};
+use palisade_api::flow::{self, L7};
+use palisade_policy::l7::may_learn;
+use tokio::{net::TcpStream, time::timeout};
+
+pub use self::{
+    answer::{Answer, MAX_ADDRESSES, Stray},
+    name::Name,
+    question::{Question, Rcode, Received, Rejected, type_name},
+    udp::sockets,
+};
+use self::{
+    known::{Knowledge, Known, Pod},
+    limits::Limits,
+};
+use crate::{
+    Proxy,
+    agent::{Agent, NotLearned},
+    judge::{Application, Gate, Judged},
+    rules::Snapshot,
+};
+
+/// A server that says nothing for so long says nothing at all; neither does the proxy then.
+const UPSTREAM: Duration = Duration::from_secs(10);
+/// The agent has this long to have addresses in force.
+const LEARN: Duration = Duration::from_secs(2);
+
+/// How a question travels.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Transport {
+    /// In a datagram.
+    Udp,
+    /// In a connection.
+    Tcp,
+}
+
+impl Transport {
+    /// IP protocol number.
+    const fn protocol(self) -> u8 {
+        match self {
+            Self::Udp => protocol::UDP,
+            Self::Tcp => protocol::TCP,
+        }
+    }
+}
+
+/// Who asks whom.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+struct Flow {
+    transport: Transport,
+    client: SocketAddr,
+    server: SocketAddr,
+}
+
+/// What the questions of all clients share.
+pub struct Dns {
+    agent: Agent,
+    limits: Arc<Limits>,
+    known: Mutex<Known>,
+}
+
+impl Dns {
+    /// Asks `agent` to have learned addresses in force.
+    #[must_use]
+    pub fn new(agent: Agent) -> Self {
+        Self { agent, limits: Arc::default(), known: Mutex::default() }
+    }
+
+    fn known(&self) -> MutexGuard<'_, Known> {
+        self.known.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Has the agent learn, and remembers it.
+    async fn learn(&self, learn: &Learn) -> Result<(), NotLearned> {
+        let Learn { pod, name, addresses, ttl } = learn;
+        let asked = self.agent.learn(pod.address, name.clone(), addresses.clone(), *ttl);
+        timeout(LEARN, asked).await.unwrap_or(Err(NotLearned::Refused))?;
+        self.known().put(*pod, name, addresses, *ttl, Instant::now());
+        Ok(())
+    }
+}
+
+/// Serves the questions that come in datagrams, in tasks of the runtime at hand.
+///
+/// # Errors
+/// The sockets are none that tokio can use.
+pub fn serve_udp(proxy: &Arc<Proxy>, sockets: [std::net::UdpSocket; 2]) -> io::Result<()> {
+    for socket in sockets {
+        let socket = tokio::net::UdpSocket::from_std(socket)?;
+        tokio::spawn(udp::serve(Arc::clone(proxy), socket));
+    }
+    Ok(())
+}
+
+/// Serves the questions of a connection to its end. The address that it was made to is its local
+/// one.
+pub(crate) async fn serve_tcp(proxy: &Arc<Proxy>, stream: TcpStream, client: SocketAddr) {
+    let Ok(server) = stream.local_addr() else { return };
+    let flow = Flow { transport: Transport::Tcp, client, server };
+    tcp::serve(proxy, stream, flow).await;
+}
+
+/// From what a client sent to what it gets, which may be nothing.
+async fn exchange(proxy: &Arc<Proxy>, flow: Flow, message: &[u8]) -> Option<Vec<u8>> {
+    let begun = Instant::now();
+    let gate = Gate::new(proxy, flow.transport.protocol(), flow.client, flow.server);
+    if gate.application() == Application::Denied {
+        return None;
+    }
+    match Question::read(message) {
+        Received::Noise => None,
+        Received::Rejected(rejected) => {
+            let (name, kind) = rejected.question.as_ref().map_or_else(
+                || (String::new(), String::new()),
+                |(name, kind)| (name.text(), type_name(*kind)),
+            );
+            let rcode = Some(rejected.rcode.to_string());
+            gate.record(&Judged::unasked(), record(&name, kind, rcode, None, begun));
+            Some(rejected.reply)
+        }
+        Received::Question(question) => {
+            let name = question.name.text();
+            Exchange { proxy, flow, gate, question, name, begun }.run(message).await
+        }
+    }
+}
+
+/// What a client is about to hear, of a name that opens addresses.
+struct Learn {
+    pod: Pod,
+    name: String,
+    addresses: Vec<IpAddr>,
+    ttl: u32,
+}
+
+/// A question on its way.
+struct Exchange<'a> {
+    proxy: &'a Arc<Proxy>,
+    flow: Flow,
+    gate: Gate,
+    question: Question,
+    /// The question's name as rules speak of it.
+    name: String,
+    begun: Instant,
+}
+
+impl Exchange<'_> {
+    async fn run(&self, message: &[u8]) -> Option<Vec<u8>> {
+        let judged = self.judge();
+        if !judged.allowed {
+            return Some(self.reply(&judged, Rcode::REFUSED));
+        }
+        let Some(_under_way) = self.proxy.dns.limits.admit(self.flow.client.ip()) else {
+            return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+        };
+        let (answer, reply) = match timeout(UPSTREAM, self.ask(message)).await {
+            Ok(Ok(answered)) => answered,
+            Ok(Err(error)) => {
+                tracing::debug!(%error, server = %self.flow.server, "the server cannot be asked");
+                return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+            }
+            Err(_) => {
+                self.record(&judged, None, None);
+                return None;
+            }
+        };
+        // The rules may be others than when the question came.
+        let judged = self.judge();
+        if !judged.allowed {
+            return Some(self.reply(&judged, Rcode::REFUSED));
+        }
+        if !self.may_hear(&answer).await {
+            return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+        }
+        self.record(&judged, Some(answer.rcode), Some(&answer));
+        Some(reply)
+    }
+
+    fn judge(&self) -> Judged {
+        self.gate.judge_name(Application::Dns, &self.name)
+    }
+
+    /// Asks the server: in the client's name, but for a server on this very node, which would
+    /// answer the client past the proxy.
+    async fn ask(&self, message: &[u8]) -> io::Result<(Answer, Vec<u8>)> {
+        let Flow { transport, client, server } = self.flow;
+        let own = self.proxy.rules.load().peer(server.ip()).host;
+        let name = (!own).then_some(client.ip());
+        upstream::ask(transport, name, server, &self.question, message).await
+    }
+
+    /// Whether the client may hear the answer: it can reach what the answer says, as far as the
+    /// rules for the name let it.
+    async fn may_hear(&self, answer: &Answer) -> bool {
+        let Some(learn) = self.to_learn(answer) else { return true };
+        let Learn { pod, name, addresses, ttl } = &learn;
+        let knowledge = self.proxy.dns.known().of(*pod, name, addresses, *ttl, Instant::now());
+        match knowledge {
+            Knowledge::Whole => true,
+            Knowledge::Shorter => {
+                let proxy = Arc::clone(self.proxy);
+                // What fails now is asked again when it expired.
+                tokio::spawn(async move { _ = proxy.dns.learn(&learn).await });
+                true
+            }
+            Knowledge::Expired | Knowledge::New => match self.proxy.dns.learn(&learn).await {
+                Ok(()) => true,
+                // An agent that is away takes nothing back.
+                Err(NotLearned::Away) => knowledge == Knowledge::Expired,
+                Err(NotLearned::Refused) => false,
+            },
+        }
+    }
+
+    /// What has to be in force before the client hears the answer.
+    fn to_learn(&self, answer: &Answer) -> Option<Learn> {
+        let snapshot = self.proxy.rules.load();
+        let address = self.flow.client.ip();
+        let endpoint = snapshot.rules.endpoints.get(&address)?;
+        let table = snapshot.rules.tables.get(&endpoint.egress?)?;
+        if !table.fqdns.iter().any(|pattern| pattern.matches(&self.name)) {
+            return None;
+        }
+        let addresses = answer.addresses.iter().copied();
+        let addresses: Vec<_> =
+            addresses.filter(|address| is_outside(&snapshot, *address)).collect();
+        let pod = Pod { address, endpoint: endpoint.id };
+        let (name, ttl) = (self.name.clone(), answer.ttl);
+        (!addresses.is_empty()).then_some(Learn { pod, name, addresses, ttl })
+    }
+
+    /// An answer that is only a code, and recorded.
+    fn reply(&self, judged: &Judged, rcode: Rcode) -> Vec<u8> {
+        self.record(judged, Some(rcode), None);
+        self.question.reply(rcode)
+    }
+
+    fn record(&self, judged: &Judged, rcode: Option<Rcode>, answer: Option<&Answer>) {
+        let (kind, rcode) = (type_name(self.question.kind), rcode.map(|rcode| rcode.to_string()));
+        self.gate.record(judged, record(&self.name, kind, rcode, answer, self.begun));
+    }
+}
+
+/// Whether a name may open an address: nothing in the cluster has its identity by a name.
+fn is_outside(snapshot: &Snapshot, address: IpAddr) -> bool {
+    may_learn(address)
+        && !snapshot.rules.addresses.contains_key(&address)
+        && identity::is_world(snapshot.peer(address).identity)
+}
+
+fn record(
+    name: &str,
+    qtype: String,
+    rcode: Option<String>,
+    answer: Option<&Answer>,
+    begun: Instant,
+) -> L7 {
+    let told = answer.filter(|answer| !answer.addresses.is_empty());
+    L7::Dns(flow::Dns {
+        query: name.to_owned(),
+        qtype,
+        rcode,
+        addresses: told.map_or_else(Vec::new, |answer| answer.addresses.clone()),
+        ttl: told.map(|answer| answer.ttl),
+        latency_ns: u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+    })
+}

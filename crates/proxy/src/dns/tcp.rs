@@ -1,0 +1,64 @@
+//! Questions in connections: each with its length before it, answered in any order.
+
+use std::{io, sync::Arc, time::Duration};
+
+use tokio::{
+    io::AsyncReadExt,
+    net::{
+        TcpStream,
+        tcp::{OwnedReadHalf, OwnedWriteHalf},
+    },
+    sync::{Mutex, Semaphore},
+    task::JoinSet,
+    time::timeout,
+};
+
+use super::{Flow, exchange, upstream::write_framed};
+use crate::Proxy;
+
+/// A connection in which nothing is asked for so long ends.
+const IDLE: Duration = Duration::from_secs(10);
+/// A client that does not read its answers for so long loses the connection.
+const STUCK: Duration = Duration::from_secs(10);
+/// Questions of one connection that are under way; more are not read yet.
+const MOST: usize = 16;
+
+/// Serves a connection until either end has enough of it.
+pub(super) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, flow: Flow) {
+    let (mut read, write) = stream.into_split();
+    let write = Arc::new(Mutex::new(write));
+    let slots = Arc::new(Semaphore::new(MOST));
+    let mut answering = JoinSet::new();
+    loop {
+        let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
+        let Ok(Ok(message)) = timeout(IDLE, next(&mut read)).await else { break };
+        let (proxy, write) = (Arc::clone(proxy), Arc::clone(&write));
+        answering.spawn(async move {
+            let _held = slot;
+            let Some(reply) = exchange(&proxy, flow, &message).await else { return Ok(()) };
+            answer(&write, &reply).await
+        });
+        while let Some(ended) = answering.try_join_next() {
+            if !matches!(ended, Ok(Ok(()))) {
+                return;
+            }
+        }
+    }
+    // The client asks no more, and may still hear what it asked before.
+    answering.join_all().await;
+}
+
+async fn next(read: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
+    let length = read.read_u16().await?;
+    if length == 0 {
+        return Err(io::ErrorKind::InvalidData.into());
+    }
+    let mut message = vec![0; usize::from(length)];
+    read.read_exact(&mut message).await?;
+    Ok(message)
+}
+
+async fn answer(write: &Mutex<OwnedWriteHalf>, reply: &[u8]) -> io::Result<()> {
+    let mut write = write.lock().await;
+    timeout(STUCK, write_framed(&mut *write, reply)).await?
+}

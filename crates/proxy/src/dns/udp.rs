@@ -1,0 +1,112 @@
+//! Questions in datagrams: taken from one socket for each family, answered in the server's name.
+
+use std::{
+    io::{self, IoSliceMut},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    os::fd::AsRawFd,
+    sync::Arc,
+};
+
+use nix::{
+    cmsg_space,
+    sys::socket::{
+        ControlMessageOwned, MsgFlags, SockaddrIn, SockaddrIn6, SockaddrStorage, recvmsg,
+        setsockopt,
+        sockopt::{Ipv4OrigDstAddr, Ipv6OrigDstAddr},
+    },
+};
+use socket2::{Protocol, Type};
+use tokio::{io::Interest, net::UdpSocket};
+
+use super::{Flow, Transport, exchange};
+use crate::{Proxy, net};
+
+/// Longest question that is read; real ones have no more than a name and some options.
+const MAX_QUESTION: usize = 4096;
+/// Room for questions that wait to be read.
+const BUFFER: usize = 1 << 20;
+
+/// A socket for each family, on 127.0.0.1 and `::1`.
+///
+/// # Errors
+/// The port is taken, or the process may not open transparent sockets.
+pub fn sockets(port: u16) -> io::Result<[std::net::UdpSocket; 2]> {
+    let open = |address: IpAddr| {
+        let address = SocketAddr::new(address, port);
+        let socket = net::transparent(address, Type::DGRAM, Protocol::UDP)?;
+        match address {
+            SocketAddr::V4(_) => setsockopt(&socket, Ipv4OrigDstAddr, &true)?,
+            SocketAddr::V6(_) => setsockopt(&socket, Ipv6OrigDstAddr, &true)?,
+        }
+        socket.set_recv_buffer_size(BUFFER)?;
+        socket.bind(&address.into())?;
+        Ok::<std::net::UdpSocket, io::Error>(socket.into())
+    };
+    Ok([open(Ipv4Addr::LOCALHOST.into())?, open(Ipv6Addr::LOCALHOST.into())?])
+}
+
+/// Serves a socket until the process ends.
+pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket) {
+    let mut buffer = vec![0; MAX_QUESTION + 1];
+    loop {
+        // An error belongs to one datagram, or to an answer that met nobody.
+        let Ok((length, flow)) = receive(&socket, &mut buffer).await else { continue };
+        if length > MAX_QUESTION {
+            continue;
+        }
+        let (proxy, message) = (Arc::clone(&proxy), buffer[..length].to_vec());
+        tokio::spawn(async move {
+            let Some(reply) = exchange(&proxy, flow, &message).await else { return };
+            if let Err(error) = answer(flow, &reply) {
+                tracing::debug!(%error, ?flow, "cannot answer");
+            }
+        });
+    }
+}
+
+async fn receive(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Flow)> {
+    socket.async_io(Interest::READABLE, || receive_now(socket, buffer)).await
+}
+
+fn receive_now(socket: &UdpSocket, buffer: &mut [u8]) -> io::Result<(usize, Flow)> {
+    let mut control = cmsg_space!(nix::libc::sockaddr_in6);
+    let mut parts = [IoSliceMut::new(buffer)];
+    let message = recvmsg::<SockaddrStorage>(
+        socket.as_raw_fd(),
+        &mut parts,
+        Some(&mut control),
+        MsgFlags::empty(),
+    )?;
+    let client = message.address.as_ref().and_then(socket_address);
+    let server = message.cmsgs()?.find_map(|control| match control {
+        ControlMessageOwned::Ipv4OrigDstAddr(address) => Some(v4(SockaddrIn::from(address))),
+        ControlMessageOwned::Ipv6OrigDstAddr(address) => Some(v6(SockaddrIn6::from(address))),
+        _ => None,
+    });
+    let unknown = || io::Error::other("a datagram from or to nowhere");
+    let (client, server) = client.zip(server).ok_or_else(unknown)?;
+    Ok((message.bytes, Flow { transport: Transport::Udp, client, server }))
+}
+
+fn socket_address(address: &SockaddrStorage) -> Option<SocketAddr> {
+    let ipv4 = address.as_sockaddr_in().map(|address| v4(*address));
+    ipv4.or_else(|| address.as_sockaddr_in6().map(|address| v6(*address)))
+}
+
+fn v4(address: SockaddrIn) -> SocketAddr {
+    SocketAddr::new(address.ip().into(), address.port())
+}
+
+fn v6(address: SockaddrIn6) -> SocketAddr {
+    SocketAddr::new(address.ip().into(), address.port())
+}
+
+/// Sends the answer as if the server did.
+fn answer(flow: Flow, reply: &[u8]) -> io::Result<()> {
+    let socket = net::transparent(flow.server, Type::DGRAM, Protocol::UDP)?;
+    // Answers of the same server may be sent at the same time.
+    socket.set_reuse_address(true)?;
+    socket.bind(&flow.server.into())?;
+    socket.send_to(reply, &flow.client.into())?;
+    Ok(())
+}

@@ -1,0 +1,84 @@
+//! HTTP: what a message says, and how it is said again.
+//!
+//! HTTP/1 is read and written by our own code, HTTP/2 by the `h2` crate. The libraries for HTTP/1
+//! are made for servers and clients, which may be kind to what is ambiguous; a judge may not, and
+//! a strict reader in front of a kind one would be two readers that can differ. One strict reader,
+//! one writer, and a body that is framed anew are less code than the guards would be, and leave
+//! nothing that the server could see and the judge could not. HTTP/2 stays HTTP/2 towards the
+//! server: nothing is translated between versions.
+
+pub mod body;
+mod one;
+pub mod reply;
+pub mod request;
+pub mod response;
+pub mod syntax;
+pub mod target;
+pub mod two;
+
+use std::{io, time::Duration};
+
+use tokio::{net::TcpStream, time::timeout};
+
+use crate::{buffer::Buffer, judge::Gate, net};
+
+/// From the first byte of a head to its last.
+const HEAD_TIME: Duration = Duration::from_secs(10);
+/// Without a byte either way.
+const IDLE_TIME: Duration = Duration::from_secs(300);
+/// For the server to take a connection.
+const CONNECT_TIME: Duration = Duration::from_secs(5);
+
+/// What every connection over HTTP/2 begins with (RFC 9113 section 3.4).
+pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+
+/// Serves a connection on which HTTP must be spoken.
+pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
+    let mut buffer = Buffer::default();
+    let begun = timeout(HEAD_TIME, is_two(&client, &mut buffer)).await;
+    match begun {
+        Ok(Ok(true)) => two::serve(gate, client, buffer).await,
+        Ok(Ok(false)) => one::serve(gate, client, buffer).await,
+        // Whoever says nothing, or goes away, asked for nothing.
+        _ => net::reset(&client),
+    }
+}
+
+/// Whether the client speaks HTTP/2, as soon as that is certain.
+async fn is_two(client: &TcpStream, buffer: &mut Buffer) -> io::Result<bool> {
+    loop {
+        let data = buffer.data();
+        let common = data.len().min(PREFACE.len());
+        if data[..common] != PREFACE[..common] {
+            return Ok(false);
+        }
+        if common == PREFACE.len() {
+            return Ok(true);
+        }
+        if buffer.fill(client).await? == 0 {
+            return Err(io::ErrorKind::UnexpectedEof.into());
+        }
+    }
+}
+
+/// Fields that trailers must not carry: they frame, route or authorise a message, which was judged
+/// without them.
+fn may_trail(name: &str) -> bool {
+    let vital = matches!(
+        name,
+        "authorization"
+            | "cache-control"
+            | "content-encoding"
+            | "content-length"
+            | "content-range"
+            | "content-type"
+            | "cookie"
+            | "expect"
+            | "host"
+            | "max-forwards"
+            | "proxy-authorization"
+            | "set-cookie"
+            | "trailer"
+    );
+    !vital && !request::is_hop(name)
+}

@@ -1,0 +1,569 @@
+//! A connection over HTTP/1: one request after the other, each judged, each answered in its turn.
+//!
+//! The connection to the server belongs to that of the client. It is made for the first request
+//! that is allowed and ends with the client's; whatever is not in order on either ends both.
+
+use std::{
+    io,
+    pin::pin,
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    time::Duration,
+};
+
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout, timeout_at},
+};
+
+use super::{
+    CONNECT_TIME, HEAD_TIME, IDLE_TIME,
+    body::{Framing, Piece, Reader},
+    may_trail,
+    reply::Reply,
+    request::{Request, read_method},
+    response::Response,
+    syntax::{Malformed, Scanner},
+};
+use crate::{
+    buffer::{Buffer, write_all},
+    judge::{Asked, Gate, Judged},
+    net, relay,
+};
+
+/// Interim answers to one request.
+const MOST_INTERIM: usize = 8;
+/// Of a body that nobody wants, before the connection is closed instead.
+const MOST_DRAINED: u64 = 64 << 10;
+/// For the client to hear the last answer.
+const LINGER_TIME: Duration = Duration::from_secs(1);
+/// Bytes that are copied together, so that they need one write.
+const GATHER: usize = 16 << 10;
+
+/// Serves the connection to its end.
+pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer) {
+    let mut connection = Connection { gate, client, buffer, server: None };
+    if connection.serve().await.is_err() {
+        net::reset(&connection.client);
+        if let Some(server) = &connection.server {
+            net::reset(&server.stream);
+        }
+    }
+}
+
+/// The connection is of no more use: both sides are reset.
+struct Broken;
+
+impl From<io::Error> for Broken {
+    fn from(_: io::Error) -> Self {
+        Self
+    }
+}
+
+impl From<tokio::time::error::Elapsed> for Broken {
+    fn from(_: tokio::time::error::Elapsed) -> Self {
+        Self
+    }
+}
+
+/// What comes after a request.
+enum Next {
+    Request,
+    Close,
+}
+
+/// What an answer means for the connection.
+enum Answered {
+    /// Another request may follow.
+    Kept,
+    /// It was the last one.
+    Last,
+    /// Both sides speak another protocol now.
+    Switched,
+}
+
+struct Server {
+    stream: TcpStream,
+    buffer: Buffer,
+}
+
+struct Connection<'g> {
+    gate: &'g Gate,
+    client: TcpStream,
+    buffer: Buffer,
+    server: Option<Server>,
+}
+
+impl Connection<'_> {
+    async fn serve(&mut self) -> Result<(), Broken> {
+        loop {
+            let head = match self.read_head().await? {
+                Some(Ok(head)) => head,
+                Some(Err(fault)) => return self.refuse(fault).await,
+                None => return Ok(()),
+            };
+            let request = Request::read(&self.buffer.data()[..head]);
+            self.buffer.consume(head);
+            let request = match request {
+                Ok(request) => request,
+                Err(fault) => return self.refuse(fault).await,
+            };
+            match self.answer(request).await? {
+                Next::Request => {}
+                Next::Close => return self.linger().await,
+            }
+        }
+    }
+
+    /// Waits for the head of the next request; `None` when either side ends the connection.
+    async fn read_head(&mut self) -> Result<Option<Result<usize, Malformed>>, Broken> {
+        if self.buffer.is_empty() {
+            let server = self.server.as_ref().map(|server| &server.stream);
+            let more = tokio::select! {
+                biased;
+                more = timeout(IDLE_TIME, self.buffer.fill(&self.client)) => more,
+                () = ends(server) => return Ok(None),
+            };
+            if !matches!(more, Ok(Ok(1..))) {
+                return Ok(None);
+            }
+        }
+        if self.buffer.data().starts_with(b"\r\n") {
+            self.buffer.consume(2);
+        }
+        let deadline = Instant::now() + HEAD_TIME;
+        let mut scanner = Scanner::default();
+        loop {
+            let data = self.buffer.data();
+            match read_method(data).and_then(|_| scanner.find(data)) {
+                Ok(Some(length)) => return Ok(Some(Ok(length))),
+                Ok(None) => {}
+                Err(fault) => return Ok(Some(Err(fault))),
+            }
+            match timeout_at(deadline, self.buffer.fill(&self.client)).await {
+                Ok(Ok(1..)) => {}
+                Ok(_) => return Err(Broken),
+                Err(_) => {
+                    return Ok(Some(Err(Malformed { status: 408, why: "the head took too long" })));
+                }
+            }
+        }
+    }
+
+    /// Answers what is no request. Nothing that follows can be told apart.
+    async fn refuse(&mut self, fault: Malformed) -> Result<(), Broken> {
+        self.gate.log_malformed("HTTP/1.1", fault);
+        self.reply(Reply::malformed(fault), false, true).await?;
+        self.linger().await
+    }
+
+    async fn reply(&self, reply: Reply, head_only: bool, close: bool) -> io::Result<()> {
+        let mut out = Vec::with_capacity(256);
+        reply.write(&mut out, head_only, close);
+        write_all(&self.client, &out).await
+    }
+
+    /// Judges a request and sees it answered.
+    async fn answer(&mut self, mut request: Request) -> Result<Next, Broken> {
+        let asked = Asked {
+            version: if request.old { "HTTP/1.0" } else { "HTTP/1.1" },
+            method: &request.method,
+            target: request.target.as_str(),
+            authority: &request.authority,
+            begun: std::time::Instant::now(),
+        };
+        let judged = self.gate.judge(&asked, &request.fields.iter().collect::<Vec<_>>());
+        if !judged.allowed {
+            return self.deny(&request, &asked, &judged).await;
+        }
+        judged.edit(&mut request.fields);
+        if self.server.is_none() {
+            match timeout(CONNECT_TIME, self.gate.connect()).await {
+                Ok(Ok(stream)) => self.server = Some(Server { stream, buffer: Buffer::default() }),
+                _ => {
+                    self.gate.log(&asked, &judged, Some(503), Some("the server cannot be reached"));
+                    return self.answer_alone(&request, Reply::NO_SERVER).await;
+                }
+            }
+        }
+        self.exchange(&request, &asked, &judged).await
+    }
+
+    async fn deny(
+        &mut self,
+        request: &Request,
+        asked: &Asked<'_>,
+        judged: &Judged,
+    ) -> Result<Next, Broken> {
+        self.gate.log(asked, judged, Some(403), None);
+        self.answer_alone(request, Reply::DENIED).await
+    }
+
+    /// Answers in the server's place, and gets the body out of the way.
+    async fn answer_alone(&mut self, request: &Request, reply: Reply) -> Result<Next, Broken> {
+        let long = match request.body {
+            Framing::None => false,
+            Framing::Length(length) => length > MOST_DRAINED,
+            _ => true,
+        };
+        let close = request.close || request.expects || long;
+        self.reply(reply, request.method == "HEAD", close).await?;
+        if close {
+            return Ok(Next::Close);
+        }
+        let mut reader = Reader::new(request.body);
+        loop {
+            let (used, piece) = reader.next(self.buffer.data()).map_err(|_| Broken)?;
+            let more = piece == Piece::More;
+            self.buffer.consume(used);
+            if reader.is_complete() {
+                return Ok(Next::Request);
+            }
+            if more && timeout(HEAD_TIME, self.buffer.fill(&self.client)).await?? == 0 {
+                return Err(Broken);
+            }
+        }
+    }
+
+    /// Forwards the request and its answer.
+    async fn exchange(
+        &mut self,
+        request: &Request,
+        asked: &Asked<'_>,
+        judged: &Judged,
+    ) -> Result<Next, Broken> {
+        let Some(server) = &mut self.server else { return Err(Broken) };
+        let sent = AtomicBool::new(false);
+        let begun = AtomicBool::new(false);
+        let outcome = {
+            let mut upload =
+                pin!(upload(request, &self.client, &mut self.buffer, &server.stream, &sent));
+            let mut uploading = true;
+            let download = Download {
+                gate: self.gate,
+                client: &self.client,
+                server: &server.stream,
+                request,
+                asked,
+                judged,
+                sent: &sent,
+                begun: &begun,
+            };
+            let mut download = pin!(download.run(&mut server.buffer));
+            let mut revoked = pin!(self.gate.revoked(asked, judged, &request.fields));
+            loop {
+                tokio::select! {
+                    biased;
+                    fault = &mut upload, if uploading => match fault {
+                        // The server may have answered before it stopped listening.
+                        Ok(()) => uploading = false,
+                        Err(fault) => break Err(fault),
+                    },
+                    outcome = &mut download => break outcome,
+                    () = &mut revoked => break Err(Fault::Broken),
+                }
+            }
+        };
+        match outcome {
+            Ok(Answered::Switched) => self.tunnel(request, asked, judged).await,
+            Ok(Answered::Kept) if sent.load(Relaxed) && server.buffer.is_empty() => {
+                Ok(Next::Request)
+            }
+            // The rest of the body, or of what the server says, belongs to nothing any more.
+            Ok(_) => Ok(Next::Close),
+            Err(fault) if begun.load(Relaxed) => {
+                tracing::debug!(?fault, "an exchange broke off");
+                Err(Broken)
+            }
+            Err(fault) => self.break_off(request, asked, judged, fault).await,
+        }
+    }
+
+    /// An exchange failed before the client heard anything.
+    async fn break_off(
+        &mut self,
+        request: &Request,
+        asked: &Asked<'_>,
+        judged: &Judged,
+        fault: Fault,
+    ) -> Result<Next, Broken> {
+        if let Some(server) = self.server.take() {
+            net::reset(&server.stream);
+        }
+        let (reply, why) = match fault {
+            Fault::Broken => return Err(Broken),
+            Fault::Request(fault) => (Reply::malformed(fault), fault.why),
+            Fault::Response(fault) => (Reply::NO_ANSWER, fault.why),
+            Fault::Gone => (Reply::NO_SERVER, "the server went away before it answered"),
+            Fault::Late => (Reply::LATE, "the server did not answer in time"),
+        };
+        self.gate.log(asked, judged, Some(reply.status), Some(why));
+        self.reply(reply, request.method == "HEAD", true).await?;
+        Ok(Next::Close)
+    }
+
+    /// Both sides speak another protocol from here on, as long as the request for it is allowed.
+    async fn tunnel(
+        &mut self,
+        request: &Request,
+        asked: &Asked<'_>,
+        judged: &Judged,
+    ) -> Result<Next, Broken> {
+        let Some(server) = &mut self.server else { return Err(Broken) };
+        let client = (&self.client, &mut self.buffer);
+        tokio::select! {
+            relayed = relay::run(client, (&server.stream, &mut server.buffer)) => relayed?,
+            () = self.gate.revoked(asked, judged, &request.fields) => return Err(Broken),
+        }
+        Ok(Next::Close)
+    }
+
+    /// Ends the connection so that the client gets to hear the last answer: a reset, which unread
+    /// bytes would cause, could overtake it.
+    async fn linger(&mut self) -> Result<(), Broken> {
+        self.server = None;
+        socket2::SockRef::from(&self.client).shutdown(std::net::Shutdown::Write)?;
+        let mut left = MOST_DRAINED;
+        let drained = timeout(LINGER_TIME, async {
+            while left > 0 {
+                self.buffer.consume(self.buffer.data().len());
+                match self.buffer.fill(&self.client).await {
+                    Ok(0) | Err(_) => return,
+                    Ok(count) => left = left.saturating_sub(count as u64),
+                }
+            }
+        });
+        _ = drained.await;
+        Ok(())
+    }
+}
+
+/// Returns when the server ends an idle connection, or says what nobody asked for.
+async fn ends(server: Option<&TcpStream>) {
+    let Some(server) = server else { return std::future::pending().await };
+    loop {
+        if server.readable().await.is_err() {
+            return;
+        }
+        match server.try_read(&mut [0]) {
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
+            _ => return,
+        }
+    }
+}
+
+/// Why an exchange ended early.
+#[derive(Clone, Copy, Debug)]
+enum Fault {
+    /// The client is gone, or must hear no more.
+    Broken,
+    /// The client's body is none.
+    Request(Malformed),
+    /// The server's answer is none.
+    Response(Malformed),
+    /// The server is gone.
+    Gone,
+    /// The server takes too long.
+    Late,
+}
+
+/// Sends the request, then hands on the client's end of the stream.
+async fn upload(
+    request: &Request,
+    client: &TcpStream,
+    buffer: &mut Buffer,
+    server: &TcpStream,
+    sent: &AtomicBool,
+) -> Result<(), Fault> {
+    let mut out = Outlet::new(server, request.body);
+    request.write(&mut out.bytes);
+    let mut reader = Reader::new(request.body);
+    loop {
+        let (used, piece) = reader.next(buffer.data()).map_err(Fault::Request)?;
+        let (more, written) = match piece {
+            Piece::Data(data) => (false, out.data(data).await),
+            Piece::More => (true, out.flush().await),
+            Piece::End => {
+                buffer.consume(used);
+                break;
+            }
+        };
+        buffer.consume(used);
+        if written.is_err() {
+            return Ok(());
+        }
+        if more && fill(buffer, client).await.ok_or(Fault::Broken)? == 0 {
+            return Err(Fault::Broken);
+        }
+    }
+    // Trailers of requests do not pass: the request was judged without them.
+    if out.end(&[]).await.is_err() {
+        return Ok(());
+    }
+    sent.store(true, Relaxed);
+    if buffer.is_empty()
+        && !request.websocket
+        && buffer.fill(client).await.map_err(|_| Fault::Broken)? == 0
+    {
+        _ = socket2::SockRef::from(server).shutdown(std::net::Shutdown::Write);
+    }
+    Ok(())
+}
+
+/// Reads on; `None` when nothing comes for long, or the stream is broken.
+async fn fill(buffer: &mut Buffer, stream: &TcpStream) -> Option<usize> {
+    timeout(IDLE_TIME, buffer.fill(stream)).await.ok()?.ok()
+}
+
+/// Forwards the answer.
+struct Download<'a> {
+    gate: &'a Gate,
+    client: &'a TcpStream,
+    server: &'a TcpStream,
+    request: &'a Request,
+    asked: &'a Asked<'a>,
+    judged: &'a Judged,
+    /// The server has the whole request.
+    sent: &'a AtomicBool,
+    /// The client has a part of the answer.
+    begun: &'a AtomicBool,
+}
+
+impl Download<'_> {
+    async fn run(self, buffer: &mut Buffer) -> Result<Answered, Fault> {
+        let response = self.final_head(buffer).await?;
+        let framing = match response.body {
+            Framing::Chunked | Framing::UntilClose if self.request.old => Framing::UntilClose,
+            Framing::UntilClose => Framing::Chunked,
+            framing => framing,
+        };
+        let close = self.request.close || response.close || !self.sent.load(Relaxed);
+        self.gate.log(self.asked, self.judged, Some(response.status), None);
+        let mut out = Outlet::new(self.client, framing);
+        response.write(&mut out.bytes, framing, close);
+        self.begun.store(true, Relaxed);
+        if response.status == 101 {
+            out.flush().await.map_err(|_| Fault::Broken)?;
+            return Ok(Answered::Switched);
+        }
+        self.body(Reader::new(response.body), &mut out, buffer).await?;
+        Ok(if close { Answered::Last } else { Answered::Kept })
+    }
+
+    /// The first answer that is not interim; those before it are handed on.
+    async fn final_head(&self, buffer: &mut Buffer) -> Result<Response, Fault> {
+        for _ in 0..=MOST_INTERIM {
+            let length = self.head(buffer).await?;
+            let response = Response::read(&buffer.data()[..length], self.request);
+            buffer.consume(length);
+            let response = response.map_err(Fault::Response)?;
+            if !response.is_interim() {
+                return Ok(response);
+            }
+            if self.request.old {
+                continue;
+            }
+            let mut out = Vec::new();
+            response.write(&mut out, Framing::None, false);
+            write_all(self.client, &out).await.map_err(|_| Fault::Broken)?;
+        }
+        Err(Fault::Response(Malformed::bad("too many interim answers")))
+    }
+
+    async fn head(&self, buffer: &mut Buffer) -> Result<usize, Fault> {
+        let mut scanner = Scanner::default();
+        loop {
+            match scanner.find(buffer.data()) {
+                Ok(Some(length)) => return Ok(length),
+                Ok(None) => {}
+                Err(fault) => return Err(Fault::Response(fault)),
+            }
+            match timeout(IDLE_TIME, buffer.fill(self.server)).await {
+                Ok(Ok(1..)) => {}
+                Ok(_) => return Err(Fault::Gone),
+                Err(_) => return Err(Fault::Late),
+            }
+        }
+    }
+
+    async fn body(
+        &self,
+        mut reader: Reader,
+        out: &mut Outlet<'_>,
+        buffer: &mut Buffer,
+    ) -> Result<(), Fault> {
+        loop {
+            let (used, piece) = reader.next(buffer.data()).map_err(Fault::Response)?;
+            let (more, written) = match piece {
+                Piece::Data(data) => (false, out.data(data).await),
+                Piece::More => (true, out.flush().await),
+                Piece::End => {
+                    buffer.consume(used);
+                    break;
+                }
+            };
+            buffer.consume(used);
+            written.map_err(|_| Fault::Broken)?;
+            if more && fill(buffer, self.server).await.ok_or(Fault::Gone)? == 0 {
+                if reader.may_end() {
+                    break;
+                }
+                return Err(Fault::Gone);
+            }
+        }
+        let trailers: Vec<_> =
+            reader.trailers().iter().filter(|(name, _)| may_trail(name)).collect();
+        out.end(&trailers).await.map_err(|_| Fault::Broken)
+    }
+}
+
+/// The way out of a message: head and small parts of the body together.
+struct Outlet<'s> {
+    stream: &'s TcpStream,
+    bytes: Vec<u8>,
+    framing: Framing,
+}
+
+impl<'s> Outlet<'s> {
+    fn new(stream: &'s TcpStream, framing: Framing) -> Self {
+        Self { stream, bytes: Vec::with_capacity(1024), framing }
+    }
+
+    async fn data(&mut self, data: &[u8]) -> io::Result<()> {
+        let chunked = self.framing == Framing::Chunked;
+        if chunked {
+            self.bytes.extend_from_slice(format!("{:x}\r\n", data.len()).as_bytes());
+        }
+        if self.bytes.len() + data.len() > GATHER {
+            self.flush().await?;
+            timed_write(self.stream, data).await?;
+        } else {
+            self.bytes.extend_from_slice(data);
+        }
+        if chunked {
+            self.bytes.extend_from_slice(b"\r\n");
+        }
+        Ok(())
+    }
+
+    async fn end(&mut self, trailers: &[(&str, &[u8])]) -> io::Result<()> {
+        if self.framing == Framing::Chunked {
+            self.bytes.extend_from_slice(b"0\r\n");
+            for (name, value) in trailers {
+                super::syntax::write_field(&mut self.bytes, name, value);
+            }
+            self.bytes.extend_from_slice(b"\r\n");
+        }
+        self.flush().await
+    }
+
+    async fn flush(&mut self) -> io::Result<()> {
+        timed_write(self.stream, &self.bytes).await?;
+        self.bytes.clear();
+        Ok(())
+    }
+}
+
+/// A reader that takes nothing for long is gone.
+async fn timed_write(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
+    timeout(IDLE_TIME, write_all(stream, bytes)).await?
+}

@@ -1,0 +1,586 @@
+//! A connection over HTTP/2: many requests at a time, each judged, each on a stream of its own to
+//! the server, over one connection that belongs to that of the client.
+//!
+//! The `h2` crate reads and writes the frames and refuses what RFC 9113 calls malformed; what it
+//! leaves open is settled in [`Asking::read`]. A target is judged and forwarded in the same
+//! canonical form as over HTTP/1. The crate drops a fragment before anybody sees it, so one is not
+//! refused here, but neither does the server get it.
+
+use std::{
+    future::poll_fn,
+    io,
+    pin::{Pin, pin},
+    sync::Arc,
+    task::{Context, Poll},
+};
+
+use bytes::Bytes;
+use futures::{StreamExt, stream::FuturesUnordered};
+use h2::{
+    Reason, RecvStream, SendStream,
+    client::{self, ResponseFuture, SendRequest},
+    server::{self, SendResponse},
+};
+use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use tokio::{
+    io::{AsyncRead, AsyncWrite, ReadBuf},
+    net::TcpStream,
+    sync::{Notify, OnceCell},
+    task::JoinHandle,
+    time::{Instant, sleep_until, timeout},
+};
+
+use super::{
+    CONNECT_TIME, HEAD_TIME, IDLE_TIME, may_trail,
+    reply::{DENIED, Reply, SERVER, date},
+    request::is_own,
+    syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed},
+    target::{Authority, Target},
+};
+use crate::{
+    buffer::Buffer,
+    judge::{Asked, Gate, Judged},
+};
+
+const VERSION: &str = "HTTP/2";
+/// Streams at a time.
+const MOST_STREAMS: u32 = 100;
+/// Of one stream's body that is under way, each way.
+const WINDOW: u32 = 64 << 10;
+/// Of all streams' bodies from one side.
+const CONNECTION_WINDOW: u32 = 1 << 20;
+/// Streams that a client may take back at once.
+const MOST_RESETS: f64 = 200.0;
+/// And each second from then on.
+const RESETS_A_SECOND: f64 = 20.0;
+/// Answers with an error that a client can provoke in the protocol itself.
+const MOST_ERRORS: usize = 100;
+
+/// Serves the connection to its end.
+pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer) {
+    let handshake = server::Builder::new()
+        .max_concurrent_streams(MOST_STREAMS)
+        .max_header_list_size(MOST_HEAD as u32)
+        .initial_window_size(WINDOW)
+        .initial_connection_window_size(CONNECTION_WINDOW)
+        .max_send_buffer_size(WINDOW as usize)
+        .max_local_error_reset_streams(Some(MOST_ERRORS))
+        .handshake(Prefixed { buffer, stream: client });
+    if let Ok(Ok(connection)) = timeout(HEAD_TIME, handshake).await {
+        let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default() };
+        shared.serve(connection).await;
+    }
+}
+
+type Connection = server::Connection<Prefixed, Bytes>;
+
+/// What the streams of a connection share.
+struct Shared<'g> {
+    gate: &'g Gate,
+    server: OnceCell<Server>,
+    /// Told when the connection to the server ends.
+    gone: Arc<Notify>,
+}
+
+/// How a stream ended.
+#[derive(PartialEq, Eq)]
+enum Ended {
+    Well,
+    /// The client took it back.
+    TakenBack,
+}
+
+impl Shared<'_> {
+    async fn serve(&self, mut connection: Connection) {
+        let mut streams = FuturesUnordered::new();
+        let mut resets = Allowance::new();
+        let mut idle = pin!(sleep_until(Instant::now() + IDLE_TIME));
+        loop {
+            tokio::select! {
+                accepted = connection.accept() => match accepted {
+                    Some(Ok((request, respond))) => streams.push(self.stream(request, respond)),
+                    _ => return,
+                },
+                Some(ended) = streams.next() => {
+                    if ended == Ended::TakenBack && !resets.take() {
+                        connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
+                    }
+                    idle.as_mut().reset(Instant::now() + IDLE_TIME);
+                }
+                () = self.gone.notified() => connection.graceful_shutdown(),
+                () = &mut idle, if streams.is_empty() => connection.graceful_shutdown(),
+            }
+        }
+    }
+
+    /// Sees one request answered.
+    async fn stream(
+        &self,
+        request: Request<RecvStream>,
+        mut respond: SendResponse<Bytes>,
+    ) -> Ended {
+        let (parts, body) = request.into_parts();
+        let asking = match Asking::read(&parts) {
+            Ok(asking) => asking,
+            Err(Fault::Malformed(fault)) => {
+                self.gate.log_malformed(VERSION, fault);
+                return answer(&mut respond, Reply::malformed(fault), parts.method == Method::HEAD);
+            }
+            Err(Fault::Protocol(why)) => {
+                self.gate.log_malformed(VERSION, Malformed::bad(why));
+                respond.send_reset(Reason::PROTOCOL_ERROR);
+                return Ended::Well;
+            }
+        };
+        let asked = Asked {
+            version: VERSION,
+            method: parts.method.as_str(),
+            target: asking.target.as_str(),
+            authority: &asking.authority,
+            begun: std::time::Instant::now(),
+        };
+        let judged = self.gate.judge(&asked, &asking.fields.iter().collect::<Vec<_>>());
+        if !judged.allowed {
+            self.gate.log(&asked, &judged, Some(403), None);
+            return deny(&mut respond, &parts);
+        }
+        let Ok(mut forward) = asking.request(&parts) else {
+            return answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
+        };
+        judged.edit(forward.headers_mut());
+        let exchange = Exchange { shared: self, asked: &asked, judged: &judged };
+        tokio::select! {
+            outcome = exchange.run(forward, body, &mut respond) => match outcome {
+                Ok(()) => Ended::Well,
+                Err(Break::Client) => Ended::TakenBack,
+                Err(Break::Reset(reason)) => {
+                    respond.send_reset(reason);
+                    Ended::Well
+                }
+                Err(Break::Reply(reply, why)) => {
+                    self.gate.log(&asked, &judged, Some(reply.status), Some(why));
+                    answer(&mut respond, reply, parts.method == Method::HEAD)
+                }
+            },
+            () = self.gate.revoked(&asked, &judged, &asking.fields) => {
+                respond.send_reset(Reason::CANCEL);
+                Ended::Well
+            }
+        }
+    }
+
+    /// The connection to the server, made for the first request that is allowed.
+    async fn server(&self) -> io::Result<SendRequest<Bytes>> {
+        let server = self.server.get_or_try_init(|| async {
+            let stream = self.gate.connect().await?;
+            Server::handshake(stream, Arc::clone(&self.gone)).await.map_err(io::Error::other)
+        });
+        Ok(timeout(CONNECT_TIME, server).await??.send.clone())
+    }
+}
+
+/// The connection to the server.
+struct Server {
+    send: SendRequest<Bytes>,
+    driver: JoinHandle<()>,
+}
+
+impl Drop for Server {
+    fn drop(&mut self) {
+        self.driver.abort();
+    }
+}
+
+impl Server {
+    async fn handshake(stream: TcpStream, gone: Arc<Notify>) -> Result<Self, h2::Error> {
+        let (send, connection) = client::Builder::new()
+            .enable_push(false)
+            .max_header_list_size(MOST_HEAD as u32)
+            .initial_window_size(WINDOW)
+            .initial_connection_window_size(CONNECTION_WINDOW)
+            .max_send_buffer_size(WINDOW as usize)
+            .handshake(stream)
+            .await?;
+        let driver = tokio::spawn(async move {
+            _ = connection.await;
+            gone.notify_one();
+        });
+        Ok(Self { send, driver })
+    }
+}
+
+/// Why a request is not judged.
+pub enum Fault {
+    /// It gets an answer.
+    Malformed(Malformed),
+    /// It is against the protocol: the stream is reset.
+    Protocol(&'static str),
+}
+
+impl From<Malformed> for Fault {
+    fn from(fault: Malformed) -> Self {
+        Self::Malformed(fault)
+    }
+}
+
+/// What is asked, in canonical form.
+pub struct Asking {
+    /// Path and query.
+    pub target: Target,
+    /// Host.
+    pub authority: Authority,
+    fields: Fields,
+}
+
+impl Asking {
+    /// Settles what the protocol leaves open.
+    ///
+    /// # Errors
+    ///
+    /// It is not certain what the request is.
+    pub fn read(parts: &http::request::Parts) -> Result<Self, Fault> {
+        if parts.method == Method::CONNECT {
+            let why = "CONNECT is not for this proxy";
+            return Err(Malformed { status: 405, why }.into());
+        }
+        if parts.uri.scheme_str() != Some("http") {
+            return Err(Fault::Protocol("the scheme is not http"));
+        }
+        let authority = read_authority(parts)?;
+        let lengths = parts.headers.get_all(header::CONTENT_LENGTH);
+        if lengths.iter().count() > 1 {
+            return Err(Fault::Protocol("two content lengths"));
+        }
+        if parts.headers.len() > MOST_FIELDS {
+            return Err(Malformed { status: 431, why: "too many header fields" }.into());
+        }
+        let target = match parts.uri.path_and_query().map_or("", |target| target.as_str()) {
+            "*" if parts.method == Method::OPTIONS => Target::asterisk(),
+            target => Target::read(target.as_bytes())?,
+        };
+        let mut fields = Fields::default();
+        for (name, value) in parts.headers.iter().filter(|(name, _)| passes(name.as_str())) {
+            fields.push(name.as_str(), value.as_bytes());
+        }
+        Ok(Self { target, authority, fields })
+    }
+
+    /// The request for the server: what is judged, and nothing else.
+    ///
+    /// # Errors
+    ///
+    /// It makes no URL.
+    pub fn request(&self, parts: &http::request::Parts) -> Result<Request<()>, http::Error> {
+        let uri = Uri::builder()
+            .scheme("http")
+            .authority(self.authority.as_str())
+            .path_and_query(self.target.as_str())
+            .build()?;
+        let mut request = Request::new(());
+        *request.method_mut() = parts.method.clone();
+        *request.uri_mut() = uri;
+        let passing = parts.headers.iter().filter(|(name, _)| passes(name.as_str()));
+        let passing = passing.map(|(name, value)| (name.clone(), value.clone()));
+        request.headers_mut().extend(passing);
+        Ok(request)
+    }
+}
+
+/// Whether a field is forwarded: those that frame the message or belong to one hop are the
+/// protocol's own here, and it refuses the others.
+fn passes(name: &str) -> bool {
+    matches!(name, "te" | "content-length" | "expect") || !is_own(name)
+}
+
+/// There is one host: where it is said twice, it is the same.
+fn read_authority(parts: &http::request::Parts) -> Result<Authority, Fault> {
+    let mut all = parts
+        .uri
+        .authority()
+        .map(|authority| authority.as_str().as_bytes())
+        .into_iter()
+        .chain(parts.headers.get_all(header::HOST).iter().map(HeaderValue::as_bytes));
+    let first = all.next().ok_or(Fault::Protocol("there is no host"))?;
+    let authority = Authority::read(first).map_err(|fault| Fault::Protocol(fault.why))?;
+    for other in all {
+        if Authority::read(other).ok().as_ref() != Some(&authority) {
+            return Err(Fault::Protocol("two hosts"));
+        }
+    }
+    Ok(authority)
+}
+
+/// Answers in the server's place.
+fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> Ended {
+    let mut response = Response::new(());
+    *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or_default();
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_LENGTH, HeaderValue::from(reply.body.len()));
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("text/plain"));
+    sign(headers);
+    if let Ok(mut body) = respond.send_response(response, head_only)
+        && !head_only
+    {
+        _ = body.send_data(Bytes::from_static(reply.body.as_bytes()), true);
+    }
+    Ended::Well
+}
+
+/// Answers what policy denies; clients of gRPC get a status that they understand.
+fn deny(respond: &mut SendResponse<Bytes>, parts: &http::request::Parts) -> Ended {
+    let kind = parts.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    if !kind.starts_with(b"application/grpc") {
+        return answer(respond, Reply::DENIED, parts.method == Method::HEAD);
+    }
+    let mut response = Response::new(());
+    let headers = response.headers_mut();
+    headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
+    headers.insert("grpc-status", HeaderValue::from_static(PERMISSION_DENIED));
+    let message = DENIED.replace("\r\n", "%0D%0A");
+    if let Ok(message) = HeaderValue::try_from(message) {
+        headers.insert("grpc-message", message);
+    }
+    sign(headers);
+    _ = respond.send_response(response, true);
+    Ended::Well
+}
+
+const PERMISSION_DENIED: &str = "7";
+
+fn sign(headers: &mut HeaderMap) {
+    if let Ok(date) = HeaderValue::try_from(date()) {
+        headers.insert(header::DATE, date);
+    }
+    headers.insert(header::SERVER, HeaderValue::from_static(SERVER));
+}
+
+/// Why an exchange ended early.
+enum Break {
+    /// The client is gone.
+    Client,
+    /// The client's stream is reset.
+    Reset(Reason),
+    /// The client gets an answer.
+    Reply(Reply, &'static str),
+}
+
+/// One request under way.
+struct Exchange<'a> {
+    shared: &'a Shared<'a>,
+    asked: &'a Asked<'a>,
+    judged: &'a Judged,
+}
+
+impl Exchange<'_> {
+    async fn run(
+        &self,
+        request: Request<()>,
+        body: RecvStream,
+        respond: &mut SendResponse<Bytes>,
+    ) -> Result<(), Break> {
+        let unreachable = |_| Break::Reply(Reply::NO_SERVER, "the server cannot be reached");
+        let send = self.shared.server().await.map_err(unreachable)?;
+        let mut send = send.ready().await.map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
+        let (mut response, mut up) = send
+            .send_request(request, body.is_end_stream())
+            .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
+        let mut upload = pin!(async {
+            match body.is_end_stream() {
+                true => Ok(()),
+                false => pump(body, &mut up, |_| false).await,
+            }
+        });
+        let mut uploading = true;
+        let head = loop {
+            tokio::select! {
+                biased;
+                sent = &mut upload, if uploading => match sent {
+                    Ok(()) | Err(Stop::Writer) => uploading = false,
+                    Err(Stop::Reader(_)) => return Err(Break::Client),
+                },
+                _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
+                heard = hear(&mut response) => match heard {
+                    Heard::Interim(interim) => _ = respond.send_informational(interim),
+                    Heard::Answer(answer) => break answer,
+                },
+                () = tokio::time::sleep(IDLE_TIME), if !uploading => {
+                    return Err(Break::Reply(Reply::LATE, "the server did not answer in time"));
+                }
+            }
+        };
+        let head = head.map_err(|error| match error.is_go_away() || error.is_io() {
+            true => Break::Reply(Reply::NO_SERVER, GONE),
+            false => {
+                Break::Reply(Reply::NO_ANSWER, "the server's answer is malformed or was taken back")
+            }
+        })?;
+        self.shared.gate.log(self.asked, self.judged, Some(head.status().as_u16()), None);
+        let (parts, answer) = head.into_parts();
+        let end = answer.is_end_stream();
+        let sent = respond.send_response(Response::from_parts(parts, ()), end);
+        let mut down = sent.map_err(|_| Break::Client)?;
+        if end {
+            return Ok(());
+        }
+        let mut download = pin!(pump(answer, &mut down, may_trail));
+        loop {
+            tokio::select! {
+                biased;
+                sent = &mut upload, if uploading => match sent {
+                    Ok(()) | Err(Stop::Writer) => uploading = false,
+                    Err(Stop::Reader(_)) => return Err(Break::Client),
+                },
+                sent = &mut download => return sent.map_err(|stop| match stop {
+                    Stop::Writer => Break::Client,
+                    Stop::Reader(reason) => Break::Reset(reason),
+                }),
+            }
+        }
+    }
+}
+
+/// What a server says.
+enum Heard {
+    Interim(Response<()>),
+    Answer(Result<Response<RecvStream>, h2::Error>),
+}
+
+async fn hear(response: &mut ResponseFuture) -> Heard {
+    poll_fn(|cx| match response.poll_informational(cx) {
+        Poll::Ready(Some(Ok(interim))) => Poll::Ready(Heard::Interim(interim)),
+        _ => Pin::new(&mut *response).poll(cx).map(Heard::Answer),
+    })
+    .await
+}
+
+const GONE: &str = "the server went away before it answered";
+
+/// Which side of a pump broke.
+enum Stop {
+    Reader(Reason),
+    Writer,
+}
+
+/// Moves a body, and the trailers that may pass.
+async fn pump(
+    mut from: RecvStream,
+    to: &mut SendStream<Bytes>,
+    trails: impl Fn(&str) -> bool,
+) -> Result<(), Stop> {
+    loop {
+        let data = tokio::select! {
+            data = from.data() => data,
+            _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Stop::Writer),
+            () = tokio::time::sleep(IDLE_TIME) => return Err(Stop::Reader(Reason::CANCEL)),
+        };
+        let Some(data) = data else { break };
+        let data = data.map_err(|error| Stop::Reader(error.reason().unwrap_or(Reason::CANCEL)))?;
+        let (length, end) = (data.len(), from.is_end_stream());
+        send(to, data, end).await?;
+        _ = from.flow_control().release_capacity(length);
+        if end {
+            return Ok(());
+        }
+    }
+    let trailers = from.trailers().await;
+    let trailers =
+        trailers.map_err(|error| Stop::Reader(error.reason().unwrap_or(Reason::CANCEL)))?;
+    let trailers: HeaderMap = trailers
+        .iter()
+        .flatten()
+        .filter(|(name, _)| trails(name.as_str()))
+        .map(|(name, value)| (name.clone(), value.clone()))
+        .collect();
+    match trailers.is_empty() {
+        true => to.send_data(Bytes::new(), true),
+        false => to.send_trailers(trailers),
+    }
+    .map_err(|_| Stop::Writer)
+}
+
+/// Sends as the other side makes room; one that makes none for long is gone.
+async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, end: bool) -> Result<(), Stop> {
+    if data.is_empty() && end {
+        return to.send_data(data, true).map_err(|_| Stop::Writer);
+    }
+    while !data.is_empty() {
+        to.reserve_capacity(data.len());
+        let room = timeout(IDLE_TIME, poll_fn(|cx| to.poll_capacity(cx))).await;
+        let Ok(Some(Ok(room))) = room else { return Err(Stop::Writer) };
+        let part = data.split_to(room.min(data.len()));
+        to.send_data(part, end && data.is_empty()).map_err(|_| Stop::Writer)?;
+    }
+    Ok(())
+}
+
+/// How many streams a client may take back.
+struct Allowance {
+    left: f64,
+    since: Instant,
+}
+
+impl Allowance {
+    fn new() -> Self {
+        Self { left: MOST_RESETS, since: Instant::now() }
+    }
+
+    fn take(&mut self) -> bool {
+        let now = Instant::now();
+        let grown = self.left + (now - self.since).as_secs_f64() * RESETS_A_SECOND;
+        self.since = now;
+        self.left = grown.min(MOST_RESETS) - 1.0;
+        self.left >= 0.0
+    }
+}
+
+/// A stream of which some bytes were read already.
+struct Prefixed {
+    buffer: Buffer,
+    stream: TcpStream,
+}
+
+impl AsyncRead for Prefixed {
+    fn poll_read(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        into: &mut ReadBuf<'_>,
+    ) -> Poll<io::Result<()>> {
+        if self.buffer.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, into);
+        }
+        let count = self.buffer.data().len().min(into.remaining());
+        into.put_slice(&self.buffer.data()[..count]);
+        self.buffer.consume(count);
+        Poll::Ready(Ok(()))
+    }
+}
+
+impl AsyncWrite for Prefixed {
+    fn poll_write(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        bytes: &[u8],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write(cx, bytes)
+    }
+
+    fn poll_write_vectored(
+        mut self: Pin<&mut Self>,
+        cx: &mut Context<'_>,
+        parts: &[io::IoSlice<'_>],
+    ) -> Poll<io::Result<usize>> {
+        Pin::new(&mut self.stream).poll_write_vectored(cx, parts)
+    }
+
+    fn is_write_vectored(&self) -> bool {
+        self.stream.is_write_vectored()
+    }
+
+    fn poll_flush(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_flush(cx)
+    }
+
+    fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}

@@ -1,0 +1,486 @@
+//! What the rules ask of a connection, and what they say to what is asked inside it.
+
+use std::{
+    collections::HashMap,
+    io,
+    net::SocketAddr,
+    sync::{Arc, Mutex, PoisonError},
+    time::Instant,
+};
+
+use arc_swap::ArcSwap;
+use http::{HeaderMap, HeaderName, HeaderValue};
+use palisade_api::{
+    flow::{Http, L7, escaped},
+    proxy::{AccessRecord, EndRecord, Rules, TableId},
+};
+use palisade_policy::{
+    RuleSource,
+    l7::{Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, NamePattern, Secrets},
+};
+use tokio::net::TcpStream;
+
+use crate::{
+    Proxy,
+    http::{
+        syntax::{Fields, Malformed},
+        target::Authority,
+    },
+    log, net,
+    rules::Snapshot,
+};
+
+/// What has to be spoken on a connection.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Application {
+    /// Nothing passes.
+    Denied,
+    /// Everything passes.
+    Anything,
+    /// HTTP.
+    Http,
+    /// DNS.
+    Dns,
+    /// TLS.
+    Tls,
+}
+
+/// What the rules of one end ask, ready to be asked.
+pub enum End {
+    /// Nothing passes.
+    Deny(Option<RuleSource>),
+    /// Everything passes.
+    Pass(RuleSource),
+    /// The requests that match.
+    Http {
+        /// The rules.
+        matcher: HttpMatcher,
+        /// Where each of them comes from.
+        sources: Vec<RuleSource>,
+    },
+    /// The questions for these names.
+    Dns(Vec<(RuleSource, NamePattern)>),
+    /// The connections to these server names.
+    Tls(Vec<(RuleSource, NamePattern)>),
+}
+
+impl End {
+    /// Rules that cannot be made ready match nothing.
+    fn new(demand: Demand, secrets: &Secrets) -> Self {
+        match demand {
+            Demand::Deny(source) => Self::Deny(source),
+            Demand::Pass(source) => Self::Pass(source),
+            Demand::Dns(names) => Self::Dns(names),
+            Demand::Tls(names) => Self::Tls(names),
+            Demand::Http(rules) => {
+                let (sources, rules): (Vec<_>, Vec<_>) = rules.into_iter().unzip();
+                match HttpMatcher::new(&rules, secrets) {
+                    Ok(matcher) => Self::Http { matcher, sources },
+                    Err(error) => {
+                        tracing::error!(%error, "a rule does not compile; its connections are denied");
+                        Self::Deny(None)
+                    }
+                }
+            }
+        }
+    }
+
+    const fn application(&self) -> Application {
+        match self {
+            Self::Deny(_) => Application::Denied,
+            Self::Pass(_) => Application::Anything,
+            Self::Http { .. } => Application::Http,
+            Self::Dns(_) => Application::Dns,
+            Self::Tls(_) => Application::Tls,
+        }
+    }
+
+    /// What it says to something that only the rules for it may allow.
+    fn say(&self, ask: impl FnOnce(&Self) -> Option<RuleSource>) -> EndRecord {
+        match self {
+            Self::Deny(source) => EndRecord { allowed: false, rule: source.clone() },
+            Self::Pass(source) => EndRecord { allowed: true, rule: Some(source.clone()) },
+            _ => {
+                let rule = ask(self);
+                EndRecord { allowed: rule.is_some(), rule }
+            }
+        }
+    }
+
+    fn http(&self, request: &HttpRequest<'_>, edits: &mut Vec<HeaderEdit>) -> EndRecord {
+        self.say(|end| {
+            let Self::Http { matcher, sources } = end else { return None };
+            let found = matcher.judge(request)?;
+            edits.extend(found.edits);
+            sources.get(found.rule).cloned()
+        })
+    }
+
+    fn name(&self, application: Application, name: &str) -> EndRecord {
+        self.say(|end| {
+            let (Self::Dns(names) | Self::Tls(names)) = end else { return None };
+            let found = names.iter().find(|(_, pattern)| pattern.matches(name));
+            found.filter(|_| end.application() == application).map(|(source, _)| source.clone())
+        })
+    }
+}
+
+/// A question to one table.
+#[derive(Clone, Copy, PartialEq, Eq, Hash)]
+struct Question {
+    table: TableId,
+    identity: u32,
+    prefix: u32,
+    protocol: u8,
+    port: u16,
+}
+
+/// Most answers that are kept.
+const MOST_KEPT: usize = 8192;
+
+/// What was asked of connections under one version of the rules: patterns are compiled once.
+#[derive(Default)]
+pub(crate) struct Demands(Mutex<HashMap<Question, Arc<End>>>);
+
+impl Demands {
+    /// What still holds under other rules.
+    pub(crate) fn carry(&self, old: &Rules, new: &Rules) -> Self {
+        let same = |table: &TableId| {
+            let hash = |rules: &Rules| rules.tables.get(table).map(|policy| policy.hash);
+            hash(old).is_some() && hash(old) == hash(new)
+        };
+        if old.secrets != new.secrets {
+            return Self::default();
+        }
+        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        let kept = kept.iter().filter(|(question, _)| same(&question.table));
+        Self(Mutex::new(kept.map(|(question, end)| (*question, Arc::clone(end))).collect()))
+    }
+
+    fn ask(&self, rules: &Rules, question: Question) -> Arc<End> {
+        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(end) = kept.get(&question) {
+            return Arc::clone(end);
+        }
+        let Question { table, identity, prefix, protocol, port } = question;
+        let demand = rules
+            .tables
+            .get(&table)
+            .map_or(Demand::Deny(None), |policy| policy.demand(identity, prefix, protocol, port));
+        let end = Arc::new(End::new(demand, &rules.secrets));
+        if kept.len() >= MOST_KEPT {
+            kept.clear();
+        }
+        kept.insert(question, Arc::clone(&end));
+        end
+    }
+}
+
+/// The ends of a connection whose policies count here; none: nothing is asked.
+struct Ends {
+    generation: u64,
+    egress: Option<Arc<End>>,
+    ingress: Option<Arc<End>>,
+    /// One of them is an endpoint of this node.
+    known: bool,
+}
+
+impl Ends {
+    fn find(snapshot: &Snapshot, protocol: u8, client: SocketAddr, server: SocketAddr) -> Self {
+        let rules = &snapshot.rules;
+        let (from, to) = (rules.endpoints.get(&client.ip()), rules.endpoints.get(&server.ip()));
+        let ask = |table: Option<TableId>, peer: SocketAddr| {
+            let table = table?;
+            let peer = snapshot.peer(peer.ip());
+            let question = Question {
+                table,
+                identity: peer.identity,
+                prefix: peer.prefix,
+                protocol,
+                port: server.port(),
+            };
+            Some(snapshot.demands.ask(rules, question))
+        };
+        Self {
+            generation: snapshot.generation,
+            egress: ask(from.and_then(|endpoint| endpoint.egress), server),
+            ingress: ask(to.and_then(|endpoint| endpoint.ingress), client),
+            known: from.is_some() || to.is_some(),
+        }
+    }
+
+    /// What both ends agree on.
+    fn application(&self) -> Application {
+        if !self.known {
+            return Application::Denied;
+        }
+        let of = |end: &Option<Arc<End>>| {
+            end.as_ref().map_or(Application::Anything, |end| end.application())
+        };
+        match (of(&self.egress), of(&self.ingress)) {
+            (Application::Anything, other) | (other, Application::Anything) => other,
+            (one, other) if one == other => one,
+            _ => Application::Denied,
+        }
+    }
+}
+
+/// Judges what is said on one connection, always by the newest rules.
+pub struct Gate {
+    proxy: Arc<Proxy>,
+    protocol: u8,
+    client: SocketAddr,
+    server: SocketAddr,
+    ends: ArcSwap<Ends>,
+}
+
+/// A request over HTTP.
+#[derive(Clone, Copy)]
+pub struct Asked<'a> {
+    /// Version of the protocol.
+    pub version: &'static str,
+    /// Method.
+    pub method: &'a str,
+    /// Path and query.
+    pub target: &'a str,
+    /// Host.
+    pub authority: &'a Authority,
+    /// When it was complete.
+    pub begun: Instant,
+}
+
+/// Fields that rules may change.
+pub trait Editable {
+    /// Adds one.
+    fn add(&mut self, name: &str, value: &str);
+    /// Removes those of a name, but for one value.
+    fn remove(&mut self, name: &str, except: Option<&str>);
+}
+
+impl Editable for Fields {
+    fn add(&mut self, name: &str, value: &str) {
+        self.push(name, value.as_bytes());
+    }
+
+    fn remove(&mut self, name: &str, except: Option<&str>) {
+        let except = except.map(str::as_bytes);
+        self.retain(|other, value| other != name || Some(value) == except);
+    }
+}
+
+impl Editable for HeaderMap {
+    fn add(&mut self, name: &str, value: &str) {
+        let pair = (HeaderName::try_from(name), HeaderValue::try_from(value));
+        if let (Ok(name), Ok(value)) = pair {
+            self.append(name, value);
+        }
+    }
+
+    fn remove(&mut self, name: &str, except: Option<&str>) {
+        let all = self.get_all(name).iter();
+        let kept = all.filter(|value| Some(value.as_bytes()) == except.map(str::as_bytes)).count();
+        self.remove(name);
+        for value in std::iter::repeat_n(except, kept).flatten() {
+            self.add(name, value);
+        }
+    }
+}
+
+/// What was said to a request.
+#[derive(Clone, Debug)]
+pub struct Judged {
+    /// Whether all that were asked agree.
+    pub allowed: bool,
+    egress: Option<EndRecord>,
+    ingress: Option<EndRecord>,
+    edits: Vec<HeaderEdit>,
+    /// Of the rules that said it.
+    generation: u64,
+}
+
+impl Judged {
+    fn new(ends: &Ends, mut say: impl FnMut(&End) -> EndRecord) -> Self {
+        let mut of = |end: &Option<Arc<End>>| end.as_ref().map(|end| say(end));
+        let (egress, ingress) = (of(&ends.egress), of(&ends.ingress));
+        let agrees = |end: &Option<EndRecord>| end.as_ref().is_none_or(|end| end.allowed);
+        let allowed = ends.known && agrees(&egress) && agrees(&ingress);
+        Self { allowed, egress, ingress, edits: Vec::new(), generation: ends.generation }
+    }
+
+    /// Something that no rule was asked about.
+    #[must_use]
+    pub const fn unasked() -> Self {
+        Self { allowed: false, egress: None, ingress: None, edits: Vec::new(), generation: 0 }
+    }
+
+    /// Changes the fields of a request as the rules want it.
+    pub fn edit(&self, fields: &mut impl Editable) {
+        for edit in &self.edits {
+            match &edit.change {
+                HeaderChange::Log => {}
+                HeaderChange::Add(value) => fields.add(&edit.name, value),
+                HeaderChange::Remove { except } => fields.remove(&edit.name, except.as_deref()),
+                HeaderChange::Replace(value) => {
+                    fields.remove(&edit.name, None);
+                    fields.add(&edit.name, value);
+                }
+            }
+        }
+    }
+
+    /// Refused all the same, for what was said in another way than it may be.
+    #[must_use]
+    pub fn refused(mut self) -> Self {
+        self.allowed = false;
+        self
+    }
+
+    fn mismatches(&self) -> Vec<String> {
+        self.edits.iter().map(|edit| edit.name.clone()).collect()
+    }
+}
+
+impl Gate {
+    /// Looks up what is asked of a connection.
+    #[must_use]
+    pub fn new(proxy: &Arc<Proxy>, protocol: u8, client: SocketAddr, server: SocketAddr) -> Self {
+        let ends = Ends::find(&proxy.rules.load(), protocol, client, server);
+        Self {
+            proxy: Arc::clone(proxy),
+            protocol,
+            client,
+            server,
+            ends: ArcSwap::from_pointee(ends),
+        }
+    }
+
+    /// What has to be spoken, by the newest rules.
+    #[must_use]
+    pub fn application(&self) -> Application {
+        self.ends().application()
+    }
+
+    fn ends(&self) -> Arc<Ends> {
+        let snapshot = self.proxy.rules.load();
+        let ends = self.ends.load_full();
+        if ends.generation == snapshot.generation {
+            return ends;
+        }
+        let ends = Arc::new(Ends::find(&snapshot, self.protocol, self.client, self.server));
+        self.ends.store(Arc::clone(&ends));
+        ends
+    }
+
+    /// Judges a request with the fields that will be forwarded.
+    #[must_use]
+    pub fn judge(&self, asked: &Asked<'_>, headers: &[(&str, &[u8])]) -> Judged {
+        let ends = self.ends();
+        let Asked { method, target, authority, .. } = *asked;
+        let request = HttpRequest { method, target, host: authority.as_str(), headers };
+        let mut edits = Vec::new();
+        let mut judged = Judged::new(&ends, |end| end.http(&request, &mut edits));
+        judged.edits = edits;
+        judged
+    }
+
+    /// Judges a name: of a DNS question, or of a TLS server.
+    #[must_use]
+    pub fn judge_name(&self, application: Application, name: &str) -> Judged {
+        Judged::new(&self.ends(), |end| end.name(application, name))
+    }
+
+    /// Returns once a request that was allowed no longer is.
+    pub async fn revoked(&self, asked: &Asked<'_>, judged: &Judged, fields: &Fields) {
+        let allowed = || self.judge(asked, &fields.iter().collect::<Vec<_>>()).allowed;
+        self.until(judged.generation, allowed).await;
+    }
+
+    /// Returns once a condition that the rules made true no longer is; it was last asked when
+    /// `asked` was their generation.
+    pub async fn until(&self, mut asked: u64, mut holds: impl FnMut() -> bool) {
+        let mut changes = self.proxy.rules.changes();
+        loop {
+            let newest = *changes.borrow_and_update();
+            if newest != asked && !holds() {
+                return;
+            }
+            asked = newest;
+            if changes.changed().await.is_err() {
+                return;
+            }
+        }
+    }
+
+    /// The generation of the rules that the connection was last judged by.
+    #[must_use]
+    pub fn generation(&self) -> u64 {
+        self.ends.load().generation
+    }
+
+    /// Connects to the server. In the client's name, but for a server on this very node, which
+    /// would answer the client past the proxy.
+    ///
+    /// # Errors
+    ///
+    /// As `connect` has it.
+    pub async fn connect(&self) -> io::Result<TcpStream> {
+        let own = self.proxy.rules.load().peer(self.server.ip()).host;
+        if own {
+            return net::connect_own(self.server).await;
+        }
+        net::connect_as(self.client, self.server).await
+    }
+
+    /// Records a request and the status that the client gets.
+    pub fn log(
+        &self,
+        asked: &Asked<'_>,
+        judged: &Judged,
+        status: Option<u16>,
+        error: Option<&str>,
+    ) {
+        let url = format!("http://{}{}", asked.authority.as_str(), asked.target);
+        self.record(
+            judged,
+            L7::Http(Http {
+                method: asked.method.into(),
+                url: escaped(log::without_credentials(&url).as_bytes()),
+                version: asked.version.into(),
+                status,
+                latency_ns: u64::try_from(asked.begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+                mismatches: judged.mismatches(),
+                error: error.map(Into::into),
+            }),
+        );
+    }
+
+    /// Records what was no request.
+    pub fn log_malformed(&self, version: &str, fault: Malformed) {
+        self.record(
+            &Judged::unasked(),
+            L7::Http(Http {
+                method: String::new(),
+                url: String::new(),
+                version: version.into(),
+                status: Some(fault.status),
+                latency_ns: 0,
+                mismatches: Vec::new(),
+                error: Some(fault.why.into()),
+            }),
+        );
+    }
+
+    /// Records what was judged on this connection.
+    pub fn record(&self, judged: &Judged, l7: L7) {
+        self.proxy.log.add(AccessRecord {
+            time: log::now(),
+            protocol: self.protocol,
+            client: self.client,
+            server: self.server,
+            allowed: judged.allowed,
+            egress: judged.egress.clone(),
+            ingress: judged.ingress.clone(),
+            l7,
+        });
+    }
+}

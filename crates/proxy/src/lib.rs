@@ -1,0 +1,90 @@
+//! The L7 proxy: a process that judges what is said inside the connections that the data path
+//! hands it.
+//!
+//! | module | question it answers |
+//! |---|---|
+//! | [`accept`] | who connects to whom, and may one more do so? |
+//! | [`net`] | how do sockets speak in the names of others? |
+//! | [`rules`], [`agent`] | what are the rules now? |
+//! | [`judge`] | what do they ask of this connection, and of this request? |
+//! | [`dns`] | which names may be asked for, and what may be learned from the answers? |
+//! | [`tls`] | whom does a TLS client want? |
+//! | [`http`] | what does an HTTP message say, and how is it said again? |
+//! | [`log`] | who hears what happened? |
+//! | `sandbox` | what is given up once all is open? |
+
+pub mod accept;
+pub mod agent;
+mod buffer;
+mod connection;
+pub mod dns;
+pub mod http;
+pub mod judge;
+pub mod log;
+pub mod net;
+mod relay;
+pub mod rules;
+mod sandbox;
+pub mod tls;
+
+use std::{path::PathBuf, sync::Arc};
+
+use anyhow::Context;
+use tokio::runtime::{Builder, Runtime};
+
+use crate::{accept::Workers, dns::Dns, log::Log, rules::Store};
+
+/// What the proxy is told when it starts.
+#[derive(Debug, clap::Parser)]
+#[command(version, about = "Judges requests inside connections that the data path hands it")]
+pub struct Options {
+    /// Directory of the agent's sockets.
+    #[arg(long, env = "PALISADE_PROXY_RUN_DIR")]
+    pub run_dir: PathBuf,
+    /// Directory for the last good rules.
+    #[arg(long, env = "PALISADE_PROXY_STATE_DIR")]
+    pub state_dir: PathBuf,
+    /// Port of the listeners on 127.0.0.1 and `::1`.
+    #[arg(long, env = "PALISADE_PROXY_PORT", default_value_t = palisade_abi::PROXY_PORT)]
+    pub port: u16,
+}
+
+/// What every part of the proxy shares.
+pub struct Proxy {
+    /// The rules.
+    pub rules: Store,
+    /// What happened.
+    pub log: Log,
+    /// What is asked of name servers.
+    pub dns: Dns,
+}
+
+/// Runs until the process is told to end.
+///
+/// # Errors
+///
+/// The proxy cannot start.
+pub fn run(options: &Options) -> anyhow::Result<()> {
+    std::fs::create_dir_all(&options.state_dir)
+        .with_context(|| format!("creating {}", options.state_dir.display()))?;
+    let rules = Store::open(&options.state_dir)?;
+    let (agent, link) = agent::link(options.run_dir.join(palisade_api::proxy::SOCKET));
+    let proxy = Arc::new(Proxy { rules, log: Log::default(), dns: Dns::new(agent) });
+    let cores = std::thread::available_parallelism()?;
+    let listeners = net::listeners(options.port)?;
+    let datagrams = dns::sockets(options.port)?;
+    sandbox::raise_descriptors();
+    sandbox::enter(&options.state_dir)?;
+    let workers = Workers::start(cores)?;
+    let main = runtime()?;
+    main.block_on(async {
+        tokio::spawn(link.run(Arc::clone(&proxy)));
+        dns::serve_udp(&proxy, datagrams)?;
+        accept::serve(listeners, proxy, workers).await
+    })
+}
+
+/// A runtime of one thread: tasks of a connection never change threads.
+fn runtime() -> std::io::Result<Runtime> {
+    Builder::new_current_thread().enable_all().build()
+}

@@ -1,0 +1,127 @@
+//! The rules at hand: what the agent last said, prepared for judging, and kept on disk.
+
+use std::{
+    collections::{BTreeMap, HashMap},
+    fs, io,
+    net::IpAddr,
+    path::{Path, PathBuf},
+    sync::Arc,
+};
+
+use anyhow::Context;
+use arc_swap::{ArcSwap, Guard};
+use ipnet::IpNet;
+use palisade_api::proxy::{Peer, Rules};
+use tokio::sync::watch;
+
+use crate::judge::Demands;
+
+const FILE: &str = "rules.json";
+
+/// One version of the rules, prepared for judging.
+#[derive(Default)]
+pub struct Snapshot {
+    /// What the agent said.
+    pub rules: Rules,
+    /// Counts the changes in this process; versions are the agent's, who may begin anew.
+    pub(crate) generation: u64,
+    networks: Networks,
+    /// What was asked of connections under this version.
+    pub(crate) demands: Demands,
+}
+
+impl Snapshot {
+    fn new(rules: Rules, before: &Self) -> Self {
+        Self {
+            generation: before.generation + 1,
+            networks: Networks::new(&rules.networks),
+            demands: before.demands.carry(&before.rules, &rules),
+            rules,
+        }
+    }
+
+    /// What an address is; the unknown identity for one that no rule speaks of.
+    #[must_use]
+    pub fn peer(&self, address: IpAddr) -> Peer {
+        let known = self.rules.addresses.get(&address).copied();
+        known.or_else(|| self.networks.longest(address)).unwrap_or_default()
+    }
+}
+
+/// Networks by their length, the longest first.
+#[derive(Default)]
+struct Networks(Vec<(u8, HashMap<IpNet, Peer>)>);
+
+impl Networks {
+    fn new(networks: &BTreeMap<IpNet, Peer>) -> Self {
+        let mut lengths: BTreeMap<u8, HashMap<IpNet, Peer>> = BTreeMap::new();
+        for (net, peer) in networks {
+            lengths.entry(net.prefix_len()).or_default().insert(net.trunc(), *peer);
+        }
+        Self(lengths.into_iter().rev().collect())
+    }
+
+    fn longest(&self, address: IpAddr) -> Option<Peer> {
+        self.0.iter().find_map(|(length, networks)| {
+            networks.get(&IpNet::new(address, *length).ok()?.trunc()).copied()
+        })
+    }
+}
+
+/// Where the rules are: every judgement takes the newest.
+pub struct Store {
+    current: ArcSwap<Snapshot>,
+    generation: watch::Sender<u64>,
+    file: PathBuf,
+}
+
+impl Store {
+    /// Begins with the rules that a former process left, or with none: then nothing is allowed.
+    ///
+    /// # Errors
+    ///
+    /// The file is there and cannot be read. What cannot be understood is as good as none.
+    pub fn open(directory: &Path) -> anyhow::Result<Self> {
+        let file = directory.join(FILE);
+        let rules = match fs::read(&file) {
+            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
+                tracing::warn!(file = %file.display(), %error, "the last rules are no rules");
+                Rules::default()
+            }),
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Rules::default(),
+            Err(error) => return Err(error).with_context(|| format!("reading {}", file.display())),
+        };
+        let snapshot = Snapshot::new(rules, &Snapshot::default());
+        let generation = watch::Sender::new(snapshot.generation);
+        Ok(Self { current: ArcSwap::from_pointee(snapshot), generation, file })
+    }
+
+    /// The newest rules.
+    pub fn load(&self) -> Guard<Arc<Snapshot>> {
+        self.current.load()
+    }
+
+    /// Tells of each change.
+    pub fn changes(&self) -> watch::Receiver<u64> {
+        self.generation.subscribe()
+    }
+
+    /// From now on every judgement is made under these rules.
+    pub fn put(&self, rules: Rules) {
+        let snapshot = Snapshot::new(rules, &self.current.load());
+        let generation = snapshot.generation;
+        self.current.store(Arc::new(snapshot));
+        self.generation.send_replace(generation);
+    }
+
+    /// Keeps the rules for the process that comes after this one.
+    ///
+    /// # Errors
+    ///
+    /// They cannot be written.
+    pub fn save(&self) -> io::Result<()> {
+        let aside = self.file.with_extension("new");
+        fs::write(&aside, serde_json::to_vec(&self.load().rules)?)?;
+        fs::rename(&aside, &self.file)
+    }
+}

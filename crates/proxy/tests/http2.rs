@@ -1,0 +1,612 @@
+//! What HTTP/2 can be made to mean, and what the origin gets of it.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod world;
+
+use std::{
+    future::poll_fn,
+    io::{Read, Write},
+    net::{Ipv6Addr, TcpStream},
+    sync::{Arc, Mutex},
+    thread,
+    time::{Duration, Instant},
+};
+
+use bytes::Bytes;
+use h2::{Reason, client::SendRequest};
+use http::{HeaderMap, Request, Response};
+use palisade_api::flow::L7;
+use tokio::runtime::Runtime;
+use world::{
+    Namespace, SERVER4, World,
+    agent::{http, rules},
+};
+
+fn public() -> World {
+    World::new(rules(1, &[http(&["GET|POST|OPTIONS /public(/.*)?", "POST /pkg.Svc/Method"])]))
+}
+
+/// An origin that keeps what it is asked.
+#[derive(Clone, Default)]
+struct Origin {
+    asked: Arc<Mutex<Vec<String>>>,
+    connections: Arc<Mutex<usize>>,
+    told: Arc<tokio::sync::Notify>,
+}
+
+impl Origin {
+    fn new(namespace: &Namespace) -> Self {
+        let origin = Self::default();
+        let own = origin.clone();
+        namespace.run(move || {
+            let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 80)).unwrap();
+            thread::spawn(move || runtime().block_on(own.serve(listener)));
+        });
+        origin
+    }
+
+    async fn serve(self, listener: std::net::TcpListener) {
+        listener.set_nonblocking(true).unwrap();
+        let listener = tokio::net::TcpListener::from_std(listener).unwrap();
+        loop {
+            let (stream, _) = listener.accept().await.unwrap();
+            *self.connections.lock().unwrap() += 1;
+            let own = self.clone();
+            tokio::spawn(async move {
+                let Ok(mut connection) = h2::server::handshake(stream).await else { return };
+                while let Some(Ok((request, respond))) = connection.accept().await {
+                    tokio::spawn(own.clone().answer(request, respond));
+                }
+            });
+        }
+    }
+
+    /// The body comes back, and a trailer after it.
+    async fn answer(
+        self,
+        request: Request<h2::RecvStream>,
+        mut respond: h2::server::SendResponse<Bytes>,
+    ) {
+        let (parts, mut body) = request.into_parts();
+        self.asked
+            .lock()
+            .unwrap()
+            .push(format!("{} {} {:?}", parts.method, parts.uri, parts.headers));
+        let Ok(mut send) = respond.send_response(Response::new(()), false) else { return };
+        while let Some(data) = body.data().await {
+            let Ok(data) = data else {
+                self.told.notify_one();
+                return;
+            };
+            _ = body.flow_control().release_capacity(data.len());
+            send.reserve_capacity(data.len());
+            _ = send.send_data(data, false);
+        }
+        let mut trailers = HeaderMap::new();
+        trailers.insert("grpc-status", "0".parse().unwrap());
+        trailers.insert("host", "evil".parse().unwrap());
+        _ = send.send_trailers(trailers);
+    }
+
+    fn asked(&self) -> Vec<String> {
+        self.asked.lock().unwrap().clone()
+    }
+}
+
+fn runtime() -> Runtime {
+    tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
+}
+
+async fn client(stream: TcpStream) -> SendRequest<Bytes> {
+    stream.set_nonblocking(true).unwrap();
+    let stream = tokio::net::TcpStream::from_std(stream).unwrap();
+    let (send, connection) = h2::client::handshake(stream).await.unwrap();
+    tokio::spawn(connection);
+    send
+}
+
+fn get(path: &str) -> Request<()> {
+    Request::get(format!("http://a{path}")).body(()).unwrap()
+}
+
+/// Status, headers, body and trailers.
+async fn ask(
+    send: &SendRequest<Bytes>,
+    request: Request<()>,
+    body: &'static str,
+) -> Result<(u16, HeaderMap, String, Option<HeaderMap>), h2::Error> {
+    let mut send = send.clone().ready().await?;
+    let (response, mut up) = send.send_request(request, body.is_empty())?;
+    if !body.is_empty() {
+        up.send_data(Bytes::from_static(body.as_bytes()), true)?;
+    }
+    let (parts, mut body) = response.await?.into_parts();
+    let mut text = String::new();
+    while let Some(data) = body.data().await {
+        let data = data?;
+        text.push_str(std::str::from_utf8(&data).unwrap());
+        _ = body.flow_control().release_capacity(data.len());
+    }
+    Ok((parts.status.as_u16(), parts.headers, text, body.trailers().await?))
+}
+
+#[test]
+fn each_stream_has_its_own_verdict() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let all = (0..100).map(|n| {
+            let path = if n % 2 == 0 { format!("/public/{n}") } else { format!("/admin/{n}") };
+            let send = &send;
+            async move { (n, ask(send, get(&path), "").await.unwrap()) }
+        });
+        for (n, (status, headers, body, trailers)) in futures::future::join_all(all).await {
+            if n % 2 == 0 {
+                assert_eq!(status, 200);
+                let trailers = trailers.unwrap();
+                assert!(trailers.contains_key("grpc-status") && !trailers.contains_key("host"));
+            } else {
+                assert_eq!((status, body.as_str()), (403, "Access denied\r\n"));
+                assert_eq!(headers["content-type"], "text/plain");
+                assert_eq!(headers["server"], "envoy");
+            }
+        }
+    });
+    let asked = origin.asked();
+    assert_eq!(asked.len(), 50);
+    assert!(asked.iter().all(|asked| asked.starts_with("GET http://a/public/")), "{asked:?}");
+    assert_eq!(*origin.connections.lock().unwrap(), 1);
+    let record = world.agent.record(|record| record.allowed);
+    let L7::Http(seen) = record.l7 else { panic!() };
+    assert_eq!((seen.version.as_str(), seen.status), ("HTTP/2", Some(200)));
+}
+
+#[test]
+fn grpc_is_denied_in_its_own_words() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let call = |path: &str| {
+            let request = Request::post(format!("http://a{path}"));
+            let request = request.header("content-type", "application/grpc+proto");
+            request.header("te", "trailers").body(()).unwrap()
+        };
+        let (status, headers, body, trailers) =
+            ask(&send, call("/pkg.Svc/Method"), "\0\0\0\0\0").await.unwrap();
+        assert_eq!((status, body.as_str()), (200, "\0\0\0\0\0"));
+        assert_eq!(trailers.unwrap()["grpc-status"], "0");
+        assert!(!headers.contains_key("grpc-status"));
+        for path in [
+            "/pkg.Svc/method",
+            "/pkg.Svc/Method/",
+            "/pkg.Svc/Other",
+            "/PKG.Svc/Method",
+            "/grpc.reflection.v1.ServerReflection/ServerReflectionInfo",
+        ] {
+            let (status, headers, body, _) = ask(&send, call(path), "").await.unwrap();
+            assert_eq!((status, body.as_str()), (200, ""), "{path}");
+            assert_eq!(headers["grpc-status"], "7");
+            assert_eq!(headers["grpc-message"], "Access denied%0D%0A");
+            assert_eq!(headers["content-type"], "application/grpc");
+        }
+        for path in ["//pkg.Svc/Method", "/pkg%2eSvc/Method"] {
+            assert_eq!(ask(&send, call(path), "x").await.unwrap().2, "x", "{path}");
+        }
+    });
+    let asked = origin.asked();
+    assert_eq!(asked.len(), 3);
+    assert!(
+        asked.iter().all(|asked| asked.starts_with("POST http://a/pkg.Svc/Method ")),
+        "{asked:?}"
+    );
+    assert!(asked[0].contains("\"te\": \"trailers\""), "{asked:?}");
+}
+
+#[test]
+fn long_streams_end_with_the_permission() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let mut ready = send.clone().ready().await.unwrap();
+        let post = Request::post("http://a/public").body(()).unwrap();
+        let (response, mut up) = ready.send_request(post, false).unwrap();
+        up.send_data(Bytes::from_static(b"first"), false).unwrap();
+        let mut body = response.await.unwrap().into_body();
+        assert_eq!(body.data().await.unwrap().unwrap(), "first");
+        let begun = Instant::now();
+        let agent = &world.agent;
+        agent.put(rules(2, &[http(&["GET /other"])]));
+        let error = body.data().await.unwrap().unwrap_err();
+        assert_eq!(error.reason(), Some(Reason::CANCEL));
+        assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 403);
+        origin.told.notified().await;
+        assert!(begun.elapsed() < Duration::from_secs(1));
+    });
+}
+
+#[test]
+fn the_server_hears_that_a_client_is_gone() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let mut ready = send.clone().ready().await.unwrap();
+        let post = Request::post("http://a/public").body(()).unwrap();
+        let (response, mut up) = ready.send_request(post, false).unwrap();
+        response.await.unwrap();
+        up.send_reset(Reason::CANCEL);
+        origin.told.notified().await;
+        assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 200, "others are unharmed");
+    });
+}
+
+#[test]
+fn large_bodies_flow_in_little_memory() {
+    let world = public();
+    let _origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let mut ready = send.ready().await.unwrap();
+        let post = Request::post("http://a/public").body(()).unwrap();
+        let (response, mut up) = ready.send_request(post, false).unwrap();
+        let total = 64usize << 20;
+        let upload = tokio::spawn(async move {
+            let mut left = total;
+            while left > 0 {
+                up.reserve_capacity(left.min(1 << 16));
+                let room = poll_fn(|cx| up.poll_capacity(cx)).await.unwrap().unwrap().min(left);
+                left -= room;
+                up.send_data(vec![b'x'; room].into(), left == 0).unwrap();
+            }
+        });
+        let mut body = response.await.unwrap().into_body();
+        let mut got = 0;
+        while let Some(data) = body.data().await {
+            let data = data.unwrap();
+            got += data.len();
+            body.flow_control().release_capacity(data.len()).unwrap();
+        }
+        upload.await.unwrap();
+        assert_eq!(got, total);
+    });
+}
+
+// Raw frames, for what no library sends.
+
+const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const PRIORITY: u8 = 2;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PING: u8 = 6;
+const GOAWAY: u8 = 7;
+const WINDOW_UPDATE: u8 = 8;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+
+fn frame(kind: u8, flags: u8, stream: u32, payload: &[u8]) -> Vec<u8> {
+    let length = u32::try_from(payload.len()).unwrap().to_be_bytes();
+    let mut frame = length[1..].to_vec();
+    frame.extend([kind, flags]);
+    frame.extend(stream.to_be_bytes());
+    frame.extend(payload);
+    frame
+}
+
+/// Fields as literals that are not indexed.
+fn block(fields: &[(&str, &str)]) -> Vec<u8> {
+    let mut block = Vec::new();
+    for (name, value) in fields {
+        block.push(0);
+        for text in [name, value] {
+            assert!(text.len() < 127);
+            block.push(text.len() as u8);
+            block.extend(text.as_bytes());
+        }
+    }
+    block
+}
+
+const GET: [(&str, &str); 4] =
+    [(":method", "GET"), (":scheme", "http"), (":authority", "a"), (":path", "/public")];
+
+/// A raw connection whose settings are exchanged.
+fn raw(world: &World) -> TcpStream {
+    let mut stream = world.connect(SERVER4);
+    stream.write_all(PREFACE).unwrap();
+    stream.write_all(&frame(SETTINGS, 0, 0, &[])).unwrap();
+    stream.write_all(&frame(SETTINGS, 1, 0, &[])).unwrap();
+    stream
+}
+
+/// The next frame that tells what became of a request: kind, stream, payload. `None`: the
+/// connection ended.
+fn outcome(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
+    loop {
+        let mut head = [0; 9];
+        stream.read_exact(&mut head).ok()?;
+        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
+        let mut payload = vec![0; length as usize];
+        stream.read_exact(&mut payload).ok()?;
+        let number = u32::from_be_bytes(head[5..9].try_into().unwrap());
+        if [HEADERS, RST_STREAM, GOAWAY].contains(&head[3]) {
+            return Some((head[3], number, payload));
+        }
+    }
+}
+
+/// Whether a header block begins with a status that refuses: not one of the static 200 to 304.
+fn refuses(block: &[u8]) -> bool {
+    !matches!(block.first(), Some(0x88..=0x8b))
+}
+
+#[test]
+fn malformed_requests_reach_nobody() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let plain = |name: &'static str, value: &'static str| [&GET[..], &[(name, value)]].concat();
+    let without = |name: &str| GET.iter().copied().filter(|(own, _)| *own != name).collect();
+    let path = |path: &'static str| -> Vec<_> {
+        GET.iter()
+            .map(|&(name, value)| (name, if name == ":path" { path } else { value }))
+            .collect()
+    };
+    let scheme = |scheme: &'static str| -> Vec<_> {
+        GET.iter()
+            .map(|&(name, value)| (name, if name == ":scheme" { scheme } else { value }))
+            .collect()
+    };
+    let cases: Vec<(&str, Vec<(&str, &str)>)> = vec![
+        ("no method", without(":method")),
+        ("no scheme", without(":scheme")),
+        ("no path", without(":path")),
+        ("no authority", without(":authority")),
+        ("method twice", plain(":method", "GET")),
+        ("path twice", plain(":path", "/public")),
+        ("unknown pseudo", plain(":other", "x")),
+        ("status", plain(":status", "200")),
+        ("pseudo after regular", [&[("x", "y")], &GET[..]].concat()),
+        ("empty path", path("")),
+        ("no slash", path("public")),
+        ("URL", path("http://a/public")),
+        ("space", path("/public/ x")),
+        ("CR LF", path("/public/\r\nx: y")),
+        ("NUL", path("/public/\0")),
+        ("dots", path("/public/../admin")),
+        ("encoded slash", path("/public%2f")),
+        ("semicolon", path("/public;x")),
+        ("asterisk", path("*")),
+        ("backslash", path("/public\\x")),
+        ("upper case", plain("X-Role", "x")),
+        ("connection", plain("connection", "close")),
+        ("keep-alive", plain("keep-alive", "5")),
+        ("proxy-connection", plain("proxy-connection", "x")),
+        ("coding", plain("transfer-encoding", "chunked")),
+        ("upgrade", plain("upgrade", "websocket")),
+        ("te", plain("te", "gzip")),
+        ("colon", plain("a:b", "x")),
+        ("empty name", plain("", "x")),
+        ("CR LF in a value", plain("x", "a\r\nb: c")),
+        ("NUL in a value", plain("x", "a\0b")),
+        ("space in a name", plain("a b", "x")),
+        ("LF in a value", plain("x", "a\nb")),
+        ("another host", plain("host", "b")),
+        ("mixed scheme", scheme("htTp")),
+        ("https", scheme("https")),
+        ("userinfo", [&GET[..2], &[(":authority", "u@a"), (":path", "/public")]].concat()),
+        ("two hosts in one", [&GET[..2], &[(":authority", "a,b"), (":path", "/public")]].concat()),
+        ("CONNECT", vec![(":method", "CONNECT"), (":authority", "a:80")]),
+        (
+            "extended CONNECT",
+            vec![
+                (":method", "CONNECT"),
+                (":protocol", "websocket"),
+                (":scheme", "http"),
+                (":path", "/public"),
+                (":authority", "a"),
+            ],
+        ),
+        (
+            "CONNECT with a path",
+            vec![
+                (":method", "CONNECT"),
+                (":authority", "a"),
+                (":path", "/public"),
+                (":scheme", "http"),
+            ],
+        ),
+        ("two lengths", [&GET[..], &[("content-length", "0"), ("content-length", "1")]].concat()),
+        ("bad length", plain("content-length", "+1")),
+        ("length without a body", plain("content-length", "5")),
+        ("lower case method", [&[(":method", "get")], &GET[1..]].concat()),
+    ];
+    for (name, fields) in cases {
+        let mut stream = raw(&world);
+        let request = frame(HEADERS, END_STREAM | END_HEADERS, 1, &block(&fields));
+        stream.write_all(&request).unwrap();
+        match outcome(&mut stream) {
+            Some((HEADERS, 1, block)) => assert!(refuses(&block), "{name}: {block:x?}"),
+            Some((RST_STREAM | GOAWAY, ..)) | None => {}
+            other => panic!("{name}: {other:?}"),
+        }
+        assert_eq!(origin.asked(), [""; 0], "{name}");
+    }
+    // The frames themselves are fine: the same without a fault passes.
+    let mut stream = raw(&world);
+    stream.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &block(&GET))).unwrap();
+    assert!(matches!(outcome(&mut stream), Some((HEADERS, 1, block)) if !refuses(&block)));
+    assert_eq!(origin.asked().len(), 1);
+}
+
+#[test]
+fn bodies_are_as_long_as_they_say() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let post = |length: &'static str| {
+        block(&[&[(":method", "POST")], &GET[1..], &[("content-length", length)]].concat())
+    };
+    for (name, frames) in [
+        (
+            "longer",
+            [frame(HEADERS, END_HEADERS, 1, &post("3")), frame(DATA, END_STREAM, 1, b"12345")],
+        ),
+        (
+            "shorter",
+            [frame(HEADERS, END_HEADERS, 1, &post("9")), frame(DATA, END_STREAM, 1, b"12345")],
+        ),
+        (
+            "after the end",
+            [
+                frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&GET)),
+                frame(DATA, END_STREAM, 1, b"12345"),
+            ],
+        ),
+        (
+            "trailers that do not end",
+            [
+                frame(HEADERS, END_HEADERS, 1, &post("0")),
+                frame(HEADERS, END_HEADERS, 1, &block(&[("x", "y")])),
+            ],
+        ),
+        (
+            "pseudo-headers in trailers",
+            [
+                frame(HEADERS, END_HEADERS, 1, &post("0")),
+                frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[(":path", "/admin")])),
+            ],
+        ),
+    ] {
+        let mut stream = raw(&world);
+        _ = stream.write_all(&frames.concat());
+        loop {
+            match outcome(&mut stream) {
+                // What was right before the fault may be answered.
+                Some((HEADERS, ..)) => {}
+                Some((RST_STREAM | GOAWAY, ..)) | None => break,
+                other => panic!("{name}: {other:?}"),
+            }
+        }
+        assert!(!origin.asked().iter().any(|asked| asked.contains("admin")), "{name}");
+    }
+    let stream = world.connect(SERVER4);
+    let status = runtime()
+        .block_on(async { ask(&client(stream).await, get("/public"), "").await.unwrap().0 });
+    assert_eq!(status, 200, "the proxy lives");
+}
+
+/// The error code of the connection's end.
+fn ends(stream: &mut TcpStream) -> Option<u32> {
+    loop {
+        match outcome(stream) {
+            Some((GOAWAY, _, payload)) => {
+                let code = u32::from_be_bytes(payload[4..8].try_into().unwrap());
+                if code != 0 {
+                    return Some(code);
+                }
+            }
+            Some(_) => {}
+            None => return None,
+        }
+    }
+}
+
+const ENHANCE_YOUR_CALM: Option<u32> = Some(11);
+const PROTOCOL_ERROR: Option<u32> = Some(1);
+
+#[test]
+fn floods_end_the_connection_and_no_other() {
+    let world = public();
+    let _origin = Origin::new(&world.server);
+    let other = world.connect(SERVER4);
+    let reset = |number| {
+        let mut both = frame(HEADERS, END_HEADERS, number, &block(&GET));
+        both.extend(frame(RST_STREAM, 0, number, &[0, 0, 0, 8]));
+        both
+    };
+    let provoke = |number| {
+        let mut both = frame(HEADERS, END_HEADERS | END_STREAM, number, &block(&GET));
+        both.extend(frame(WINDOW_UPDATE, 0, number, &[0; 4]));
+        both
+    };
+    type Step<'a> = &'a dyn Fn(u32) -> Vec<u8>;
+    let steps: [(&str, Step<'_>); 2] = [("rapid reset", &reset), ("provoked resets", &provoke)];
+    for (name, step) in steps {
+        let mut stream = raw(&world);
+        let mut writer = stream.try_clone().unwrap();
+        let frames: Vec<Vec<u8>> = (0..10_000).map(|n| step(n * 2 + 1)).collect();
+        let writing =
+            thread::spawn(move || frames.iter().all(|bytes| writer.write_all(bytes).is_ok()));
+        let ended = ends(&mut stream);
+        let wanted = [ENHANCE_YOUR_CALM, PROTOCOL_ERROR, None];
+        assert!(wanted.contains(&ended), "{name}: {ended:?}");
+        drop(stream);
+        assert!(!writing.join().unwrap() || ended.is_some(), "{name}");
+    }
+    // A head without an end.
+    let mut stream = raw(&world);
+    let mut writer = stream.try_clone().unwrap();
+    let writing = thread::spawn(move || {
+        let long = block(&[("x", "y".repeat(120).as_str())].repeat(100));
+        _ = writer.write_all(&frame(HEADERS, END_STREAM, 1, &block(&GET)));
+        (0..10_000).all(|_| writer.write_all(&frame(CONTINUATION, 0, 1, &long)).is_ok())
+    });
+    ends(&mut stream);
+    drop(stream);
+    assert!(!writing.join().unwrap(), "all of the flood was taken");
+    runtime().block_on(async {
+        let send = client(other).await;
+        assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 200);
+    });
+}
+
+#[test]
+fn small_frames_do_no_harm() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let before = memory(world.proxy.0.id());
+    for payload in [
+        frame(SETTINGS, 0, 0, &[]),
+        frame(PING, 0, 0, &[0; 8]),
+        frame(PRIORITY, 0, 1, &[0, 0, 0, 3, 1]),
+        frame(SETTINGS, 0, 0, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 16, 0]),
+    ] {
+        let mut stream = raw(&world);
+        // The proxy's answers are never read.
+        stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
+        _ = stream.write_all(&payload.repeat(20_000));
+    }
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (64 << 10), "{before} KiB, then {after} KiB");
+    for bad in [
+        &b"\xff\xff\xff\xff\xff\xff\xff"[..],
+        b"\xbe",
+        b"\x00\x85\xff\xff\xff\xff\xff\x01y",
+        b"\x3f\xff\xff\xff\xff\x0f",
+        b"\x00\x01",
+        b"\x80",
+    ] {
+        let mut stream = raw(&world);
+        stream.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, bad)).unwrap();
+        let ended = ends(&mut stream);
+        assert!(matches!(ended, Some(9 | 1)) || ended.is_none(), "{bad:x?}: {ended:?}");
+    }
+    assert_eq!(origin.asked(), [""; 0]);
+}
+
+/// Resident memory in KiB.
+fn memory(process: u32) -> u64 {
+    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
+    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+    line.trim().trim_end_matches(" kB").parse().unwrap()
+}

@@ -1,0 +1,213 @@
+//! The process as a whole: what it gave up, what it relays, what becomes of headers.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+mod world;
+
+use std::{
+    fs,
+    io::Write,
+    net::Shutdown,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    thread,
+    time::Duration,
+};
+
+use palisade_api::{
+    flow::L7,
+    proxy::{Endpoint, Peer, Rules, RulesDelta, ToProxy},
+};
+use palisade_policy::{
+    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, SecretRef},
+    model::Application,
+};
+use world::{
+    CLIENT4, CLIENT6, SERVER4, World,
+    agent::{http, rules, rules_of},
+    origin::Origin,
+    rest, status, until,
+};
+
+const REQUEST: &[u8] = b"GET /public HTTP/1.1\r\nHost: a\r\n\r\n";
+
+#[test]
+fn the_process_keeps_no_more_than_it_needs() {
+    let world = World::new(rules(1, &[http(&["* *"])]));
+    let tasks = fs::read_dir(format!("/proc/{}/task", world.proxy.0.id())).unwrap();
+    let mut count = 0;
+    for task in tasks {
+        let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
+        let value = |name: &str| {
+            status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
+        };
+        // CAP_NET_BIND_SERVICE is 10, CAP_NET_ADMIN is 12.
+        let kept = 1u64 << 10 | 1 << 12;
+        for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
+            assert_eq!(u64::from_str_radix(&value(set), 16).unwrap(), kept, "{set}");
+        }
+        assert_eq!(value("CapInh:"), "0000000000000000");
+        assert_eq!(value("NoNewPrivs:"), "1");
+        assert_eq!(value("Seccomp:"), "2");
+        count += 1;
+    }
+    assert!(count > 1, "the workers are meant, too");
+}
+
+#[test]
+fn what_is_allowed_whole_is_relayed_as_it_is() {
+    let world = World::new(rules(1, &[Application::Any]));
+    let origin = Origin::on(&world.server, 80, |_, _| true);
+    let mut stream = world.connect(SERVER4);
+    stream.write_all(b"\x16\x03 anything\n").unwrap();
+    stream.shutdown(Shutdown::Write).unwrap();
+    assert_eq!(rest(&mut stream), b"");
+    let seen = origin.wait(|seen| seen.ended == 1);
+    assert_eq!(seen.bytes, b"\x16\x03 anything\n");
+    let mut stream = world.connect(SERVER4);
+    stream.write_all(b"x").unwrap();
+    origin.wait(|seen| seen.connections == 2);
+    world.agent.put(rules(2, &[]));
+    assert_eq!(rest(&mut stream), b"");
+    origin.wait(|seen| seen.ended == 2);
+}
+
+#[test]
+fn who_is_unknown_gets_nothing() {
+    let world = World::new(Rules { version: 1, ..Rules::default() });
+    let origin = Origin::ok(&world.server);
+    assert_eq!(world.ask(REQUEST), b"");
+    // A policy of the client counts as well as one of the server.
+    let mut both = rules_of(2, CLIENT4, CLIENT6, &[http(&["GET /public"])]);
+    for endpoint in both.endpoints.values_mut() {
+        *endpoint = Endpoint { ingress: None, egress: endpoint.ingress, ..*endpoint };
+    }
+    both.addresses = [(SERVER4, Peer { identity: 9, prefix: 0, host: false })].into();
+    world.agent.put(both.clone());
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+    let record = world.agent.record(|record| record.allowed);
+    assert!(record.egress.is_some_and(|end| end.allowed) && record.ingress.is_none());
+    // Both have to agree.
+    let ingress = rules(3, &[http(&["POST /public"])]);
+    let mut server = ingress.endpoints[&SERVER4];
+    server.ingress = Some(3);
+    both.version = 3;
+    both.endpoints.insert(SERVER4, server);
+    both.tables.insert(3, Arc::clone(&ingress.tables[&2]));
+    world.agent.put(both);
+    assert_eq!(status(&world.ask(REQUEST)), 403);
+    assert_eq!(origin.text().matches("GET").count(), 1);
+}
+
+#[test]
+fn deltas_are_taken_and_a_wrong_one_ends_the_link() {
+    let world = World::new(rules(1, &[http(&["GET /public"])]));
+    let _origin = Origin::ok(&world.server);
+    let closed = rules(2, &[http(&["GET /other"])]);
+    let delta = RulesDelta::between(&rules(1, &[http(&["GET /public"])]), &closed);
+    assert!(delta.endpoints.is_empty() && delta.tables.len() == 1);
+    world.agent.send(&ToProxy::Delta(delta.clone()));
+    world.agent.acknowledged(2);
+    assert_eq!(status(&world.ask(REQUEST)), 403);
+    world.agent.send(&ToProxy::Delta(delta));
+    // The proxy comes again and asks for everything.
+    world.agent.accept();
+    world.agent.put(rules(7, &[http(&["GET /public"])]));
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+}
+
+#[test]
+fn headers_are_matched_and_changed_as_the_rules_say() {
+    let rule = |name: &str, value: Option<&str>, mismatch| HeaderRule {
+        name: name.into(),
+        value: value.map(|value| HeaderValue::Text(value.into())),
+        mismatch,
+    };
+    let secret = SecretRef { namespace: "x".into(), name: "s".into(), key: None };
+    let headers = vec![
+        rule("x-role", Some("user"), Mismatch::Fail),
+        rule("x-add", Some("1"), Mismatch::Add),
+        rule("x-del", Some("1"), Mismatch::Delete),
+        rule("x-rep", Some("1"), Mismatch::Replace),
+        rule("x-log", Some("1"), Mismatch::Log),
+        HeaderRule {
+            name: "x-key".into(),
+            value: Some(HeaderValue::Secret(secret.clone())),
+            mismatch: Mismatch::Replace,
+        },
+    ];
+    let mut all = rules(1, &[Application::Http(vec![HttpRule { headers, ..HttpRule::default() }])]);
+    all.secrets = [(secret, "hidden".to_owned())].into_iter().collect();
+    let world = World::new(all);
+    let origin = Origin::ok(&world.server);
+    let ask = |lines: &str| {
+        status(&world.ask(format!("GET / HTTP/1.1\r\nHost: a\r\n{lines}\r\n").as_bytes()))
+    };
+    for lines in [
+        "",
+        "X-Role: admin\r\n",
+        "X-Role: user\r\nX-Role: admin\r\n",
+        "X-Role: user, admin\r\n",
+        "X-Role: user\r\nConnection: x-role\r\n",
+        "X_Role: user\r\n",
+        "X-Role: user\u{fc}\r\n",
+        "X-Role: \r\n",
+        "X-Role: User\r\n",
+    ] {
+        assert_eq!(ask(lines), 403, "{lines:?}");
+    }
+    assert_eq!(ask("X-Role: admin\0x\r\n"), 400);
+    assert_eq!(origin.seen().connections, 0);
+    assert_eq!(
+        ask("X-Role:  user\t\r\nX-Del: 2\r\nX-Del: 1\r\nX-Rep: 2\r\nX-Log: 2\r\nX-Key: 2\r\n"),
+        200
+    );
+    assert_eq!(
+        origin.text(),
+        "GET / HTTP/1.1\r\nhost: a\r\nx-role: user\r\nx-del: 1\r\nx-log: 2\r\n\
+         x-add: 1\r\nx-rep: 1\r\nx-key: hidden\r\n\r\n"
+    );
+    let record = world.agent.record(|record| record.allowed);
+    let L7::Http(seen) = record.l7 else { panic!() };
+    assert!(seen.mismatches.contains(&"x-log".into()), "{:?}", seen.mismatches);
+}
+
+/// Nothing that is denied gets through while the rules change and connections come and go.
+#[test]
+fn denied_requests_stay_denied_while_rules_change() {
+    let world = World::new(rules(1, &[http(&["GET /public"])]));
+    let origin = Origin::ok(&world.server);
+    let stop = Arc::new(AtomicBool::new(false));
+    thread::scope(|scope| {
+        let workers: Vec<_> = (0..4)
+            .map(|_| {
+                scope.spawn(|| {
+                    for _ in 0..100 {
+                        let mut stream = world.connect(SERVER4);
+                        for _ in 0..20 {
+                            stream.write_all(b"GET /admin HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+                            until(&mut stream, "Access denied\r\n");
+                        }
+                    }
+                })
+            })
+            .collect();
+        scope.spawn(|| {
+            for version in 2.. {
+                if stop.load(Relaxed) {
+                    return;
+                }
+                let path = format!("GET /public/{version}");
+                world.agent.put(rules(version, &[http(&["GET /public", &path])]));
+                thread::sleep(Duration::from_millis(50));
+            }
+        });
+        for worker in workers {
+            worker.join().unwrap();
+        }
+        stop.store(true, Relaxed);
+    });
+    assert_eq!(origin.seen().connections, 0);
+}
