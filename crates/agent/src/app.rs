@@ -21,12 +21,14 @@ use crate::{
     cni::{self, Attachments, Endpoints, NewEndpoint, Phase, Server, Settings},
     endpoints::{self, Lifecycle, NodeLinks, ProgramHealth},
     engine::{Engine, Outputs, Progress},
+    fqdn::Names,
     ipam::Ipam,
     observer::{Namer, Observer},
+    proxy::{self, Desk, ProxyLink},
     publish,
     reconcile::{Reconciler, RouteKeeper},
     reflect,
-    resolve::{Resolver, Scope},
+    resolve::{LastGood, Resolver, Scope},
     tables::{TablesReader, TablesWriter, nodes::Node},
 };
 
@@ -40,9 +42,10 @@ pub struct Options {
     /// Name of the node.
     #[arg(long, env = "PALISADE_AGENT_NODE_NAME")]
     pub node_name: String,
-    /// How to reach the API server.
+    /// How to reach the API server; by default with the service account of the pod that this
+    /// runs in.
     #[arg(long, env = "PALISADE_AGENT_KUBECONFIG")]
-    pub kubeconfig: PathBuf,
+    pub kubeconfig: Option<PathBuf>,
     /// Directory of the sockets.
     #[arg(long, env = "PALISADE_AGENT_RUN_DIR")]
     pub run_dir: PathBuf,
@@ -82,6 +85,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     })?);
     let netlink = Netlink::current()?;
     netlink.prepare_node().await?;
+    netlink.steer_to_proxy().await?;
     if let Some(uplink) = &options.uplink {
         datapath.attach_uplink(uplink)?;
     }
@@ -92,22 +96,33 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let reader = tables.reader();
     let reconciler = Reconciler::new(datapath.kernel())?;
     let prefixes = reconciler.policy_prefixes().clone();
-    let resolver = Resolver::new(scope.clone(), prefixes);
+    let last_good = LastGood::open(options.state_dir.join("last-good-policies"))
+        .context("cannot read the last good versions of policies")?;
+    let resolver = Resolver::new(scope.clone(), prefixes).with_last_good(last_good);
     let (commands, queue) = mpsc::channel(QUEUE);
     let (progress_sender, progress) = watch::channel(Progress::default());
     let (route_sender, routes) = watch::channel(Vec::new());
     let (publications, publication_queue) = mpsc::unbounded_channel();
     let health = Arc::new(ProgramHealth::default());
+    let proxy = Arc::new(ProxyLink::default());
     let outputs = Outputs {
         progress: progress_sender,
         routes: route_sender,
         publications: publications.clone(),
+        proxy: proxy.clone(),
     };
     let engine = Engine::new(tables, resolver, reconciler, outputs);
     let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
     std::thread::Builder::new()
         .name("engine".into())
         .spawn(move || engine.run(queue, retry, &runtime))?;
+
+    // What pods learned from DNS, before anything is taken back that follows from it.
+    let names =
+        Names::restore(&options.state_dir, reader.clone(), commands.clone(), progress.clone())
+            .await
+            .context("cannot take up the learned names")?;
+    let names = Arc::new(names);
 
     // What feeds and follows them.
     let mut tasks: JoinSet<()> = reflect::follow_all(&client, &options.cluster_name, &commands);
@@ -117,11 +132,26 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         publication_queue,
         commands.downgrade(),
     ));
+    tasks.spawn(publish::keep_node(
+        client,
+        options.node_name.clone(),
+        reader.clone(),
+        progress.clone(),
+    ));
     tasks.spawn(keep_routes(RouteKeeper::new(netlink.clone()), routes));
     let namer = Namer::new(options.node_name.clone(), reader.clone(), progress.clone());
     let observer = Arc::new(Observer::new(namer));
     tasks.spawn(observer.clone().run(datapath.events()?));
     tasks.spawn(collect_flows(datapath.clone(), observer.clone()));
+    tasks.spawn(names.clone().keep(datapath.clone()));
+
+    let desk = Arc::new(Desk {
+        link: proxy,
+        observer: observer.clone(),
+        engine: commands.downgrade(),
+        names,
+    });
+    tasks.spawn(proxy::serve(desk, proxy::listen(&options.run_dir)?));
 
     // Endpoints of before a restart get their programs before anything is waited for.
     let records = options.state_dir.join("attachments");
@@ -161,7 +191,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // The node's own object says which addresses its pods have.
     let open = async {
         let node = own_node(&reader, &options.node_name, &progress).await;
-        tasks.spawn(publish::publish_node(client, node.clone()));
         let ipam = Ipam::new(&node.pod_cidrs)?;
         netlink.add_router_addresses(&ipam.routers()).await?;
         let mtu = mtu(&netlink, options.uplink.as_deref()).await?;
@@ -172,6 +201,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         for record in restored.gone {
             lifecycle.remove(&record.attachment).await?;
         }
+        lifecycle.sweep().await;
         server.open(attachments);
         info!(node = options.node_name, "pods can be attached");
         anyhow::Ok(std::future::pending::<Infallible>().await)
@@ -193,7 +223,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn client(options: &Options) -> anyhow::Result<Client> {
-    let file = &options.kubeconfig;
+    let Some(file) = &options.kubeconfig else {
+        let config = Config::incluster()
+            .context("no --kubeconfig is given, and this is no pod with a service account")?;
+        return Ok(Client::try_from(config)?);
+    };
     let kubeconfig = Kubeconfig::read_from(file)
         .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
     let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;

@@ -18,10 +18,11 @@ use tokio::{
 use tracing::{info, warn};
 
 use crate::{
+    proxy::ProxyLink,
     publish::Publication,
     reconcile::{Reconciler, Report},
     resolve::{Outcome, Resolver},
-    tables::{Change, Intent, Tables, TablesWriter, nodes::Route},
+    tables::{Change, Intent, Tables, TablesWriter, nodes::Route, secrets},
 };
 
 /// So many events at most are taken over in one round.
@@ -49,6 +50,8 @@ pub struct Progress {
     pub revision: u64,
     /// Endpoints whose rows are in force.
     pub endpoints: BTreeMap<u32, InForce>,
+    /// Learned names in force: their generation by endpoint.
+    pub names: BTreeMap<u32, u64>,
     /// What the kernel lacks, and why.
     pub problems: Vec<String>,
     /// Compiled policies by table number, some that were replaced included.
@@ -81,6 +84,8 @@ pub struct Outputs {
     pub routes: watch::Sender<Vec<Route>>,
     /// What the API server is to learn.
     pub publications: mpsc::UnboundedSender<Publication>,
+    /// What the L7 proxy judges by.
+    pub proxy: Arc<ProxyLink>,
 }
 
 /// See the module.
@@ -195,7 +200,7 @@ impl Engine {
             self.resolver.acknowledge_prefixes();
         }
         let problems = outcome.changes.errors.iter().map(ToString::to_string);
-        let problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
+        let mut problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
         let changed_policy = !outcome.changes.groups.is_empty();
         let conditions = std::mem::take(&mut outcome.conditions);
         drop(tables);
@@ -203,6 +208,7 @@ impl Engine {
         for problem in &report.problems {
             warn!(%problem, "not everything is in force");
         }
+        problems.extend(self.tell_proxy());
         self.tell(&outcome, &report, problems);
         for (policy, condition) in conditions {
             self.publish(Publication::Condition(policy, condition));
@@ -210,10 +216,21 @@ impl Engine {
         report.problems.is_empty()
     }
 
+    /// The kernel first: what it hands to a proxy that does not know yet what to do with it is
+    /// denied. What the proxy lacks is not a reason to try again; it says when it has it.
+    fn tell_proxy(&mut self) -> Option<String> {
+        let tables = self.reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
+        let secrets = secrets::values(&self.tables.read().secrets);
+        self.outputs.proxy.update(self.reconciler.mirror_mut(), tables, &secrets)
+    }
+
     fn tell(&mut self, outcome: &Outcome, report: &Report, problems: Vec<String>) {
         self.remember();
         let tables = self.tables.read();
         let endpoints = self.endpoints(&tables);
+        let learned = tables.names.rows();
+        let learned = learned.filter(|row| self.reconciler.is_in_force(&tables, row.endpoint));
+        let names = learned.map(|row| (row.endpoint, row.generation)).collect();
         let before = self.outputs.progress.borrow().endpoints.clone();
         for endpoint in tables.endpoints.rows() {
             let now = endpoints.get(&endpoint.id);
@@ -246,6 +263,7 @@ impl Engine {
                 synced: progress.synced,
                 revision,
                 endpoints,
+                names,
                 problems,
                 compiled,
                 last_good,

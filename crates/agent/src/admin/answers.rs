@@ -9,7 +9,7 @@ use palisade_api::admin::{
 };
 use palisade_policy::identity::{RESERVED, reserved};
 
-use super::Admin;
+use super::{Admin, explain::explain};
 use crate::{
     engine::Progress,
     observer::rule_name,
@@ -49,6 +49,10 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
                 Response::Policy(Box::new(policy(&tables, &progress, std::iter::once(row))))
             }
             None => no_endpoint(admin, text),
+        },
+        Request::Explain(asked) => match explain(&admin.scope, &tables, asked) {
+            Ok(explanation) => Response::Explanation(Box::new(explanation)),
+            Err(unknown) => Response::Error(unknown),
         },
         Request::TableList => {
             Response::Tables(dumps(&tables).into_iter().map(|dump| dump.name).collect())

@@ -1,10 +1,10 @@
 //! Answers on `RUN_DIR/admin.sock`: one JSON value per line each way.
 
 mod answers;
+mod explain;
 
 use std::{
     io,
-    os::unix::fs::PermissionsExt,
     path::Path,
     sync::{Arc, OnceLock},
     time::{Duration, Instant},
@@ -88,14 +88,7 @@ pub struct Admin {
 /// # Errors
 /// The socket cannot be made.
 pub fn listen(run_dir: &Path) -> io::Result<UnixListener> {
-    let path = run_dir.join(SOCKET);
-    match std::fs::remove_file(&path) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(&path)?;
-    std::fs::set_permissions(&path, std::fs::Permissions::from_mode(0o660))?;
-    Ok(listener)
+    crate::sockets::listen(&run_dir.join(SOCKET))
 }
 
 /// Answers whoever connects.

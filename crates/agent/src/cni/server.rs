@@ -174,14 +174,7 @@ fn listen(socket: &Path) -> io::Result<UnixListener> {
         fs::create_dir_all(directory)?;
         fs::set_permissions(directory, Permissions::from_mode(0o750))?;
     }
-    // One agent runs per directory; what is there is of one that died.
-    match fs::remove_file(socket) {
-        Err(error) if error.kind() != io::ErrorKind::NotFound => return Err(error),
-        _ => {}
-    }
-    let listener = UnixListener::bind(socket)?;
-    fs::set_permissions(socket, Permissions::from_mode(0o660))?;
-    Ok(listener)
+    crate::sockets::listen(socket)
 }
 
 async fn receive(stream: &mut UnixStream) -> io::Result<Vec<u8>> {

@@ -1,6 +1,6 @@
 //! The host side of pods' interfaces, and the programs on it.
 
-use std::sync::Arc;
+use std::{collections::HashSet, sync::Arc};
 
 use palisade_datapath::{
     Datapath,
@@ -36,6 +36,11 @@ pub trait Attach: Send + Sync + 'static {
     /// # Errors
     /// What the kernel says.
     fn detach(&self, interface: &str) -> Result<(), String>;
+    /// Removes what is left of programs whose interfaces are gone.
+    ///
+    /// # Errors
+    /// What the kernel says.
+    fn sweep(&self) -> impl Future<Output = Result<(), String>> + Send;
     /// Whether they are there.
     fn is_attached(&self, interface: &str) -> bool;
     /// How the interface is.
@@ -79,6 +84,13 @@ impl Attach for NodeLinks {
 
     fn detach(&self, interface: &str) -> Result<(), String> {
         self.datapath.detach_endpoint(interface).map_err(|error| chain(&error))
+    }
+
+    async fn sweep(&self) -> Result<(), String> {
+        let interfaces = self.datapath.pinned_interfaces().map_err(|error| chain(&error))?;
+        let links = self.netlink.links().await.map_err(|error| chain(&error))?;
+        let present: HashSet<String> = links.into_iter().map(|link| link.name).collect();
+        interfaces.difference(&present).try_for_each(|interface| self.detach(interface))
     }
 
     fn is_attached(&self, interface: &str) -> bool {

@@ -112,6 +112,13 @@ impl<A: Attach> Lifecycle<A> {
         Ok(lifecycle)
     }
 
+    /// Removes what is left of programs on interfaces that went while no agent was there.
+    pub async fn sweep(&self) {
+        if let Err(error) = self.attach.sweep().await {
+            warn!(error, "pins of interfaces that are gone stay");
+        }
+    }
+
     fn guarded(&self) -> Vec<Guarded> {
         let book = self.book();
         let rows = book.rows.iter().filter(|(id, _)| !book.moving.contains(id));

@@ -38,6 +38,10 @@ impl Attach for Arc<Fake> {
         Ok(())
     }
 
+    async fn sweep(&self) -> Result<(), String> {
+        Ok(())
+    }
+
     fn is_attached(&self, _: &str) -> bool {
         self.attached.load(Ordering::SeqCst)
     }

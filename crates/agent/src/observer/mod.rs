@@ -10,7 +10,7 @@ use std::{
 
 pub use filter::matches;
 use palisade_abi::Event;
-use palisade_api::flow::Flow;
+use palisade_api::{flow::Flow, proxy::AccessRecord};
 use palisade_datapath::EventReader;
 pub use record::Namer;
 pub(crate) use record::rule_name;
@@ -37,7 +37,19 @@ impl Observer {
 
     /// Takes over events.
     pub fn record(&self, events: &[Event]) {
-        let flows: Vec<Arc<Flow>> = self.namer.name_all(events).into_iter().map(Arc::new).collect();
+        self.keep(self.namer.name_all(events));
+    }
+
+    /// Takes over what the L7 proxy saw; `lost` more it could not keep.
+    pub fn record_requests(&self, records: &[AccessRecord], lost: u64) {
+        if lost > 0 {
+            warn!(lost, "records of the L7 proxy were lost");
+        }
+        self.keep(self.namer.name_requests(records));
+    }
+
+    fn keep(&self, flows: Vec<Flow>) {
+        let flows: Vec<Arc<Flow>> = flows.into_iter().map(Arc::new).collect();
         let mut kept = self.kept();
         for flow in flows {
             if kept.len() == KEPT {

@@ -1,17 +1,18 @@
 //! One event to one flow: names of pods, labels, rules and the ground of a default deny.
 
 use std::{
-    net::{IpAddr, Ipv6Addr},
+    net::{IpAddr, Ipv6Addr, SocketAddr},
     time::Duration,
 };
 
 use jiff::Timestamp;
 use palisade_abi::{
-    Address, DropReason, Event, EventKind, ROW_HOST, RULE_NONE, TABLE_ALLOW_ALL, TABLE_NONE,
-    event_flags, protocol,
+    Address, DropReason, Event, EventKind, ROW_HOST, ROW_NONE, RULE_NONE, TABLE_ALLOW_ALL,
+    TABLE_NONE, event_flags, protocol,
 };
-use palisade_api::flow::{
-    Counters, Direction, Flow, FlowEnd, FlowKind, Judgement, Outcome, RuleName, Verdict,
+use palisade_api::{
+    flow::{Counters, Direction, Flow, FlowEnd, FlowKind, Judgement, Outcome, RuleName, Verdict},
+    proxy::{AccessRecord, EndRecord},
 };
 use palisade_policy::{RuleSource, identity::reserved, model::Action};
 use rustix::time::{ClockId, clock_gettime};
@@ -20,6 +21,7 @@ use tokio::sync::watch;
 use crate::{
     engine::Progress,
     names,
+    reconcile::mirror::address_bytes,
     tables::{Tables, TablesReader},
 };
 
@@ -66,7 +68,7 @@ impl Namer {
             kind,
             verdict: match kind {
                 FlowKind::Drop => Verdict::Dropped,
-                FlowKind::Open | FlowKind::Close => Verdict::Forwarded,
+                _ => Verdict::Forwarded,
             },
             drop_reason: DropReason::from_u8(event.reason).map(|reason| reason.as_str().into()),
             direction: match has(event_flags::EGRESS) {
@@ -86,6 +88,7 @@ impl Namer {
             ),
             egress: judgement(progress, event.egress_table, event.egress_rule),
             ingress: judgement(progress, event.ingress_table, event.ingress_rule),
+            l7: None,
             counters: (kind == FlowKind::Close).then_some(Counters {
                 packets: event.packets,
                 bytes: event.bytes,
@@ -93,6 +96,44 @@ impl Namer {
                 reply_bytes: event.reply_bytes,
             }),
         })
+    }
+
+    /// The flows of requests, each told once it was answered.
+    pub fn name_requests(&self, records: &[AccessRecord]) -> Vec<Flow> {
+        let tables = self.tables.read();
+        records.iter().map(|record| self.name_request(record, &tables)).collect()
+    }
+
+    fn name_request(&self, record: &AccessRecord, tables: &Tables) -> Flow {
+        let end = |address: SocketAddr| {
+            let bytes = address_bytes(address.ip());
+            let entry = tables.addresses.get(&address.ip());
+            let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
+            self.end(tables, &bytes, address.port(), identity, row)
+        };
+        let nanos = i128::from(record.time);
+        let time = Timestamp::from_nanosecond(nanos).unwrap_or_else(|_| Timestamp::now());
+        Flow {
+            time: format!("{time:.9}"),
+            node: self.node.clone(),
+            kind: FlowKind::Request,
+            verdict: if record.allowed { Verdict::Forwarded } else { Verdict::Dropped },
+            drop_reason: None,
+            direction: match record.egress {
+                Some(_) => Direction::Egress,
+                None => Direction::Ingress,
+            },
+            reply: false,
+            rejudged: false,
+            protocol: names::protocol(record.protocol),
+            tcp_flags: String::new(),
+            source: end(record.client),
+            destination: end(record.server),
+            egress: record.egress.as_ref().map(request_judgement),
+            ingress: record.ingress.as_ref().map(request_judgement),
+            counters: None,
+            l7: Some(record.l7.clone()),
+        }
     }
 
     fn end(
@@ -161,6 +202,16 @@ fn judgement(progress: &Progress, table: u32, rule: u32) -> Option<Judgement> {
         Action::Deny => Outcome::DeniedByRule,
     };
     Some(Judgement { rule: Some(rule_name(&rule.source)), ..plain(outcome) })
+}
+
+fn request_judgement(end: &EndRecord) -> Judgement {
+    let outcome = match (end.allowed, &end.rule) {
+        (true, Some(_)) => Outcome::AllowedByRule,
+        (true, None) => Outcome::NoPolicy,
+        (false, Some(_)) => Outcome::DeniedByRule,
+        (false, None) => Outcome::DefaultDeny,
+    };
+    Judgement { outcome, rule: end.rule.as_ref().map(rule_name), default_deny_by: Vec::new() }
 }
 
 /// A rule's policy and field.

@@ -5,16 +5,18 @@ use std::{sync::Arc, time::Duration};
 
 use kube::{
     Api, Client,
-    api::{DynamicObject, PostParams},
+    api::{DynamicObject, Patch, PatchParams, PostParams},
 };
+use palisade_api::crd::UNUSED_SINCE;
 use palisade_policy::{identity::candidates, label::Labels};
+use serde_json::json;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
 use super::PAUSE;
 use crate::{
     engine::Command,
-    reflect::identities::{object, parse},
+    reflect::identities::{is_unused, object, parse},
     resources,
     tables::{Change, Intent, identities::Identity},
 };
@@ -57,10 +59,25 @@ async fn try_allocate(api: &Api<DynamicObject>, labels: &Labels) -> kube::Result
             Err(kube::Error::Api(status)) if status.code == 409 => {}
             Err(error) => return Err(error),
         }
-        let taken = api.get_opt(&id.to_string()).await?.as_ref().and_then(parse);
-        if taken.is_some_and(|taken| *taken.labels == *labels) {
-            return Ok(Some(id));
+        let Some(taken) = api.get_opt(&id.to_string()).await? else { continue };
+        if parse(&taken).is_none_or(|identity| *identity.labels != *labels) {
+            continue;
         }
+        if is_unused(&taken) {
+            take_back(api, &taken).await?;
+        }
+        return Ok(Some(id));
     }
     Ok(None)
+}
+
+/// Keeps the operator from collecting an identity. Should it have been faster, this fails.
+async fn take_back(api: &Api<DynamicObject>, identity: &DynamicObject) -> kube::Result<()> {
+    let patch = json!({ "metadata": {
+        "uid": identity.metadata.uid,
+        "resourceVersion": identity.metadata.resource_version,
+        "annotations": { UNUSED_SINCE: null },
+    }});
+    let name = identity.metadata.name.as_deref().unwrap_or_default();
+    api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
 }

@@ -17,7 +17,7 @@ use palisade_policy::{label::Labels, model::PolicyRef};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tracing::debug;
 
-pub use nodes::publish_node;
+pub use nodes::keep_node;
 
 use crate::{
     engine::Command,
@@ -108,8 +108,11 @@ pub async fn run(
     let mut waiting: BTreeMap<Subject, Waiting> = BTreeMap::new();
     let mut allocations: JoinSet<Arc<Labels>> = JoinSet::new();
     let mut allocating: HashSet<Arc<Labels>> = HashSet::new();
+    // One at a time, so that an older state never overwrites a newer one; beside the queue, so that
+    // a slow API server does not make it grow.
+    let mut writing: JoinSet<(Subject, Waiting, kube::Result<()>)> = JoinSet::new();
     loop {
-        let due = waiting.values().map(|item| item.due).min();
+        let due = waiting.values().map(|item| item.due).min().filter(|_| writing.is_empty());
         let timer = async {
             match due {
                 Some(due) => tokio::time::sleep_until(due).await,
@@ -144,13 +147,20 @@ pub async fn run(
                 let now = Instant::now();
                 let ready = waiting.iter().find(|(_, item)| item.due <= now);
                 let Some(subject) = ready.map(|(subject, _)| subject.clone()) else { continue };
-                let Some(mut item) = waiting.remove(&subject) else { continue };
-                if let Err(error) = write(&client, &scope, &item.publication).await {
-                    debug!(?subject, %error, "cannot write to the API yet");
-                    item.due = Instant::now() + item.pause;
-                    item.pause = (item.pause * 2).min(PAUSE.1);
-                    waiting.insert(subject, item);
-                }
+                let Some(item) = waiting.remove(&subject) else { continue };
+                let (client, scope) = (client.clone(), scope.clone());
+                writing.spawn(async move {
+                    let result = write(&client, &scope, &item.publication).await;
+                    (subject, item, result)
+                });
+            }
+            Some(written) = writing.join_next() => {
+                let Ok((subject, mut item, Err(error))) = written else { continue };
+                debug!(?subject, %error, "cannot write to the API yet");
+                item.due = Instant::now() + item.pause;
+                item.pause = (item.pause * 2).min(PAUSE.1);
+                // What came meanwhile is newer.
+                waiting.entry(subject).or_insert(item);
             }
         }
     }

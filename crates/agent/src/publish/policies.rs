@@ -54,7 +54,7 @@ async fn event(
 ) -> kube::Result<()> {
     let namespace = policy.id.namespace.clone().unwrap_or_default();
     // One event for each version of the object and node: repeating it is a conflict, and fine.
-    let name = format!("{}.{}.{}", policy.id.name, policy.generation, scope.node);
+    let name = format!("{}.{}.{}", policy.uid, policy.generation, scope.node);
     let now = Time(Timestamp::now());
     let event = Event {
         metadata: ObjectMeta {

@@ -1,7 +1,7 @@
 //! What the kernel's tables hold, as far as the agent wrote or read it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv6Addr, SocketAddr},
 };
 
@@ -93,6 +93,16 @@ pub struct Mirror {
     pub services: BTreeMap<Frontend, ServiceValue>,
     /// `BACKENDS`.
     pub backends: BTreeMap<(u32, u32), BackendValue>,
+    touched: Touched,
+}
+
+/// Addresses and networks whose entries were written.
+#[derive(Debug, Default)]
+pub struct Touched {
+    /// Of `ENDPOINTS`.
+    pub addresses: BTreeSet<IpAddr>,
+    /// Of `IPCACHE`.
+    pub networks: BTreeSet<IpNet>,
 }
 
 /// Entries of one compiled table.
@@ -118,6 +128,11 @@ impl Mirror {
         (mirror, compiled)
     }
 
+    /// What was written since the last call.
+    pub fn take_touched(&mut self) -> Touched {
+        std::mem::take(&mut self.touched)
+    }
+
     /// Takes over a step that was performed.
     pub fn note(&mut self, step: &Step) {
         match step {
@@ -130,7 +145,9 @@ impl Mirror {
     fn put(&mut self, entry: &Entry) {
         match entry {
             Entry::Endpoint(key, value) => {
-                self.addresses.insert(address_from(&key.address), *value);
+                let address = address_from(&key.address);
+                self.touched.addresses.insert(address);
+                self.addresses.insert(address, *value);
             }
             Entry::Row(number, row) if row.flags & palisade_abi::row_flags::VALID == 0 => {
                 self.rows.remove(number);
@@ -143,6 +160,7 @@ impl Mirror {
             }
             Entry::Ipcache(key, value) => {
                 if let Some(network) = network_from(key) {
+                    self.touched.networks.insert(network);
                     self.prefixes.insert(network, *value);
                 }
             }
@@ -159,13 +177,16 @@ impl Mirror {
     fn delete(&mut self, key: &Key) {
         match key {
             Key::Endpoint(EndpointKey { address }) => {
-                self.addresses.remove(&address_from(address));
+                let address = address_from(address);
+                self.touched.addresses.insert(address);
+                self.addresses.remove(&address);
             }
             Key::Interface(ifindex) => {
                 self.interfaces.remove(ifindex);
             }
             Key::Ipcache(key) => {
                 if let Some(network) = network_from(key) {
+                    self.touched.networks.insert(network);
                     self.prefixes.remove(&network);
                 }
             }

@@ -191,6 +191,11 @@ impl Reconciler {
         &self.mirror
     }
 
+    /// As [`Self::mirror`], for who follows what was written.
+    pub fn mirror_mut(&mut self) -> &mut Mirror {
+        &mut self.mirror
+    }
+
     /// The compiled tables in use.
     pub fn live_tables(&self) -> impl Iterator<Item = (u32, &Arc<CompiledPolicy>)> {
         self.policies.live().map(|live| (live.number, &live.policy))
@@ -204,6 +209,15 @@ impl Reconciler {
     /// Whether a round would have something to do.
     pub fn is_settled(&self) -> bool {
         self.pending.is_empty() && self.owed.is_empty() && !self.policies.is_pending()
+    }
+
+    /// Whether an endpoint's packets are judged as the tables say.
+    pub fn is_in_force(&self, tables: &Tables, endpoint: u32) -> bool {
+        let Some(entry) = tables.policy_entries.get(&endpoint) else { return false };
+        let mut groups = [entry.ingress.group(), entry.egress.group()].into_iter().flatten();
+        self.pending.prefixes.is_empty()
+            && !self.pending.endpoints.contains(&endpoint)
+            && !groups.any(|group| self.policies.awaits(group))
     }
 
     /// One round. All inputs are complete: what is not wanted goes.

@@ -10,7 +10,9 @@ use std::{
 };
 
 use ipnet::IpNet;
-use palisade_abi::{ChunkKey, PREFIX_POD_BIT, PeerKey, PeerValue, PortKey, PortValue, TABLE_NONE};
+use palisade_abi::{
+    ChunkKey, PREFIX_ID_BIT, PREFIX_POD_BIT, PeerKey, PeerValue, PortKey, PortValue, TABLE_NONE,
+};
 use palisade_datapath::{Entry, Key, Step};
 use palisade_policy::{
     CompiledPolicy,
@@ -226,6 +228,11 @@ impl PolicyTables {
             .any(|chunk| chunk.peers.keys().any(|id| prefixes.contains(&(id & !PREFIX_POD_BIT))))
     }
 
+    /// Whether the group's table is not what it is to be yet.
+    pub(super) fn awaits(&self, group: GroupId) -> bool {
+        self.pending.contains(&group)
+    }
+
     /// Whether something could not be written yet.
     pub(super) fn is_pending(&self) -> bool {
         !self.pending.is_empty()
@@ -282,8 +289,9 @@ fn write_aside(
     writer.run(&steps)
 }
 
-/// Writes the peers in which the live table differs; those that are too many are returned, to be
-/// removed when no address carries them.
+/// Writes the peers in which the live table differs; those that are too many match nothing from
+/// now on where that can be said of them, and are returned, to be removed when no address carries
+/// them.
 fn update_peers(
     writer: &mut Writer<'_>,
     live: &LiveTable,
@@ -302,9 +310,14 @@ fn update_peers(
                 steps.push(Step::Put(Entry::Peer(key(*id), value)));
             }
         }
-        gone.extend(
-            old.peers.keys().filter(|id| !new.peers.contains_key(id)).map(|id| Key::Peer(key(*id))),
-        );
+        for id in old.peers.keys().filter(|id| !new.peers.contains_key(id)) {
+            gone.push(Key::Peer(key(*id)));
+            // Addresses may carry the prefix for the sake of others' rules: of an identity that
+            // would mean the default, of a prefix it means nothing.
+            if id & PREFIX_ID_BIT != 0 {
+                steps.push(Step::Put(Entry::Peer(key(*id), PeerValue { rules: [0; 2] })));
+            }
+        }
     }
     writer.run(&steps).map(|()| gone)
 }

@@ -278,6 +278,7 @@ fn pod(name: &str, app: &str, node: &str, address: &str) -> Intent {
     Intent::Pod(Change::Put(Pod {
         name: ObjectName::new("default", name),
         uid: name.into(),
+        runtime_uid: name.into(),
         node: node.into(),
         addresses: vec![ip(address)],
         host_network: false,

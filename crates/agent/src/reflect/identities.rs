@@ -4,6 +4,7 @@ use std::{collections::BTreeMap, sync::Arc};
 
 use kube::{ResourceExt, api::DynamicObject};
 use palisade_abi::identity as number;
+use palisade_api::crd::UNUSED_SINCE;
 use palisade_policy::label::{Label, Labels};
 use serde_json::Value;
 
@@ -22,7 +23,8 @@ impl Parse for Reflect {
     }
 
     fn parse(&self, object: DynamicObject) -> Option<Identity> {
-        parse(&object)
+        // The operator is about to collect it: whoever needs the number takes it back first.
+        if is_unused(&object) { None } else { parse(&object) }
     }
 
     fn intent(&self, change: Change<Identity>) -> Intent {
@@ -47,6 +49,11 @@ pub(crate) fn parse(object: &DynamicObject) -> Option<Identity> {
     Some(Identity { id, labels: Arc::new(labels) })
 }
 
+/// Whether the operator found nobody who uses the identity.
+pub(crate) fn is_unused(object: &DynamicObject) -> bool {
+    object.annotations().contains_key(UNUSED_SINCE)
+}
+
 /// The object for an identity.
 pub(crate) fn object(id: u32, labels: &Labels) -> DynamicObject {
     let mut object =
@@ -61,9 +68,29 @@ pub(crate) fn object(id: u32, labels: &Labels) -> DynamicObject {
     object
 }
 
-/// Whether Kubernetes takes this as a label of an object: a name of a namespace's label with a
-/// prefix of its own has two slashes and is left out.
+/// Whether Kubernetes takes this as a label of an object. Ours are longer than those that they are
+/// made of: a label of a namespace has a prefix before its own.
 fn is_object_label(key: &str, value: &str) -> bool {
-    let name = key.rsplit_once('/').map_or(key, |(_, name)| name);
-    key.matches('/').count() <= 1 && name.len() <= 63 && value.len() <= 63
+    let (prefix, name) = key.rsplit_once('/').unwrap_or(("", key));
+    let fits = prefix.len() <= 253 && name.len() <= 63 && value.len() <= 63;
+    fits && !prefix.contains('/')
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_too_long_for_a_label_is_told_in_the_security_labels_alone() {
+        let namespace = "io.cilium.k8s.namespace.labels.";
+        let short = format!("{namespace}example.com/team");
+        let long = format!("{namespace}{}.com/team", "x".repeat(230));
+        let labels: Labels =
+            [&short, &long].into_iter().map(|key| Label::new("k8s", key, "a")).collect();
+        let object = object(256, &labels);
+        let told: Vec<String> =
+            object.metadata.labels.clone().unwrap_or_default().into_keys().collect();
+        assert_eq!(told, [short]);
+        assert_eq!(parse(&object).map(|identity| identity.labels), Some(Arc::new(labels)));
+    }
 }

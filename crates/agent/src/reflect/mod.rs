@@ -9,9 +9,13 @@ mod namespaces;
 mod nodes;
 mod pods;
 mod policies;
+mod secrets;
 mod services;
 
-use std::{fmt::Debug, time::Duration};
+use std::{
+    fmt::Debug,
+    time::{Duration, Instant},
+};
 
 use futures::TryStreamExt;
 use kube::{
@@ -20,7 +24,7 @@ use kube::{
 };
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet};
-use tracing::{debug, warn};
+use tracing::{debug, info, warn};
 
 use crate::{
     engine::Command,
@@ -32,6 +36,9 @@ use crate::{
 /// within this time.
 pub const WATCH_SECONDS: u32 = 60;
 
+/// The one namespace whose Secrets policies may refer to: the agent needs no rights on others.
+pub const SECRETS_NAMESPACE: &str = "palisade-secrets";
+
 /// Follows every kind of object that the agent needs.
 pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
@@ -41,6 +48,8 @@ pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Comman
     tasks.spawn(follow(Api::all(client.clone()), services::Services, to()));
     tasks.spawn(follow(Api::all(client.clone()), services::Slices, to()));
     tasks.spawn(follow(Api::all(client.clone()), nodes::Nodes, to()));
+    let secrets = Api::namespaced(client.clone(), SECRETS_NAMESPACE);
+    tasks.spawn(follow(secrets, secrets::Reflect, to()));
     let dynamic = |kind: &str| Api::all_with(client.clone(), &resources::cilium(kind));
     tasks.spawn(follow(dynamic("CiliumNode"), nodes::CiliumNodes, to()));
     tasks.spawn(follow(dynamic("CiliumIdentity"), identities::Reflect, to()));
@@ -74,6 +83,7 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
     let stream = watcher(api, config).backoff(Patience::default());
     let mut stream = std::pin::pin!(stream);
     let mut listed = Vec::new();
+    let mut failing: Option<String> = None;
     loop {
         let change = match stream.try_next().await {
             Ok(None) => return,
@@ -87,6 +97,9 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
             }
             Ok(Some(watcher::Event::InitDone)) => {
                 debug!(table = P::Row::TABLE, rows = listed.len(), "listed");
+                if failing.take().is_some() {
+                    info!(table = P::Row::TABLE, "following the API again");
+                }
                 Change::Replace(std::mem::take(&mut listed))
             }
             Ok(Some(watcher::Event::Apply(object))) => {
@@ -95,8 +108,13 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
             }
             Ok(Some(watcher::Event::Delete(object))) => Change::Delete(parse.key(&object)),
             Err(error) => {
-                warn!(table = P::Row::TABLE, %error, "cannot follow the API; what is known stands");
-                Change::Failed(error.to_string())
+                let error = error.to_string();
+                if failing.as_ref() != Some(&error) {
+                    let table = P::Row::TABLE;
+                    warn!(table, error, "cannot follow the API; what is known stands");
+                }
+                failing = Some(error.clone());
+                Change::Failed(error)
             }
         };
         if commands.send(Command::Intent(Box::new(parse.intent(change)))).await.is_err() {
@@ -106,17 +124,35 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
 }
 
 /// How long to wait after the API server failed: from little to three seconds.
+///
+/// The stream calls it a success when it merely begins to list, so what counts as one is time
+/// without a failure.
 #[derive(Debug)]
-struct Patience(Duration);
+struct Patience {
+    pause: Duration,
+    failed: Option<Instant>,
+}
 
 impl Patience {
     const FIRST: Duration = Duration::from_millis(50);
     const LAST: Duration = Duration::from_secs(3);
+    /// So long without a failure, and all is well again.
+    const CALM: Duration = Duration::from_secs(10);
+
+    fn after(&mut self, now: Instant) -> Duration {
+        if self.failed.is_none_or(|failed| now - failed > Self::CALM) {
+            self.pause = Self::FIRST;
+        }
+        self.failed = Some(now);
+        let pause = self.pause;
+        self.pause = (pause * 2).min(Self::LAST);
+        pause
+    }
 }
 
 impl Default for Patience {
     fn default() -> Self {
-        Self(Self::FIRST)
+        Self { pause: Self::FIRST, failed: None }
     }
 }
 
@@ -124,16 +160,12 @@ impl Iterator for Patience {
     type Item = Duration;
 
     fn next(&mut self) -> Option<Duration> {
-        let now = self.0;
-        self.0 = (now * 2).min(Self::LAST);
-        Some(now)
+        Some(self.after(Instant::now()))
     }
 }
 
 impl Backoff for Patience {
-    fn reset(&mut self) {
-        self.0 = Self::FIRST;
-    }
+    fn reset(&mut self) {}
 }
 
 /// Name of a namespaced object.
@@ -143,4 +175,48 @@ fn object_name<K: Resource>(object: &K) -> crate::tables::ObjectName {
         meta.namespace.clone().unwrap_or_default(),
         meta.name.clone().unwrap_or_default(),
     )
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::net::TcpListener;
+
+    use super::*;
+
+    #[test]
+    fn patience_grows_until_all_is_calm() {
+        let mut patience = Patience::default();
+        let begun = Instant::now();
+        let mut now = begun;
+        let pauses: Vec<Duration> = std::iter::repeat_with(|| {
+            patience.reset();
+            let pause = patience.after(now);
+            now += pause;
+            pause
+        })
+        .take(9)
+        .collect();
+        let millis: Vec<u128> = pauses.iter().map(Duration::as_millis).collect();
+        assert_eq!(millis, [50, 100, 200, 400, 800, 1600, 3000, 3000, 3000]);
+        assert_eq!(patience.after(now + Patience::CALM * 2), Patience::FIRST);
+    }
+
+    /// A server that is away must not be hammered by every agent.
+    #[tokio::test]
+    async fn a_server_that_fails_is_asked_less_and_less() {
+        let server = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let address = server.local_addr().expect("an address");
+        let url = format!("http://{address}").parse().expect("a URL");
+        let client = Client::try_from(kube::Config::new(url)).expect("a client");
+        let (commands, mut queue) = mpsc::channel(64);
+        let following = tokio::spawn(follow(Api::all(client), namespaces::Reflect, commands));
+        let mut asked = Vec::new();
+        for _ in 0..6 {
+            drop(server.accept().await.expect("a request"));
+            asked.push(Instant::now());
+            assert!(matches!(queue.recv().await, Some(Command::Intent(_))), "the failure is told");
+        }
+        following.abort();
+        assert!(asked[5] - asked[4] >= Duration::from_millis(700), "{asked:?}");
+    }
 }

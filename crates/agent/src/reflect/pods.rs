@@ -11,6 +11,9 @@ use crate::{
     tables::{Change, Intent, ObjectName, pods::Pod},
 };
 
+/// On the object that mirrors a static pod: the uid that the kubelet runs it under.
+const MIRROR: &str = "kubernetes.io/config.mirror";
+
 /// Pods to rows.
 pub(super) struct Reflect;
 
@@ -32,9 +35,12 @@ impl Parse for Reflect {
             false => addresses(&status),
         };
         let init = spec.init_containers.iter().flatten();
+        let uid = object.metadata.uid.unwrap_or_default();
+        let mirrored = object.metadata.annotations.and_then(|mut all| all.remove(MIRROR));
         Some(Pod {
             name,
-            uid: object.metadata.uid.unwrap_or_default(),
+            runtime_uid: mirrored.unwrap_or_else(|| uid.clone()),
+            uid,
             node: spec.node_name.unwrap_or_default(),
             addresses,
             host_network: spec.host_network.unwrap_or_default(),
@@ -73,4 +79,26 @@ fn named_ports(container: &Container) -> Vec<NamedPort> {
             })
         })
         .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn uids(annotations: serde_json::Value) -> (String, String) {
+        let object = serde_json::from_value(serde_json::json!({
+            "metadata": { "name": "a", "uid": "api", "annotations": annotations },
+            "spec": { "containers": [] },
+        }));
+        let pod = Reflect.parse(object.expect("a pod")).expect("a row");
+        (pod.uid, pod.runtime_uid)
+    }
+
+    #[test]
+    fn a_static_pod_runs_under_the_uid_that_its_mirror_tells() {
+        let same = ("api".to_owned(), "api".to_owned());
+        assert_eq!(uids(serde_json::json!({ "app": "a" })), same);
+        let mirror = serde_json::json!({ "kubernetes.io/config.mirror": "hash" });
+        assert_eq!(uids(mirror), ("api".to_owned(), "hash".to_owned()));
+    }
 }

@@ -3,9 +3,12 @@
 //!
 //! Every rule here is a function of the intent tables alone; the [`Resolver`] adds the indexes
 //! that let a change cost what it affects. Whatever the order of events, the desired tables
-//! depend only on the intent tables as they are in the end.
+//! depend only on the intent tables as they are in the end; only what stands in for a refused policy
+//! is what its object said before.
 
+mod fqdns;
 mod identities;
+mod last_good;
 mod nodes;
 mod pods;
 mod policies;
@@ -22,9 +25,10 @@ use std::{
 use ipnet::IpNet;
 use palisade_policy::{
     label::Labels,
-    model::{Policy, PolicyRef},
     resolve::{Changes, Repository},
 };
+
+pub use last_good::LastGood;
 
 use crate::tables::{
     Delta, ObjectName, Tables,
@@ -65,8 +69,7 @@ pub struct Resolver {
     local: HashMap<IpAddr, u32>,
     /// Nodes by address.
     node_addresses: BTreeMap<IpAddr, String>,
-    /// The newest version of a policy that was accepted.
-    last_good: BTreeMap<PolicyRef, Policy>,
+    last_good: LastGood,
 }
 
 /// What a round has to look at again.
@@ -92,8 +95,14 @@ impl Resolver {
             claims: HashMap::new(),
             local: HashMap::new(),
             node_addresses: BTreeMap::new(),
-            last_good: BTreeMap::new(),
+            last_good: LastGood::default(),
         }
+    }
+
+    /// Knows what stood in for refused policies before this agent began.
+    #[must_use]
+    pub fn with_last_good(self, last_good: LastGood) -> Self {
+        Self { last_good, ..self }
     }
 
     /// Brings the desired tables up to the intent tables.
@@ -106,10 +115,12 @@ impl Resolver {
         self.note_pods(tables, &mut dirty);
         self.note_endpoints(tables, &mut dirty);
         self.note_policies(tables, &mut outcome);
+        self.sweep_last_good(tables);
         note_services(tables, &mut dirty);
 
         self.resolve_pods(tables, &mut dirty, &mut outcome);
         self.resolve_endpoints(tables, &dirty);
+        self.note_names(tables, &dirty);
         let owners = self.resolve_owners(tables, &dirty);
 
         outcome.changes = self.repository.commit();

@@ -198,7 +198,7 @@ impl Resolver {
 /// The identity of an endpoint, once the API's pod is the one that was connected and has one.
 pub(super) fn identity_of(tables: &Tables, endpoint: &Endpoint) -> Option<u32> {
     let pod = tables.pods.get(&endpoint.pod)?;
-    if !endpoint.uid.is_empty() && endpoint.uid != pod.uid {
+    if !endpoint.uid.is_empty() && endpoint.uid != pod.runtime_uid {
         return None;
     }
     tables.pod_identities.get(&endpoint.pod)?.identity

@@ -20,7 +20,7 @@ impl Resolver {
             for delta in tables.policies.of_mut(kind).take_changes() {
                 let Some(after) = delta.after else {
                     if let Some(before) = delta.before {
-                        self.last_good.remove(&before.id);
+                        self.last_good.forget(&before.id);
                         self.repository.remove_policy(&before.id);
                     }
                     continue;
@@ -29,9 +29,6 @@ impl Resolver {
                     before.content == after.content && before.uid == after.uid
                 };
                 if !delta.before.as_ref().is_some_and(same) {
-                    if delta.before.is_some_and(|before| before.uid != after.uid) {
-                        self.last_good.remove(&after.id);
-                    }
                     let policy = self.policy_in_force(&after);
                     self.repository.upsert_policy(policy);
                 }
@@ -42,15 +39,21 @@ impl Resolver {
         }
     }
 
+    /// Objects that were deleted while no agent ran have no last good version.
+    pub(super) fn sweep_last_good(&mut self, tables: &Tables) {
+        self.last_good.sweep(|id| tables.policies.of(id.kind).get(id).is_some());
+    }
+
     /// A refused policy closes its subjects, and what its last good version said stands.
     fn policy_in_force(&mut self, object: &PolicyObject) -> Policy {
         match &object.content {
             PolicyContent::Accepted(policy) => {
-                self.last_good.insert(object.id.clone(), policy.clone());
+                self.last_good.accept(&object.uid, policy);
                 policy.clone()
             }
             PolicyContent::Refused { lockdown, .. } => {
-                let good = self.last_good.get(&object.id).map(|policy| &policy.rules);
+                let good = self.last_good.stand_in(&object.id, &object.uid);
+                let good = good.map(|policy| &policy.rules);
                 let rules = good.into_iter().flatten().chain(&lockdown.rules).cloned().collect();
                 Policy { id: object.id.clone(), rules }
             }
@@ -59,8 +62,7 @@ impl Resolver {
 
     /// Whether an accepted version of a refused policy is still in force.
     pub fn has_last_good(&self, object: &PolicyObject) -> bool {
-        matches!(object.content, PolicyContent::Refused { .. })
-            && self.last_good.contains_key(&object.id)
+        matches!(object.content, PolicyContent::Refused { .. }) && self.last_good.has(&object.id)
     }
 
     /// Takes over what became of endpoints' policies.

@@ -1,11 +1,13 @@
 //! All that the agent knows and wants: *intent* tables, which only `reflect` and the endpoints'
 //! life cycle write, and *desired* tables, which only `resolve` writes.
 
+pub mod fqdns;
 pub mod identities;
 pub mod namespaces;
 pub mod nodes;
 pub mod pods;
 pub mod policies;
+pub mod secrets;
 pub mod services;
 mod table;
 
@@ -15,12 +17,14 @@ use std::{
     sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
+use fqdns::LearnedNames;
 use identities::{AddressEntry, Identity, PrefixEntry};
 use namespaces::Namespace;
 use nodes::{Node, NodeSource, Route};
 use palisade_policy::model::PolicyKind;
 use pods::{Endpoint, Pod, PodIdentity};
 use policies::{PolicyEntry, PolicyObject};
+use secrets::Secret;
 use services::{EndpointSlice, Service, ServiceEntry};
 pub use table::{Change, Delta, Row, Table};
 
@@ -61,10 +65,14 @@ pub enum Intent {
     Slice(Change<EndpointSlice>),
     /// Of [`Tables::nodes`] or [`Tables::cilium_nodes`].
     Node(NodeSource, Change<Node>),
+    /// Of [`Tables::secrets`].
+    Secret(Change<Secret>),
     /// Of [`Tables::identities`].
     Identity(Change<Identity>),
     /// Of [`Tables::endpoints`].
     Endpoint(Change<Endpoint>),
+    /// Of [`Tables::names`].
+    Names(Change<LearnedNames>),
 }
 
 /// One table for each kind of policy object.
@@ -122,10 +130,15 @@ pub struct Tables {
     pub nodes: Table<Node>,
     /// Intent: nodes, as `CiliumNode` objects tell.
     pub cilium_nodes: Table<Node>,
+    /// Intent: values for rules on HTTP headers. Not among [`Self::inputs`]: without them such
+    /// rules match nothing, and all else goes on.
+    pub secrets: Table<Secret>,
     /// Intent: identities.
     pub identities: Table<Identity>,
     /// Intent: endpoints of this node.
     pub endpoints: Table<Endpoint>,
+    /// Intent: what the endpoints learned from DNS.
+    pub names: Table<LearnedNames>,
     /// Desired: labels and identities of pods.
     pub pod_identities: Table<PodIdentity>,
     /// Desired: the kernel's `ENDPOINTS`.
@@ -151,8 +164,10 @@ impl Tables {
             Intent::Slice(change) => self.slices.apply(change),
             Intent::Node(NodeSource::Node, change) => self.nodes.apply(change),
             Intent::Node(NodeSource::CiliumNode, change) => self.cilium_nodes.apply(change),
+            Intent::Secret(change) => self.secrets.apply(change),
             Intent::Identity(change) => self.identities.apply(change),
             Intent::Endpoint(change) => self.endpoints.apply(change),
+            Intent::Names(change) => self.names.apply(change),
         }
     }
 
@@ -167,6 +182,7 @@ impl Tables {
             InputState::of("CiliumNode", &self.cilium_nodes),
             InputState::of("CiliumIdentity", &self.identities),
             InputState::of("Endpoint", &self.endpoints),
+            InputState::of("LearnedNames", &self.names),
         ];
         for kind in POLICY_KINDS {
             inputs.push(InputState::of(kind.as_str(), self.policies.of(kind)));

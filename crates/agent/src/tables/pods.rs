@@ -17,6 +17,9 @@ pub struct Pod {
     pub name: ObjectName,
     /// Tells a pod from a later one of the same name.
     pub uid: String,
+    /// What its node's runtime knows it by. A static pod is run under a uid of its own, which is
+    /// not that of the object that mirrors it.
+    pub runtime_uid: String,
     /// Node that it was bound to.
     pub node: String,
     /// Addresses. Empty for a pod that ended: its addresses may be another's by now.

@@ -1,0 +1,100 @@
+//! Whether something would pass, from what the tables hold.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use palisade_abi::identity as number;
+use palisade_api::{
+    admin::{Explain, Explanation},
+    explain::{self, NamedEnd},
+};
+use palisade_policy::{
+    evaluate::End,
+    identity::{PodLabels, endpoint_labels, reserved},
+    model::Policy,
+};
+
+use crate::{
+    resolve::Scope,
+    tables::{ObjectName, Tables, pods::Pod, policies::PolicyContent},
+};
+
+/// The answer, or which end is not known.
+pub(super) fn explain(
+    scope: &Scope,
+    tables: &Tables,
+    asked: &Explain,
+) -> Result<Explanation, String> {
+    let policies: Vec<&Policy> = tables
+        .policies
+        .rows()
+        .map(|row| match &row.content {
+            PolicyContent::Accepted(policy) => policy,
+            PolicyContent::Refused { lockdown, .. } => lockdown,
+        })
+        .collect();
+    let from = find(scope, tables, &asked.from)?;
+    let to = find(scope, tables, &asked.to)?;
+    Ok(explain::explain(&policies, &from, &to, asked))
+}
+
+fn find(scope: &Scope, tables: &Tables, text: &str) -> Result<NamedEnd, String> {
+    if let Ok(address) = text.parse::<IpAddr>() {
+        return Ok(by_address(scope, tables, address));
+    }
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    let exact = ObjectName::new(namespace, name);
+    let pod = tables.pods.get(&exact).or_else(|| {
+        let mut coming = tables.pods.rows_from(exact);
+        coming
+            .next()
+            .filter(|pod| pod.name.namespace == namespace && pod.name.name.starts_with(name))
+    });
+    match pod {
+        Some(pod) => Ok(named(scope, tables, pod)),
+        None => Err(format!(
+            "there is no pod {namespace}/{name}; name it as namespace/pod, or by an address"
+        )),
+    }
+}
+
+fn by_address(scope: &Scope, tables: &Tables, address: IpAddr) -> NamedEnd {
+    let owner = tables.pods.rows().find(|pod| pod.addresses.contains(&address));
+    if let Some(pod) = owner.filter(|pod| !pod.host_network) {
+        let mut found = named(scope, tables, pod);
+        found.end.address = address;
+        return found;
+    }
+    let identity = match (tables.addresses.get(&address), address) {
+        (Some(entry), _) => entry.identity,
+        (None, IpAddr::V4(_)) => number::WORLD_IPV4,
+        (None, IpAddr::V6(_)) => number::WORLD_IPV6,
+    };
+    let labels = reserved(identity).unwrap_or_default();
+    let end = End { identity, labels, address, named_ports: Vec::new(), names: BTreeSet::new() };
+    NamedEnd { name: address.to_string(), end }
+}
+
+fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {
+    let address = pod.addresses.first().copied().unwrap_or([0, 0, 0, 0].into());
+    let known = tables.pod_identities.get(&pod.name).and_then(|row| row.identity);
+    let namespace = tables.namespaces.get(&pod.name.namespace);
+    let (identity, labels) = match (known, namespace) {
+        _ if pod.host_network && pod.node == scope.node => (number::HOST, None),
+        _ if pod.host_network => (number::REMOTE_NODE, None),
+        (Some(identity), Some(namespace)) => {
+            let labels = endpoint_labels(&PodLabels {
+                namespace: &pod.name.namespace,
+                namespace_labels: Some(&namespace.labels),
+                pod_labels: Some(&pod.labels),
+                service_account: &pod.service_account,
+                cluster: &scope.cluster,
+            });
+            (identity, Some(labels))
+        }
+        _ => (number::INIT, None),
+    };
+    let labels = labels.or_else(|| reserved(identity)).unwrap_or_default();
+    let named_ports = pod.ports.clone();
+    let end = End { identity, labels, address, named_ports, names: BTreeSet::new() };
+    NamedEnd { name: pod.name.to_string(), end }
+}

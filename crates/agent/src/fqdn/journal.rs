@@ -1,0 +1,204 @@
+//! What was learned, on disk: a file with a line for each answer, written anew as a whole now and
+//! then. It counts until the machine starts again, for so does the clock.
+
+use std::{
+    fs::{self, File, OpenOptions},
+    io::{self, Write},
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use serde::{Deserialize, Serialize};
+use tracing::warn;
+
+use super::cache::{Cache, Owner};
+
+/// So many lines more than are needed make the file worth writing anew.
+const EXCESS: usize = 4096;
+
+/// The first line.
+#[derive(Serialize, Deserialize)]
+struct Header {
+    boot: String,
+}
+
+/// Any other line.
+#[derive(Serialize, Deserialize)]
+struct Line {
+    endpoint: u32,
+    container: String,
+    name: String,
+    addresses: Vec<IpAddr>,
+    expiry: u64,
+}
+
+/// The file.
+#[derive(Debug)]
+pub(super) struct Journal {
+    path: PathBuf,
+    boot: String,
+    file: File,
+    lines: usize,
+}
+
+impl Journal {
+    /// Reads what is there, and begins the file anew with what still counts.
+    ///
+    /// # Errors
+    /// The file cannot be read or written. What cannot be understood is left out.
+    pub(super) fn open(path: PathBuf) -> io::Result<(Self, Cache)> {
+        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let text = match fs::read_to_string(&path) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
+            read => read?,
+        };
+        let cache = replay(&text, &boot);
+        let file = rewrite(&path, &boot, &cache)?;
+        Ok((Self { path, boot, file, lines: cache.len() }, cache))
+    }
+
+    /// Adds an answer.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(super) fn append(
+        &mut self,
+        owner: &Owner,
+        name: &str,
+        addresses: &[IpAddr],
+        expiry: u64,
+    ) -> io::Result<()> {
+        let line = Line {
+            endpoint: owner.endpoint,
+            container: owner.container.clone(),
+            name: name.to_owned(),
+            addresses: addresses.to_vec(),
+            expiry,
+        };
+        self.lines += 1;
+        self.file.write_all(&encoded(&line)?)
+    }
+
+    /// Whether the file has grown far beyond what it has to say.
+    pub(super) fn is_long(&self, cache: &Cache) -> bool {
+        self.lines > cache.len() * 2 + EXCESS
+    }
+
+    /// Makes the file say what is known now, and nothing else.
+    ///
+    /// # Errors
+    /// It cannot be written.
+    pub(super) fn rewrite(&mut self, cache: &Cache) -> io::Result<()> {
+        self.file = rewrite(&self.path, &self.boot, cache)?;
+        self.lines = cache.len();
+        Ok(())
+    }
+}
+
+fn replay(text: &str, boot: &str) -> Cache {
+    let mut cache = Cache::default();
+    let mut lines = text.lines();
+    let header = lines.next().and_then(|line| serde_json::from_str::<Header>(line).ok());
+    if header.is_none_or(|header| header.boot != boot) {
+        return cache;
+    }
+    for line in lines {
+        // The last line may be the beginning of one: its answer was never released.
+        let Ok(line) = serde_json::from_str::<Line>(line) else {
+            warn!("a line in the file of learned names says nothing");
+            continue;
+        };
+        let owner = Owner { endpoint: line.endpoint, container: line.container };
+        cache.learn(&owner, &line.name, line.addresses, line.expiry);
+    }
+    cache
+}
+
+fn rewrite(path: &PathBuf, boot: &str, cache: &Cache) -> io::Result<File> {
+    let partial = path.with_extension("partial");
+    let mut content = encoded(&Header { boot: boot.to_owned() })?;
+    for (owner, name, address, expiry) in cache.entries() {
+        content.extend(encoded(&Line {
+            endpoint: owner.endpoint,
+            container: owner.container,
+            name: name.to_owned(),
+            addresses: vec![address],
+            expiry,
+        })?);
+    }
+    fs::write(&partial, content)?;
+    let file = OpenOptions::new().append(true).open(&partial)?;
+    fs::rename(&partial, path)?;
+    Ok(file)
+}
+
+fn encoded(value: &impl Serialize) -> io::Result<Vec<u8>> {
+    let mut line = serde_json::to_vec(value)?;
+    line.push(b'\n');
+    Ok(line)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn owner() -> Owner {
+        Owner { endpoint: 2, container: "c".into() }
+    }
+
+    fn address(n: u8) -> IpAddr {
+        IpAddr::from([93, 184, 216, n])
+    }
+
+    fn directory(name: &str) -> PathBuf {
+        let directory =
+            std::env::temp_dir().join(format!("palisade-{name}-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        directory
+    }
+
+    fn known(cache: &Cache) -> Vec<(String, IpAddr, u64)> {
+        let mut known: Vec<_> =
+            cache.entries().map(|(_, name, ip, expiry)| (name.to_owned(), ip, expiry)).collect();
+        known.sort();
+        known
+    }
+
+    #[test]
+    fn what_was_learned_is_there_after_a_restart() {
+        let directory = directory("names");
+        let path = directory.join("names");
+        let (mut journal, mut cache) = Journal::open(path.clone()).unwrap();
+        assert!(cache.is_empty());
+        for (name, n, expiry) in [("x.org", 1, 50), ("x.org", 1, 90), ("y.org", 2, 60)] {
+            cache.learn(&owner(), name, [address(n)], expiry);
+            journal.append(&owner(), name, &[address(n)], expiry).unwrap();
+        }
+        // A process that dies may leave half a line.
+        fs::write(&path, [fs::read(&path).unwrap(), b"{\"endpo".to_vec()].concat()).unwrap();
+        let (mut journal, restored) = Journal::open(path.clone()).unwrap();
+        assert_eq!(known(&restored), known(&cache));
+
+        // What was forgotten does not come back.
+        let mut cache = restored;
+        cache.expire(60, &Default::default());
+        journal.rewrite(&cache).unwrap();
+        journal.append(&owner(), "z.org", &[address(3)], 99).unwrap();
+        cache.learn(&owner(), "z.org", [address(3)], 99);
+        assert_eq!(known(&Journal::open(path).unwrap().1), known(&cache));
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn another_boot_has_another_clock() {
+        let directory = directory("boots");
+        let path = directory.join("names");
+        let (mut journal, _) = Journal::open(path.clone()).unwrap();
+        journal.append(&owner(), "x.org", &[address(1)], 50).unwrap();
+        let text = fs::read_to_string(&path).unwrap();
+        assert!(!replay(&text, &journal.boot).is_empty());
+        assert!(replay(&text, "another").is_empty());
+        assert!(replay("garbage\n", &journal.boot).is_empty());
+        fs::remove_dir_all(directory).unwrap();
+    }
+}

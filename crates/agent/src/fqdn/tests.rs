@@ -1,0 +1,333 @@
+//! From an answer to a kernel in memory, through the real engine.
+
+use std::{
+    path::PathBuf,
+    sync::{
+        Mutex as StdMutex,
+        atomic::{AtomicU32, Ordering},
+    },
+};
+
+use palisade_abi::{ChunkKey, PREFIX_ID_BIT};
+use palisade_datapath::{Entry, Kernel, KernelError, Key, Step, fake::FakeKernel};
+use palisade_policy::{
+    l7::NamePattern,
+    model::{
+        Action, Application, Entry as Rule, Peer, Peers, Policy, PolicyKind, PolicyRef, Ports,
+        Rule as Rules, Section,
+    },
+};
+
+use super::*;
+use crate::{
+    engine::{Engine, Outputs},
+    reconcile::Reconciler,
+    resolve::{Resolver, Scope},
+    tables::{
+        ObjectName, POLICY_KINDS, TablesWriter,
+        nodes::{Node, NodeSource},
+        pods::Endpoint,
+        policies::{PolicyContent, PolicyObject},
+        services::Service,
+    },
+};
+
+const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 1, 11));
+const POD6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 11));
+
+/// A kernel whose networks are full on demand.
+#[derive(Default)]
+struct Full {
+    kernel: FakeKernel,
+    full: StdMutex<bool>,
+}
+
+impl Kernel for Full {
+    fn apply(&self, step: &Step) -> Result<(), KernelError> {
+        if matches!(step, Step::Put(Entry::Ipcache(..))) && *self.full.lock().unwrap() {
+            return Err(KernelError::Full { table: "IPCACHE" });
+        }
+        self.kernel.apply(step)
+    }
+
+    fn dump(&self) -> Result<Vec<Entry>, KernelError> {
+        self.kernel.dump()
+    }
+}
+
+#[derive(Default)]
+struct Live(BTreeSet<(IpAddr, IpAddr)>);
+
+impl Flows for Live {
+    fn live_pairs(&self) -> Result<BTreeSet<(IpAddr, IpAddr)>, String> {
+        Ok(self.0.clone())
+    }
+}
+
+struct Bench {
+    directory: PathBuf,
+    kernel: Arc<Full>,
+    commands: mpsc::Sender<Command>,
+    progress: watch::Receiver<Progress>,
+    names: Names,
+}
+
+fn ip(text: &str) -> IpAddr {
+    text.parse().unwrap()
+}
+
+impl Bench {
+    async fn new() -> Self {
+        static COUNT: AtomicU32 = AtomicU32::new(0);
+        let number = COUNT.fetch_add(1, Ordering::Relaxed);
+        let name = format!("palisade-fqdn-{}-{number}", std::process::id());
+        let directory = std::env::temp_dir().join(name);
+        std::fs::create_dir_all(&directory).unwrap();
+        Self::start(directory, Arc::default()).await
+    }
+
+    /// An agent over a kernel and a state directory that may have had one before.
+    async fn start(directory: PathBuf, kernel: Arc<Full>) -> Self {
+        let tables = TablesWriter::default();
+        let reader = tables.reader();
+        let reconciler = Reconciler::new(kernel.clone()).unwrap();
+        let prefixes = reconciler.policy_prefixes().clone();
+        let scope = Scope { node: "node1".into(), cluster: "default".into() };
+        let (progress_sender, progress) = watch::channel(Progress::default());
+        let outputs = Outputs {
+            progress: progress_sender,
+            routes: watch::channel(Vec::new()).0,
+            publications: mpsc::unbounded_channel().0,
+            proxy: Arc::default(),
+        };
+        let engine = Engine::new(tables, Resolver::new(scope, prefixes), reconciler, outputs);
+        let (commands, queue) = mpsc::channel(64);
+        let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
+        std::thread::spawn(move || engine.run(queue, retry, &runtime));
+        let (told, seen) = (commands.clone(), progress.clone());
+        let names = Names::restore(&directory, reader, told, seen).await.unwrap();
+        let bench = Self { directory, kernel, commands, progress, names };
+        bench.tell_all().await;
+        bench
+    }
+
+    async fn send(&self, intent: Intent) {
+        self.commands.send(Command::Intent(Box::new(intent))).await.unwrap();
+    }
+
+    async fn tell_all(&self) {
+        let node = Node {
+            name: "node1".into(),
+            source: NodeSource::Node,
+            uid: "node1".into(),
+            addresses: vec![ip("172.31.255.1")],
+            router_addresses: Vec::new(),
+            pod_cidrs: vec!["10.0.1.0/24".parse().unwrap(), "fd00:1::/64".parse().unwrap()],
+        };
+        let service = Service {
+            name: ObjectName::new("default", "kubernetes"),
+            addresses: vec![ip("198.18.0.1")],
+            ports: Vec::new(),
+            affinity: None,
+        };
+        self.send(Intent::Namespace(Change::Replace(Vec::new()))).await;
+        self.send(Intent::Pod(Change::Replace(Vec::new()))).await;
+        self.send(Intent::Service(Change::Replace(vec![service]))).await;
+        self.send(Intent::Slice(Change::Replace(Vec::new()))).await;
+        self.send(Intent::Node(NodeSource::Node, Change::Replace(vec![node]))).await;
+        self.send(Intent::Node(NodeSource::CiliumNode, Change::Replace(Vec::new()))).await;
+        self.send(Intent::Identity(Change::Replace(Vec::new()))).await;
+        for kind in POLICY_KINDS {
+            let policies =
+                if kind == PolicyKind::CiliumNetworkPolicy { vec![policy()] } else { vec![] };
+            self.send(Intent::Policy(kind, Change::Replace(policies))).await;
+        }
+        self.send(Intent::Endpoint(Change::Replace(vec![endpoint("web")]))).await;
+        let mut progress = self.progress.clone();
+        progress.wait_for(|progress| progress.synced).await.unwrap();
+    }
+
+    /// Whether the kernel lets the pod reach an address by name, now.
+    fn opened(&self, address: &str) -> bool {
+        let tables = self.kernel.kernel.tables();
+        let network = ipnet::IpNet::from(ip(address));
+        let key = crate::reconcile::mirror::ipcache_key(network);
+        let Some(Entry::Ipcache(_, value)) = tables.entries.get(&Key::Ipcache(key)) else {
+            return false;
+        };
+        let table = tables.rows[&2].egress_table;
+        assert!(tables.entries.contains_key(&Key::Chunk(ChunkKey { table, chunk: 0 })));
+        let knows = |key: &&Key| matches!(key, Key::Peer(key) if key.table == table && key.id == value.prefix);
+        value.prefix & PREFIX_ID_BIT != 0 && tables.entries.keys().any(|key| knows(&key))
+    }
+
+    async fn learn(&self, name: &str, addresses: &[&str]) -> Result<(), NotLearned> {
+        let addresses: Vec<IpAddr> = addresses.iter().map(|address| ip(address)).collect();
+        self.names.learn(POD, name, &addresses, 60).await
+    }
+
+    /// Waits until the kernel holds what the names are now.
+    async fn settled(&self) {
+        let row = self.names.known.lock().await.cache.row(2);
+        let generation = row.map_or(0, |row| row.generation);
+        let mut progress = self.progress.clone();
+        let settled = |progress: &Progress| match generation {
+            0 => !progress.names.contains_key(&2),
+            generation => progress.names.get(&2) == Some(&generation),
+        };
+        progress.wait_for(settled).await.unwrap();
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        _ = std::fs::remove_dir_all(&self.directory);
+    }
+}
+
+/// Every pod may reach `*.example.com`, and nothing else.
+fn policy() -> PolicyObject {
+    let id = PolicyRef {
+        kind: PolicyKind::CiliumNetworkPolicy,
+        namespace: Some("default".into()),
+        name: "names".into(),
+    };
+    let entry = Rule {
+        action: Action::Allow,
+        peers: Peers::List(vec![Peer::Fqdn(NamePattern::pattern("*.example.com").unwrap())]),
+        ports: Ports::Any,
+        application: Application::Any,
+        path: "spec.egress[0]".into(),
+    };
+    let egress = Section { default_deny: true, entries: vec![entry] };
+    let rule = Rules { egress, ..Rules::default() };
+    let content = PolicyContent::Accepted(Policy { id: id.clone(), rules: vec![rule] });
+    PolicyObject { id, uid: "names".into(), generation: 1, content, reported: None }
+}
+
+fn endpoint(container: &str) -> Endpoint {
+    let (IpAddr::V4(ipv4), IpAddr::V6(ipv6)) = (POD, POD6) else { unreachable!() };
+    Endpoint {
+        id: 2,
+        pod: ObjectName::new("default", "web"),
+        uid: "web".into(),
+        container_id: container.into(),
+        interface: "lxc2".into(),
+        ifindex: 12,
+        mac: [2; 6],
+        host_mac: [4; 6],
+        ipv4: Some(ipv4),
+        ipv6: Some(ipv6),
+    }
+}
+
+#[tokio::test]
+async fn an_answer_is_in_force_when_it_is_learned() {
+    let bench = Bench::new().await;
+    assert!(!bench.opened("93.184.216.34"));
+    bench.learn("api.example.com", &["93.184.216.34", "2606:2800::1"]).await.unwrap();
+    assert!(bench.opened("93.184.216.34") && bench.opened("2606:2800::1"));
+    // The same over the pod's other family.
+    bench.names.learn(POD6, "b.example.com", &[ip("93.184.216.35")], 60).await.unwrap();
+    assert!(bench.opened("93.184.216.35"));
+    // A name that no rule speaks of is learned, and opens nothing.
+    bench.learn("example.org", &["93.184.216.36"]).await.unwrap();
+    assert!(!bench.opened("93.184.216.36"));
+    let (nobody, address) = (ip("10.0.1.99"), [ip("93.184.216.37")]);
+    let learned = bench.names.learn(nobody, "api.example.com", &address, 60).await;
+    assert_eq!(learned, Err(NotLearned::NoPod(nobody)));
+    assert!(!bench.opened("93.184.216.37"));
+}
+
+#[tokio::test]
+async fn many_answers_one_after_the_other() {
+    let bench = Bench::new().await;
+    for n in 0..300u32 {
+        let address = std::net::Ipv4Addr::from(0x5db8_0000 + n).to_string();
+        bench.learn(&format!("n{n}.example.com"), &[&address]).await.unwrap();
+        assert!(bench.opened(&address), "{address}");
+    }
+}
+
+#[tokio::test]
+async fn a_name_opens_nothing_in_the_cluster() {
+    let bench = Bench::new().await;
+    let inside = [
+        "10.0.1.11",
+        "10.0.1.77",
+        "10.0.1.1",
+        "172.31.255.1",
+        "198.18.0.1",
+        "127.0.0.1",
+        "169.254.169.254",
+        "0.0.0.0",
+        "fd00:1::77",
+        "::1",
+        "fe80::1",
+        "::ffff:10.0.0.1",
+    ];
+    bench.learn("api.example.com", &inside).await.unwrap();
+    for address in inside {
+        assert!(!bench.opened(address), "{address}");
+    }
+    assert!(bench.names.known.lock().await.cache.is_empty());
+}
+
+#[tokio::test]
+async fn what_is_in_use_outlives_its_time() {
+    let bench = Bench::new().await;
+    bench.learn("api.example.com", &["93.184.216.34", "93.184.216.35"]).await.unwrap();
+    let later = now() + 60 + cache::GRACE + 1;
+    let live = Live([(POD, ip("93.184.216.34"))].into());
+    bench.names.expire(now() + 60, &Live::default()).await.unwrap();
+    bench.settled().await;
+    assert!(bench.opened("93.184.216.34") && bench.opened("93.184.216.35"));
+    bench.names.expire(later, &live).await.unwrap();
+    bench.settled().await;
+    assert!(bench.opened("93.184.216.34") && !bench.opened("93.184.216.35"));
+    bench.names.expire(later, &Live::default()).await.unwrap();
+    bench.settled().await;
+    assert!(!bench.opened("93.184.216.34"));
+}
+
+#[tokio::test]
+async fn a_restart_takes_nothing_back() {
+    let bench = Bench::new().await;
+    bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+    bench.learn("b.example.com", &["93.184.216.35"]).await.unwrap();
+    let live = Live([(POD, ip("93.184.216.34"))].into());
+    bench.names.expire(now() + 3600, &live).await.unwrap();
+    bench.settled().await;
+    let (directory, kernel) = (bench.directory.clone(), bench.kernel.clone());
+    std::mem::forget(bench);
+    let before = kernel.kernel.tables().entries.clone();
+    let bench = Bench::start(directory, kernel).await;
+    bench.settled().await;
+    assert!(bench.opened("93.184.216.34") && !bench.opened("93.184.216.35"));
+    assert_eq!(bench.kernel.kernel.tables().entries, before, "nothing had to be written");
+}
+
+#[tokio::test]
+async fn a_later_pod_of_the_same_number_has_learned_nothing() {
+    let bench = Bench::new().await;
+    bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+    bench.send(Intent::Endpoint(Change::Put(endpoint("other")))).await;
+    let (tables, mut progress) = (bench.names.tables.clone(), bench.progress.clone());
+    let is_other = |_: &Progress| {
+        tables.read().endpoints.get(&2).is_some_and(|row| row.container_id == "other")
+    };
+    progress.wait_for(is_other).await.unwrap();
+    bench.learn("b.example.com", &["93.184.216.35"]).await.unwrap();
+    assert!(!bench.opened("93.184.216.34") && bench.opened("93.184.216.35"));
+}
+
+#[tokio::test]
+async fn what_the_kernel_has_no_room_for_is_not_learned() {
+    let bench = Bench::new().await;
+    *bench.kernel.full.lock().unwrap() = true;
+    let learned = bench.learn("api.example.com", &["93.184.216.34"]).await;
+    assert!(matches!(learned, Err(NotLearned::NotInForce(problem)) if problem.contains("IPCACHE")));
+    *bench.kernel.full.lock().unwrap() = false;
+    bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+    assert!(bench.opened("93.184.216.34"));
+}
