@@ -1,0 +1,160 @@
+//! What a cluster needs once, whoever does it: definitions of custom resources, pod networks for
+//! nodes, collection of identities that nobody uses, and the taint of nodes that are not ready.
+//!
+//! Several may run; one of them, the holder of the Lease, works.
+
+mod crds;
+mod identities;
+mod leader;
+mod metrics;
+mod networks;
+mod nodes;
+mod pool;
+mod serve;
+
+use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use clap::{Parser, ValueEnum};
+use ipnet::{Ipv4Net, Ipv6Net};
+use kube::{
+    Client, Config,
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tokio::{
+    signal::unix::{SignalKind, signal},
+    task::JoinSet,
+};
+use tracing::info;
+use tracing_subscriber::EnvFilter;
+
+use crate::{identities::Collector, leader::Elector, metrics::Metrics, networks::Allocator};
+
+/// Does for a cluster what is to be done once: CRDs, pod networks, identities, taints.
+#[derive(Debug, Parser)]
+#[command(name = "palisade-operator", version)]
+struct Options {
+    /// How to reach the API server; by default with the service account of the pod that this
+    /// runs in.
+    #[arg(long, env = "PALISADE_OPERATOR_KUBECONFIG")]
+    kubeconfig: Option<PathBuf>,
+    /// What tells this process from the others; the name of its pod.
+    #[arg(long, env = "PALISADE_OPERATOR_IDENTITY")]
+    identity: String,
+    /// Namespace that Palisade is installed in; the Lease is there, and the agents' pods.
+    #[arg(long, env = "PALISADE_OPERATOR_NAMESPACE", default_value = "kube-system")]
+    namespace: String,
+    /// Name of the cluster, as the agents have it.
+    #[arg(long, env = "PALISADE_OPERATOR_CLUSTER_NAME", default_value = "default")]
+    cluster_name: String,
+    /// Where nodes get their pod networks from.
+    #[arg(long, env = "PALISADE_OPERATOR_IPAM", value_enum, default_value_t)]
+    ipam: Ipam,
+    /// Networks that pod networks of nodes are cut from; only with `--ipam cluster-pool`.
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV4", value_delimiter = ',')]
+    pool_ipv4: Vec<Ipv4Net>,
+    /// Prefix length of a node's IPv4 network.
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV4_MASK", default_value_t = 24)]
+    pool_ipv4_mask: u8,
+    /// As --pool-ipv4.
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV6", value_delimiter = ',')]
+    pool_ipv6: Vec<Ipv6Net>,
+    /// Prefix length of a node's IPv6 network.
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV6_MASK", default_value_t = 120)]
+    pool_ipv6_mask: u8,
+    /// How long nobody must have used an identity before its number is free, such as `30m`.
+    #[arg(long, env = "PALISADE_OPERATOR_IDENTITY_GRACE", default_value = "30m", value_parser = duration)]
+    identity_grace: Duration,
+    /// Address of /healthz, /readyz and /metrics.
+    #[arg(long, env = "PALISADE_OPERATOR_LISTEN", default_value = "127.0.0.1:9963")]
+    listen: SocketAddr,
+}
+
+/// Where nodes get their pod networks from.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
+enum Ipam {
+    /// Kubernetes writes `Node.spec.podCIDRs`.
+    #[default]
+    Kubernetes,
+    /// The operator does, for nodes that have none.
+    ClusterPool,
+}
+
+fn duration(text: &str) -> Result<Duration, String> {
+    let span: jiff::SignedDuration =
+        text.parse().map_err(|error| format!("{error}; write it like 30m or 1h30m"))?;
+    Duration::try_from(span).map_err(|_| "a duration cannot be negative".to_owned())
+}
+
+fn main() -> anyhow::Result<()> {
+    let options = Options::parse();
+    let filter = EnvFilter::try_from_env("PALISADE_OPERATOR_LOG").unwrap_or_else(|_| "info".into());
+    tracing_subscriber::fmt()
+        .with_env_filter(filter)
+        .with_writer(std::io::stderr)
+        .with_ansi(false)
+        .init();
+    let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
+    runtime.block_on(run(options))
+}
+
+async fn run(options: Options) -> anyhow::Result<()> {
+    let allocator = allocator(&options)?;
+    let client = client(&options).await?;
+    let metrics = Arc::new(Metrics::default());
+    let mut tasks = JoinSet::new();
+    tasks.spawn(serve::serve(serve::listen(options.listen).await?, metrics.clone()));
+    let mut terminate = signal(SignalKind::terminate())?;
+    let mut interrupt = signal(SignalKind::interrupt())?;
+    let elector = Elector::new(client.clone(), &options.namespace, &options.identity);
+    let lead = async {
+        let mut term = elector.wait().await;
+        info!(identity = options.identity, "leading");
+        metrics.leading();
+        let mut work: JoinSet<()> = JoinSet::new();
+        crds::apply(&client).await;
+        metrics.ready();
+        work.spawn(networks::run(client.clone(), allocator, term.watch(), metrics.clone()));
+        work.spawn(nodes::run(client.clone(), options.namespace.clone(), metrics.clone()));
+        let collector =
+            Collector::new(client.clone(), &options.cluster_name, options.identity_grace);
+        work.spawn(collector.run(term.watch(), metrics.clone()));
+        tokio::select! {
+            () = term.lost() => anyhow::bail!("the Lease is lost; another may lead by now"),
+            ended = work.join_next() => anyhow::bail!("a task ended: {ended:?}"),
+        }
+    };
+    tokio::select! {
+        outcome = lead => return outcome,
+        _ = terminate.recv() => {}
+        _ = interrupt.recv() => {}
+    }
+    info!("stopping");
+    elector.release().await;
+    Ok(())
+}
+
+fn allocator(options: &Options) -> anyhow::Result<Option<Allocator>> {
+    if options.ipam == Ipam::Kubernetes {
+        return Ok(None);
+    }
+    let v4 = options.pool_ipv4.iter().copied().map(Into::into).collect();
+    let v6 = options.pool_ipv6.iter().copied().map(Into::into).collect();
+    Ok(Some(Allocator::new([
+        pool::Pool::new(v4, options.pool_ipv4_mask).context("--pool-ipv4")?,
+        pool::Pool::new(v6, options.pool_ipv6_mask).context("--pool-ipv6")?,
+    ])?))
+}
+
+async fn client(options: &Options) -> anyhow::Result<Client> {
+    let config = match &options.kubeconfig {
+        Some(file) => {
+            let kubeconfig = Kubeconfig::read_from(file)
+                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+        }
+        None => Config::incluster()
+            .context("no --kubeconfig is given, and this is no pod with a service account")?,
+    };
+    Ok(Client::try_from(config)?)
+}

@@ -1,0 +1,195 @@
+//! Pod networks of nodes.
+//!
+//! They stand in `Node.spec.podCIDRs`, where agents and everybody else look: once written they
+//! cannot be changed, so two writers cannot both succeed. The operator writes them only where it
+//! was told to, and only for nodes that have none.
+
+use std::{
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use anyhow::ensure;
+use futures::TryStreamExt;
+use ipnet::IpNet;
+use k8s_openapi::api::core::v1::Node;
+use kube::{
+    Api, Client, ResourceExt,
+    api::{DynamicObject, ListParams, Patch, PatchParams},
+    core::{ApiResource, GroupVersionKind},
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::json;
+use tracing::{error, info, warn};
+
+use crate::{leader::Watch, metrics::Metrics, pool::Pool};
+
+/// Nodes are looked at when one changes, and at least so often.
+const PERIOD: Duration = Duration::from_secs(60);
+/// After a failure.
+const PAUSE: Duration = Duration::from_secs(2);
+
+/// The networks that nodes get theirs from, IPv4 first.
+#[derive(Clone, Debug)]
+pub(crate) struct Allocator([Pool; 2]);
+
+impl Allocator {
+    pub(crate) fn new(pools: [Pool; 2]) -> anyhow::Result<Self> {
+        ensure!(
+            !pools.iter().all(Pool::is_empty),
+            "--ipam cluster-pool needs --pool-ipv4, --pool-ipv6 or both"
+        );
+        Ok(Self(pools))
+    }
+
+    /// One network of each family that there is a pool of.
+    fn allocate(&self, taken: &[IpNet]) -> Option<Vec<IpNet>> {
+        let pools = self.0.iter().filter(|pool| !pool.is_empty());
+        pools.map(|pool| pool.allocate(taken)).collect()
+    }
+
+    /// A node that lies in the networks for pods could not be told from one.
+    fn conflict(&self, nodes: &[Node]) -> Option<String> {
+        nodes.iter().find_map(|node| {
+            addresses(node).find_map(|address| {
+                let range = self.0.iter().find_map(|pool| pool.range_of(address))?;
+                Some(format!(
+                    "node {} has the address {address}, which lies in the pod network {range}: \
+                     choose another one (config.pool-ipv4 or config.pool-ipv6 of the chart)",
+                    node.name_any()
+                ))
+            })
+        })
+    }
+}
+
+/// Sees to it that every node has pod networks, or says that one has none.
+pub(crate) async fn run(
+    client: Client,
+    allocator: Option<Allocator>,
+    term: Watch,
+    metrics: Arc<Metrics>,
+) {
+    let api: Api<Node> = Api::all(client.clone());
+    let mut changes = Box::pin(
+        watcher(api.clone(), watcher::Config::default()).default_backoff().touched_objects(),
+    );
+    loop {
+        let pause = match round(&client, &api, allocator.as_ref(), &term, &metrics).await {
+            Ok(()) => PERIOD,
+            Err(error) => {
+                metrics.failed();
+                warn!(error = format!("{error:#}"), "cannot see to the nodes' pod networks yet");
+                PAUSE
+            }
+        };
+        // A watch that fails is begun again; a change that is missed is found after the period.
+        let _ = tokio::time::timeout(pause, next_without_network(&mut changes)).await;
+    }
+}
+
+/// Waits for a node to turn up without networks.
+async fn next_without_network(
+    changes: &mut (impl futures::TryStream<Ok = Node, Error = watcher::Error> + Unpin),
+) {
+    loop {
+        match changes.try_next().await {
+            Ok(Some(node)) if networks(&node).next().is_some() => {}
+            Ok(Some(_)) => return,
+            _ => tokio::time::sleep(PAUSE).await,
+        }
+    }
+}
+
+async fn round(
+    client: &Client,
+    api: &Api<Node>,
+    allocator: Option<&Allocator>,
+    term: &Watch,
+    metrics: &Metrics,
+) -> anyhow::Result<()> {
+    let nodes = api.list(&ListParams::default()).await?.items;
+    let without: Vec<&Node> = nodes.iter().filter(|node| networks(node).next().is_none()).collect();
+    metrics.nodes.store(nodes.len() as u64, Relaxed);
+    metrics.nodes_without_network.store(without.len() as u64, Relaxed);
+    if without.is_empty() {
+        return Ok(());
+    }
+    let Some(allocator) = allocator else {
+        for node in without {
+            warn!(
+                node = node.name_any(),
+                "the node has no pod network: start the controller manager with \
+                 --allocate-node-cidrs, or install Palisade with config.ipam=cluster-pool"
+            );
+        }
+        return Ok(());
+    };
+    if let Some(conflict) = allocator.conflict(&nodes) {
+        error!("{conflict}");
+        return Ok(());
+    }
+    let mut taken: Vec<IpNet> = nodes.iter().flat_map(networks).collect();
+    taken.extend(recorded(client).await?);
+    for node in without {
+        let name = node.name_any();
+        let Some(found) = allocator.allocate(&taken) else {
+            error!(
+                node = name,
+                "every pod network is taken: add one to config.pool-ipv4 or config.pool-ipv6"
+            );
+            return Ok(());
+        };
+        ensure!(term.leads(), "another one may lead by now");
+        if !write(api, node, &found).await? {
+            continue;
+        }
+        info!(node = name, networks = ?found, "pod networks");
+        metrics.networks_allocated.fetch_add(1, Relaxed);
+        metrics.nodes_without_network.fetch_sub(1, Relaxed);
+        taken.extend(found);
+    }
+    Ok(())
+}
+
+/// Writes to exactly the version that was read. False where the node has changed meanwhile: that
+/// change brings the next round.
+async fn write(api: &Api<Node>, node: &Node, networks: &[IpNet]) -> kube::Result<bool> {
+    let texts: Vec<String> = networks.iter().map(ToString::to_string).collect();
+    let patch = json!({
+        "metadata": { "uid": node.metadata.uid, "resourceVersion": node.metadata.resource_version },
+        "spec": { "podCIDR": texts.first(), "podCIDRs": texts },
+    });
+    match api.patch(&node.name_any(), &PatchParams::default(), &Patch::Merge(&patch)).await {
+        Ok(_) => Ok(true),
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(false),
+        Err(error) => Err(error),
+    }
+}
+
+/// Networks of `CiliumNode`s: a node that another installation gave networks to may still have
+/// pods in them.
+async fn recorded(client: &Client) -> kube::Result<Vec<IpNet>> {
+    let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNode");
+    let resource = ApiResource::from_gvk_with_plural(&kind, "ciliumnodes");
+    let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
+    let nodes = api.list(&ListParams::default()).await?.items;
+    let lists =
+        nodes.iter().filter_map(|node| node.data.pointer("/spec/ipam/podCIDRs")?.as_array());
+    let texts = lists.flatten().filter_map(|network| network.as_str());
+    Ok(texts.filter_map(|text| text.parse().ok()).collect())
+}
+
+fn networks(node: &Node) -> impl Iterator<Item = IpNet> {
+    let spec = node.spec.as_ref();
+    let all = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
+    let first = spec.and_then(|spec| spec.pod_cidr.as_ref());
+    all.iter().chain(first).filter_map(|text| text.parse().ok())
+}
+
+fn addresses(node: &Node) -> impl Iterator<Item = std::net::IpAddr> {
+    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
+    addresses
+        .filter(|address| address.type_ == "InternalIP")
+        .filter_map(|address| address.address.parse().ok())
+}

@@ -1,0 +1,170 @@
+//! Nodes without a ready agent are kept free of new pods.
+
+use std::{
+    collections::HashSet,
+    sync::{Arc, atomic::Ordering::Relaxed},
+    time::Duration,
+};
+
+use futures::{StreamExt, stream};
+use k8s_openapi::{
+    api::core::v1::{Node, Pod, Taint},
+    apimachinery::pkg::apis::meta::v1::Time,
+    jiff::Timestamp,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{ListParams, Patch, PatchParams},
+    runtime::{WatchStreamExt, watcher},
+};
+use serde_json::{Value, json};
+use tracing::{info, warn};
+
+use crate::metrics::Metrics;
+
+/// The taint; people may put it on a node before the node joins.
+const TAINT: &str = "node.cilium.io/agent-not-ready";
+/// The agents' pods.
+const SELECTOR: &str = "k8s-app=palisade";
+/// Nodes and pods are looked at when one changes, and at least so often.
+const PERIOD: Duration = Duration::from_secs(60);
+/// After a failure.
+const PAUSE: Duration = Duration::from_secs(2);
+/// Changes of so short a time are one.
+const BUNDLE: Duration = Duration::from_millis(100);
+
+/// Keeps taints true.
+pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>) {
+    let nodes: Api<Node> = Api::all(client.clone());
+    let agents: Api<Pod> = Api::namespaced(client, &namespace);
+    let selected = watcher::Config::default().labels(SELECTOR);
+    let pods = watcher(agents.clone(), selected).default_backoff().touched_objects();
+    let others = watcher(nodes.clone(), watcher::Config::default()).default_backoff();
+    let mut changes =
+        stream::select(pods.map(drop).boxed(), others.touched_objects().map(drop).boxed());
+    loop {
+        let pause = match round(&nodes, &agents, &metrics).await {
+            Ok(()) => PERIOD,
+            Err(error) => {
+                metrics.failed();
+                warn!(%error, "cannot set the taints of nodes yet");
+                PAUSE
+            }
+        };
+        let _ = tokio::time::timeout(pause, changes.next()).await;
+        while tokio::time::timeout(BUNDLE, changes.next()).await.is_ok() {}
+    }
+}
+
+async fn round(nodes: &Api<Node>, agents: &Api<Pod>, metrics: &Metrics) -> kube::Result<()> {
+    let agents = agents.list(&ListParams::default().labels(SELECTOR)).await?;
+    let ready: HashSet<String> =
+        agents.items.into_iter().filter(is_ready).filter_map(|pod| pod.spec?.node_name).collect();
+    let all = nodes.list(&ListParams::default()).await?.items;
+    let waiting = all.iter().filter(|node| !ready.contains(&node.name_any())).count();
+    metrics.nodes_not_ready.store(waiting as u64, Relaxed);
+    for node in &all {
+        settle(nodes, node, ready.contains(&node.name_any())).await?;
+    }
+    Ok(())
+}
+
+/// Makes one node say whether its agent is ready.
+async fn settle(api: &Api<Node>, node: &Node, ready: bool) -> kube::Result<()> {
+    let name = node.name_any();
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
+    if let Some(wanted) = taints_for(taints, ready) {
+        let patch = json!({
+            "metadata": { "resourceVersion": node.metadata.resource_version },
+            "spec": { "taints": wanted },
+        });
+        ignore_conflict(
+            api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop),
+        )?;
+        info!(node = name, ready, "taint");
+    }
+    if ready && !network_is_available(node) {
+        let patch = json!({ "status": { "conditions": [available()] } });
+        let params = PatchParams::default();
+        ignore_conflict(
+            api.patch_status(&name, &params, &Patch::Strategic(&patch)).await.map(drop),
+        )?;
+    }
+    Ok(())
+}
+
+/// The taints to write, where those that are there are not right.
+fn taints_for(taints: &[Taint], ready: bool) -> Option<Vec<Taint>> {
+    let tainted = taints.iter().any(|taint| taint.key == TAINT);
+    if tainted != ready {
+        return None;
+    }
+    let mut wanted: Vec<Taint> =
+        taints.iter().filter(|taint| taint.key != TAINT).cloned().collect();
+    if !ready {
+        wanted.push(Taint {
+            key: TAINT.to_owned(),
+            value: Some("true".to_owned()),
+            effect: "NoSchedule".to_owned(),
+            ..Taint::default()
+        });
+    }
+    Some(wanted)
+}
+
+/// Somebody else changed the node: that is a change, and brings the next round.
+fn ignore_conflict(outcome: kube::Result<()>) -> kube::Result<()> {
+    match outcome {
+        Err(kube::Error::Api(status)) if matches!(status.code, 404 | 409) => Ok(()),
+        other => other,
+    }
+}
+
+fn is_ready(pod: &Pod) -> bool {
+    let conditions = pod.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    pod.metadata.deletion_timestamp.is_none()
+        && conditions.into_iter().any(|it| it.type_ == "Ready" && it.status == "True")
+}
+
+/// Some clouds mark new nodes as without network until somebody says otherwise.
+fn network_is_available(node: &Node) -> bool {
+    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions.into_iter().any(|it| it.type_ == "NetworkUnavailable" && it.status == "False")
+}
+
+fn available() -> Value {
+    let now = Time(Timestamp::now());
+    json!({
+        "type": "NetworkUnavailable",
+        "status": "False",
+        "reason": "PalisadeIsUp",
+        "message": "Palisade is running on this node",
+        "lastHeartbeatTime": now,
+        "lastTransitionTime": now,
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn taint(key: &str) -> Taint {
+        Taint { key: key.to_owned(), effect: "NoSchedule".to_owned(), ..Taint::default() }
+    }
+
+    #[test]
+    fn only_our_taint_comes_and_goes() {
+        let other = taint("dedicated");
+        let keys = |taints: Option<Vec<Taint>>| {
+            taints.map(|taints| taints.into_iter().map(|taint| taint.key).collect::<Vec<_>>())
+        };
+        assert_eq!(keys(taints_for(std::slice::from_ref(&other), true)), None);
+        assert_eq!(
+            keys(taints_for(std::slice::from_ref(&other), false)),
+            Some(vec!["dedicated".to_owned(), TAINT.to_owned()])
+        );
+        let both = [taint(TAINT), other];
+        assert_eq!(keys(taints_for(&both, false)), None);
+        assert_eq!(keys(taints_for(&both, true)), Some(vec!["dedicated".to_owned()]));
+    }
+}
