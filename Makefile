@@ -8,7 +8,7 @@ CARGO ?= cargo
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 
-.PHONY: help setup build release demo test lint bench clean
+.PHONY: help setup build release demo test lint bench image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -28,6 +28,7 @@ demo: build ## Bring up a cluster, run the Star Wars walk-through, take it down 
 	@$(TARGET_DIR)/debug/palisade demo starwars --nodes $(NODES)
 
 test: build ## Run every test, those that need root and the kernel included
+	@scripts/setup.sh test
 	@scripts/test.sh
 
 lint: setup ## Check formatting and run clippy with warnings denied
@@ -36,6 +37,9 @@ lint: setup ## Check formatting and run clippy with warnings denied
 
 bench: release ## Measure the data path and the control path, as a table and as JSON
 	@$(TARGET_DIR)/release/palisade bench
+
+image: setup ## Write dist/palisade-VERSION.tar, an OCI image of what runs in a cluster
+	@scripts/image.sh dist
 
 clean: ## Remove build output (tools installed by setup stay in .tools)
 	@$(CARGO) clean

