@@ -5,6 +5,8 @@ use std::path::{Path, PathBuf};
 
 use ipnet::{Ipv4Net, Ipv6Net};
 
+use crate::nodes::Program;
+
 /// The most nodes that the address plan has room for.
 pub const MAX_NODES: u8 = 64;
 /// The DNS domain of the cluster.
@@ -91,9 +93,10 @@ impl Layout {
     pub fn node_state(&self, node: &NodePlan) -> PathBuf {
         self.node_run(node).join("state")
     }
-    /// The agent's log of a node.
-    pub fn agent_log(&self, node: &NodePlan) -> PathBuf {
-        self.logs().join(format!("{}-agent.log", node.name))
+    /// The log of a node's program.
+    pub fn log(&self, node: &NodePlan, program: Program) -> PathBuf {
+        let name = program.file().trim_start_matches("palisade-");
+        self.logs().join(format!("{}-{name}.log", node.name))
     }
     /// The agent's CNI socket of a node.
     pub fn cni_socket(&self, node: &NodePlan) -> PathBuf {

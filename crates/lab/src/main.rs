@@ -25,6 +25,9 @@ use palisade_lab::{bench, builtin, container};
   palisade lab down"
 )]
 struct Cli {
+    /// What to print
+    #[arg(short, long, value_enum, global = true, default_value = "table")]
+    output: Format,
     #[command(subcommand)]
     command: Task,
 }
@@ -38,6 +41,9 @@ enum Format {
 #[derive(Debug, Subcommand)]
 enum Task {
     /// Start the lab and wait until it can be used
+    #[command(
+        after_help = "Examples:\n  palisade lab up\n  palisade lab up --nodes 3\n  palisade lab up --data ./cluster    Go on tomorrow where you end today"
+    )]
     Up {
         #[command(flatten)]
         options: Options,
@@ -48,20 +54,20 @@ enum Task {
     /// End the lab and remove everything of it, leftovers of a crashed one too
     Down,
     /// Show how the lab is
-    Status {
-        #[arg(short, long, value_enum, default_value = "table")]
-        output: Format,
-    },
+    #[command(after_help = "Examples:\n  palisade lab status\n  palisade lab status -o json")]
+    Status,
     /// Print the path of the kubeconfig
+    #[command(after_help = "Example:\n  export KUBECONFIG=$(palisade lab kubeconfig)")]
     Kubeconfig,
     /// Measure the data path and the control path in a lab of its own
     Bench {
         #[command(flatten)]
         options: bench::Options,
-        #[arg(short, long, value_enum, default_value = "table")]
-        output: Format,
     },
     /// Run a command in a node's network namespace
+    #[command(
+        after_help = "Examples:\n  palisade lab exec node1 -- ip route\n  palisade lab exec node2 -- curl -s 10.244.1.7"
+    )]
     Exec {
         /// The node, for example node1
         node: String,
@@ -106,7 +112,7 @@ enum Task {
 }
 
 fn main() -> ExitCode {
-    let outcome = as_tool().unwrap_or_else(|| perform(Cli::parse().command));
+    let outcome = as_tool().unwrap_or_else(|| perform(Cli::parse()));
     outcome.unwrap_or_else(|error| {
         eprintln!("Error: {error:#}");
         ExitCode::FAILURE
@@ -122,13 +128,14 @@ fn as_tool() -> Option<anyhow::Result<ExitCode>> {
     known.then(|| builtin::run(name, &arguments.collect::<Vec<_>>()))?
 }
 
-fn perform(task: Task) -> anyhow::Result<ExitCode> {
-    match task {
-        Task::Up { options, foreground } => daemon::up(&options, foreground),
-        Task::Down => daemon::down(),
-        Task::Status { output } => daemon::status(matches!(output, Format::Json)),
-        Task::Kubeconfig => kubeconfig(),
-        Task::Bench { options, output } => bench::run(options, matches!(output, Format::Json)),
+fn perform(cli: Cli) -> anyhow::Result<ExitCode> {
+    let json = matches!(cli.output, Format::Json);
+    match cli.command {
+        Task::Up { options, foreground } => daemon::up(&options, foreground, json),
+        Task::Down => daemon::down(json),
+        Task::Status => daemon::status(json),
+        Task::Kubeconfig => kubeconfig(json),
+        Task::Bench { options } => bench::run(options, json),
         Task::Exec { node, command } => exec(&node, &command),
         Task::Daemon { options } => daemon::serve(&options),
         Task::NetnsExec { cgroup, netns, command } => {
@@ -145,12 +152,18 @@ fn perform(task: Task) -> anyhow::Result<ExitCode> {
     }
 }
 
-fn kubeconfig() -> anyhow::Result<ExitCode> {
-    let path = Layout::default().kubeconfig();
-    if !path.exists() {
-        bail!("no lab is running; start one with: palisade lab up");
+fn kubeconfig(json: bool) -> anyhow::Result<ExitCode> {
+    let layout = Layout::default();
+    if daemon::running(&layout)?.is_none() {
+        eprintln!("No lab is running. Start one with: palisade lab up");
+        return Ok(daemon::NOT_RUNNING.into());
     }
-    println!("{}", path.display());
+    let path = layout.kubeconfig();
+    if json {
+        println!("{}", serde_json::json!({ "kubeconfig": path }));
+    } else {
+        println!("{}", path.display());
+    }
     Ok(ExitCode::SUCCESS)
 }
 

@@ -1,7 +1,7 @@
-//! Nodes as the cluster sees them: agents that are kept running, and Node objects that tell of it.
+//! Nodes as the cluster sees them: programs that are kept running, and Node objects that tell of it.
 
 use std::os::unix::process::ExitStatusExt;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::Stdio;
 use std::time::Duration;
 
@@ -10,7 +10,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use palisade_api::admin::{Request, Response, Status};
-use rustix::process::Signal;
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
@@ -27,7 +27,7 @@ const IMPATIENT: Duration = Duration::from_millis(50);
 const PATIENCE: Duration = Duration::from_secs(2);
 /// The Node object is written at least so often.
 const HEARTBEAT: Duration = Duration::from_secs(30);
-/// An agent that lived so long is started again at once.
+/// A program that lived so long is started again at once.
 const SETTLED: Duration = Duration::from_secs(1);
 /// Between restarts of one that dies sooner: at first, and at most.
 const RESTART: (Duration, Duration) = (Duration::from_millis(200), Duration::from_secs(10));
@@ -41,27 +41,65 @@ pub struct Keeper {
     pub layout: Layout,
     /// The control group of all nodes.
     pub cgroup: PathBuf,
-    /// The agent's program.
-    pub agent: PathBuf,
+    /// The directory of the programs.
+    pub programs: PathBuf,
+}
+
+/// The process of a node's program, if it runs.
+pub fn process(layout: &Layout, node: &NodePlan, program: Program) -> Option<Pid> {
+    let run = layout.node_run(node);
+    let entries = std::fs::read_dir("/proc").ok()?.map_while(Result::ok);
+    let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
+    let found = pids.find(|pid: &i32| {
+        // Processes come and go meanwhile.
+        let command = std::fs::read_to_string(format!("/proc/{pid}/cmdline")).unwrap_or_default();
+        let mut words = command.split('\0');
+        words.next().is_some_and(|name| name.ends_with(program.file()))
+            && words.any(|word| Path::new(word) == run)
+    });
+    found.and_then(Pid::from_raw)
+}
+
+/// A program that every node runs.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Program {
+    /// `palisade-agent`.
+    Agent,
+    /// `palisade-proxy`.
+    Proxy,
+}
+
+impl Program {
+    /// What every node runs.
+    pub const ALL: [Self; 2] = [Self::Agent, Self::Proxy];
+
+    /// Its file name.
+    pub const fn file(self) -> &'static str {
+        match self {
+            Self::Agent => "palisade-agent",
+            Self::Proxy => "palisade-proxy",
+        }
+    }
 }
 
 impl Keeper {
-    /// Keeps the agent running until the lab ends.
-    pub async fn keep_agent(&self) {
+    /// Keeps a program running until the lab ends.
+    pub async fn keep(&self, program: Program) {
+        let what = format!("{}'s {}", self.node.name, program.file());
         let mut pause = Duration::ZERO;
         loop {
             let started = tokio::time::Instant::now();
             // Nothing is wrong with one that somebody killed.
             let mut killed = false;
-            match self.spawn().await {
+            match self.spawn(program).await {
                 Ok(mut child) => match child.wait().await {
                     Ok(status) => {
                         killed = status.signal() == Some(Signal::KILL.as_raw());
-                        tracing::warn!("{}'s agent ended: {status}", self.node.name);
+                        tracing::warn!("{what} ended: {status}");
                     }
-                    Err(error) => tracing::warn!("{}'s agent: {error}", self.node.name),
+                    Err(error) => tracing::warn!("{what}: {error}"),
                 },
-                Err(error) => tracing::error!("{}'s agent: {error:#}", self.node.name),
+                Err(error) => tracing::error!("{what}: {error:#}"),
             }
             pause = match killed || started.elapsed() > SETTLED {
                 true => Duration::ZERO,
@@ -71,7 +109,7 @@ impl Keeper {
         }
     }
 
-    async fn spawn(&self) -> anyhow::Result<Child> {
+    async fn spawn(&self, program: Program) -> anyhow::Result<Child> {
         let (layout, node) = (&self.layout, &self.node);
         for directory in [layout.node_run(node), layout.node_state(node), layout.bpffs(node)] {
             tokio::fs::create_dir_all(&directory)
@@ -80,37 +118,43 @@ impl Keeper {
         }
         let group = self.cgroup.join(&node.name);
         tokio::fs::create_dir_all(&group).await?;
-        let agents = self.cgroup.join("agents");
-        tokio::fs::create_dir_all(&agents).await?;
+        let own = self.cgroup.join("agents");
+        tokio::fs::create_dir_all(&own).await?;
+        let file = self.programs.join(program.file());
         let log = std::fs::File::options()
             .create(true)
             .append(true)
-            .open(layout.agent_log(node))
-            .context("cannot open the agent's log")?;
-        Command::new("/proc/self/exe")
+            .open(layout.log(node, program))
+            .with_context(|| format!("cannot open the log of {}", program.file()))?;
+        let mut command = Command::new("/proc/self/exe");
+        command
             .arg("netns-exec")
             .arg("--cgroup")
-            .arg(agents)
+            .arg(own)
             .arg(node.netns_path())
             .arg("--")
-            .arg(&self.agent)
-            .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])
-            .arg("--kubeconfig")
-            .arg(layout.node_kubeconfig())
+            .arg(&file)
             .arg("--run-dir")
             .arg(layout.node_run(node))
             .arg("--state-dir")
-            .arg(layout.node_state(node))
-            .arg("--bpffs")
-            .arg(layout.bpffs(node))
-            .arg("--cgroup")
-            .arg(group)
+            .arg(layout.node_state(node));
+        if program == Program::Agent {
+            command
+                .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])
+                .arg("--kubeconfig")
+                .arg(layout.node_kubeconfig())
+                .arg("--bpffs")
+                .arg(layout.bpffs(node))
+                .arg("--cgroup")
+                .arg(group);
+        }
+        command
             .stdin(Stdio::null())
             .stdout(log.try_clone()?)
             .stderr(log)
             .process_group(0)
             .spawn()
-            .with_context(|| format!("cannot start {}", self.agent.display()))
+            .with_context(|| format!("cannot start {}", file.display()))
     }
 
     /// Keeps the Node object true until the lab ends.

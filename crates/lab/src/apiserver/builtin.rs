@@ -73,6 +73,7 @@ pub(super) const KINDS: &[Builtin] = kinds! {
     "discovery.k8s.io" "v1" "EndpointSlice" "endpointslices" [], namespaced only counted "io.k8s.api.discovery.v1.EndpointSlice" [];
     "events.k8s.io" "v1" "Event" "events" ["ev"], namespaced only plain "io.k8s.api.events.v1.Event" [];
     "networking.k8s.io" "v1" "NetworkPolicy" "networkpolicies" ["netpol"], namespaced only counted "io.k8s.api.networking.v1.NetworkPolicy" [];
+    "policy" "v1" "PodDisruptionBudget" "poddisruptionbudgets" ["pdb"], namespaced only counted "io.k8s.api.policy.v1.PodDisruptionBudget" ["status"];
     "rbac.authorization.k8s.io" "v1" "ClusterRole" "clusterroles" [], cluster only plain "io.k8s.api.rbac.v1.ClusterRole" [];
     "rbac.authorization.k8s.io" "v1" "ClusterRoleBinding" "clusterrolebindings" [], cluster only plain "io.k8s.api.rbac.v1.ClusterRoleBinding" [];
     "rbac.authorization.k8s.io" "v1" "Role" "roles" [], namespaced only plain "io.k8s.api.rbac.v1.Role" [];
@@ -231,6 +232,7 @@ fn collect(generator: &mut SchemaGenerator) {
         api::discovery::v1::EndpointSlice,
         api::events::v1::Event,
         api::networking::v1::NetworkPolicy,
+        api::policy::v1::PodDisruptionBudget,
         api::rbac::v1::ClusterRole,
         api::rbac::v1::ClusterRoleBinding,
         api::rbac::v1::Role,

@@ -326,12 +326,6 @@ pub(super) fn replace(call: &Call) -> Result<Reply, ApiError> {
     if text(&value, "name").is_empty() {
         metadata(&mut value).insert("name".into(), name.into());
     }
-    if text(&value, "name") != name {
-        return Err(ApiError::bad_request(format!(
-            "the name of the object ({}) does not match the name on the URL ({name})",
-            text(&value, "name"),
-        )));
-    }
     let stored = call.api.store.transact(|transaction| {
         let old = transaction.get(&call.key()).ok_or_else(|| call.not_found())?;
         update(call, transaction, &old, value, dry_run, "Update")
@@ -385,7 +379,9 @@ fn apply(
     if applied["metadata"]["managedFields"].is_array() {
         return Err(ApiError::bad_request("metadata.managedFields must be nil"));
     }
-    metadata(&mut applied).insert("name".into(), call.name().into());
+    if text(&applied, "name").is_empty() {
+        metadata(&mut applied).insert("name".into(), call.name().into());
+    }
     if call.resource.namespaced {
         metadata(&mut applied).insert("namespace".into(), call.namespace().into());
     }
@@ -403,6 +399,7 @@ fn apply(
         Some(old) => Ok((200, update(call, transaction, old, value, dry_run, "Apply")?)),
         None if !subresource.is_empty() => Err(call.not_found()),
         None if !text(&applied, "uid").is_empty() => Err(call.not_found()),
+        None if text(&applied, "name") != call.name() => Err(renamed(call, &applied)),
         None => Ok((201, insert(call, transaction, value, dry_run, "Apply")?)),
     }
 }
@@ -419,6 +416,9 @@ pub(super) fn update(
 ) -> Result<Arc<Value>, ApiError> {
     let resource = &call.resource;
     let old = serve_object(resource, stored);
+    if text(&value, "name") != call.name() {
+        return Err(renamed(call, &value));
+    }
     let given = text(&value, "resourceVersion");
     if given.is_empty() && resource.custom.is_some() && operation == "Update" {
         let hint = "must be specified for an update";
@@ -461,6 +461,14 @@ pub(super) fn update(
         return Ok(transaction.delete(call.key(), value));
     }
     Ok(transaction.put(call.key(), value))
+}
+
+fn renamed(call: &Call, value: &Value) -> ApiError {
+    ApiError::bad_request(format!(
+        "the name of the object ({}) does not match the name on the URL ({})",
+        text(value, "name"),
+        call.name(),
+    ))
 }
 
 /// Nothing holds up the deletion.

@@ -114,7 +114,7 @@ async fn route(
         return Ok(reply::object(200, &json!({"paths": discovery::root(&registry)}), false));
     }
     if path.starts_with("/openapi/") {
-        return openapi::serve(&registry, path, known);
+        return openapi::serve(&registry, path, accept, known);
     }
     match parse_path(path).ok_or_else(ApiError::no_such_path)? {
         Path::CoreVersions => Ok(discovery::core(&registry, accept, known)),
@@ -170,6 +170,12 @@ fn check_place(resource: &Resource, target: &Target) -> Result<(), ApiError> {
         return Err(ApiError::no_such_path());
     }
     match &target.subresource {
+        Some(subresource) if subresource == "portforward" && resource.builtin_key() == "/pods" => {
+            Err(ApiError::bad_request(
+                "the lab forwards no ports; its nodes reach every pod: \
+                 palisade lab exec NODE -- curl http://POD-ADDRESS:PORT",
+            ))
+        }
         Some(subresource) if !resource.has(subresource) => Err(ApiError::no_such_path()),
         _ => Ok(()),
     }

@@ -22,15 +22,23 @@ pub(super) struct Pages(Mutex<Kept>);
 
 #[derive(Default)]
 struct Kept {
-    lists: HashMap<String, (u64, Vec<Arc<Value>>)>,
+    lists: HashMap<String, Rest>,
     order: VecDeque<String>,
 }
 
+#[derive(Clone)]
+struct Rest {
+    /// What was asked for: a token is of no use for anything else.
+    request: String,
+    revision: u64,
+    objects: Vec<Arc<Value>>,
+}
+
 impl Pages {
-    fn keep(&self, revision: u64, rest: Vec<Arc<Value>>) -> Result<String, ApiError> {
+    fn keep(&self, rest: Rest) -> Result<String, ApiError> {
         let token = tls::random_hex(16).map_err(ApiError::internal)?;
         let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        kept.lists.insert(token.clone(), (revision, rest));
+        kept.lists.insert(token.clone(), rest);
         kept.order.push_back(token.clone());
         if kept.order.len() > KEPT
             && let Some(oldest) = kept.order.pop_front()
@@ -41,7 +49,7 @@ impl Pages {
     }
 
     /// A page may be asked for again, so it is not forgotten when it is read.
-    fn find(&self, token: &str) -> Option<(u64, Vec<Arc<Value>>)> {
+    fn find(&self, token: &str) -> Option<Rest> {
         self.0.lock().unwrap_or_else(PoisonError::into_inner).lists.get(token).cloned()
     }
 }
@@ -53,8 +61,8 @@ pub(super) fn selector(call: &Call) -> Result<Selector, ApiError> {
 
 pub(super) fn serve(call: &Call) -> Result<Reply, ApiError> {
     let limit = call.query.number("limit")?.unwrap_or(0);
-    let (revision, mut objects) = match call.query.get("continue") {
-        Some(token) => call.api.pages.find(token).ok_or_else(expired_page)?,
+    let (revision, mut objects) = match call.query.get("continue").filter(|t| !t.is_empty()) {
+        Some(token) => next_page(call, token)?,
         None => {
             let selector = selector(call)?;
             let namespace = call.target.namespace.as_deref();
@@ -70,7 +78,8 @@ pub(super) fn serve(call: &Call) -> Result<Reply, ApiError> {
     if limit > 0 && objects.len() > limit {
         let rest = objects.split_off(limit);
         metadata["remainingItemCount"] = rest.len().into();
-        metadata["continue"] = call.api.pages.keep(revision, rest)?.into();
+        let rest = Rest { request: request(call), revision, objects: rest };
+        metadata["continue"] = call.api.pages.keep(rest)?.into();
     }
     let mut served: Vec<Value> =
         objects.iter().map(|object| serve_object(&call.resource, object)).collect();
@@ -98,6 +107,24 @@ pub(super) fn serve(call: &Call) -> Result<Reply, ApiError> {
         }
     };
     Ok(reply::object(200, &list, call.accept.yaml))
+}
+
+/// What a list is of, whatever the size of its pages.
+fn request(call: &Call) -> String {
+    let (labels, fields) = (call.query.get("labelSelector"), call.query.get("fieldSelector"));
+    let asked = (&call.resource.storage, &call.target.namespace, labels, fields);
+    format!("{asked:?}")
+}
+
+fn next_page(call: &Call, token: &str) -> Result<(u64, Vec<Arc<Value>>), ApiError> {
+    let rest = call.api.pages.find(token).ok_or_else(expired_page)?;
+    if rest.request != request(call) {
+        return Err(ApiError::bad_request(
+            "continue key is not valid: it belongs to a list of something else; use it with the \
+             path and the selectors of the list that gave it",
+        ));
+    }
+    Ok((rest.revision, rest.objects))
 }
 
 /// Lists always show the present; older revisions are not kept, newer ones do not exist.

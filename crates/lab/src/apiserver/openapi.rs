@@ -1,20 +1,27 @@
 //! OpenAPI v3, one document per group and version.
+//!
+//! Of version 2 there is a document without contents: clients ask for it about kinds that version 3
+//! does not have, and what they look for is not there either.
 
 use serde_json::{Map, Value, json};
 
 use super::discovery::{hash, tagged};
 use super::error::ApiError;
 use super::registry::{Registry, Resource, group_version};
-use super::reply::Reply;
+use super::reply::{self, Reply};
 use super::schema::Definitions;
 
 /// Answers under `/openapi/`.
 pub(super) fn serve(
     registry: &Registry,
     path: &str,
+    accept: Option<&str>,
     known: Option<&str>,
 ) -> Result<Reply, ApiError> {
     let path = path.trim_end_matches('/');
+    if path == "/openapi/v2" {
+        return Ok(version_2(accept));
+    }
     if path == "/openapi/v3" {
         return Ok(tagged("application/json", &index(registry), known));
     }
@@ -24,6 +31,25 @@ pub(super) fn serve(
         .find(|(group, version)| self::place(group, version) == place);
     let (group, version) = found.ok_or_else(ApiError::no_such_path)?;
     Ok(tagged("application/json", &document(registry, &group, &version), known))
+}
+
+fn version_2(accept: Option<&str>) -> Reply {
+    let (title, version) = ("Kubernetes", "v1.37.1");
+    if !accept.is_some_and(|accept| accept.contains("proto-openapi")) {
+        let info = json!({"title": title, "version": version});
+        let document = json!({"swagger": "2.0", "info": info, "paths": {}, "definitions": {}});
+        return reply::object(200, &document, false);
+    }
+    // `openapi.v2.Document { swagger = 1; info = 2 { title = 1; version = 2 } }`; all lengths fit
+    // into one byte.
+    let field = |number: u8, bytes: &[u8]| {
+        let length = u8::try_from(bytes.len()).unwrap_or(0);
+        [&[number << 3 | 2, length], bytes].concat()
+    };
+    let info = [field(1, title.as_bytes()), field(2, version.as_bytes())].concat();
+    let document = [field(1, b"2.0"), field(2, &info)].concat();
+    let kind = "application/com.github.proto-openapi.spec.v2.v1.0+protobuf";
+    reply::full(200, kind, document)
 }
 
 fn versions(registry: &Registry) -> Vec<(String, String)> {

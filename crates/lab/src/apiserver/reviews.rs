@@ -91,7 +91,10 @@ pub(super) fn token(call: &Call) -> Result<Reply, ApiError> {
     let seconds = request["spec"]["expirationSeconds"].as_i64().unwrap_or(3600).clamp(600, 1 << 32);
     let end = jiff::Timestamp::now() + jiff::SignedDuration::from_secs(seconds);
     let token = tls::random_hex(32).map_err(ApiError::internal)?;
-    call.api.tokens().push((token.clone(), end));
+    let mut tokens = call.api.tokens();
+    tokens.retain(|(_, end)| *end > jiff::Timestamp::now());
+    tokens.push((token.clone(), end));
+    drop(tokens);
     request["apiVersion"] = "authentication.k8s.io/v1".into();
     request["kind"] = "TokenRequest".into();
     request["metadata"] = json!({

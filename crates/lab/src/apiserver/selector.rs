@@ -4,6 +4,7 @@ use serde_json::Value;
 
 use super::error::ApiError;
 use super::registry::Resource;
+use super::validate::names;
 
 #[derive(Clone, Debug, PartialEq, Eq)]
 enum Requirement {
@@ -185,7 +186,7 @@ fn requirement(term: &str) -> Option<Requirement> {
     }
     if let Some(rest) = term.strip_suffix(')') {
         let (head, values) = rest.split_once('(')?;
-        let values = values.split(',').map(|value| value.trim().to_owned()).collect();
+        let values = values.split(',').map(label_value).collect::<Option<_>>()?;
         let mut words = head.split_whitespace();
         let (key, operator) = (label_key(words.next()?)?, words.next()?);
         return match operator {
@@ -195,10 +196,10 @@ fn requirement(term: &str) -> Option<Requirement> {
         };
     }
     if let Some((key, value)) = term.split_once("!=") {
-        return Some(Requirement::NotIn(label_key(key)?, vec![value.trim().to_owned()]));
+        return Some(Requirement::NotIn(label_key(key)?, vec![label_value(value)?]));
     }
     if let Some((key, value)) = term.split_once("==").or_else(|| term.split_once('=')) {
-        return Some(Requirement::In(label_key(key)?, vec![value.trim().to_owned()]));
+        return Some(Requirement::In(label_key(key)?, vec![label_value(value)?]));
     }
     if let Some((key, value)) = term.split_once('>') {
         return Some(Requirement::Greater(label_key(key)?, value.trim().parse().ok()?));
@@ -211,8 +212,12 @@ fn requirement(term: &str) -> Option<Requirement> {
 
 fn label_key(text: &str) -> Option<String> {
     let key = text.trim();
-    let good = |c: char| c.is_ascii_alphanumeric() || matches!(c, '-' | '_' | '.' | '/');
-    (!key.is_empty() && key.chars().all(good)).then(|| key.to_owned())
+    names::wrong_label_key(key).is_none().then(|| key.to_owned())
+}
+
+fn label_value(text: &str) -> Option<String> {
+    let value = text.trim();
+    names::wrong_label_value(value).is_none().then(|| value.to_owned())
 }
 
 /// Does a `LabelSelector` object match labels? An absent one matches nothing, an empty one all.
@@ -255,6 +260,9 @@ mod tests {
         assert!(matches("a", json!({"a": ""})));
         assert!(matches("n>3", json!({"n": "4"})));
         assert!(!matches("!a", json!({"a": "b"})));
-        assert!(parse_labels("a in b").is_err());
+        for wrong in ["a in b", "a==((", "a=b=c", "a in (b,(c))", "a=$", "-a", "!", "a b=c", "a>b"]
+        {
+            assert!(parse_labels(wrong).is_err(), "{wrong}");
+        }
     }
 }

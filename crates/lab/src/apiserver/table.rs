@@ -59,7 +59,10 @@ fn definitions(resource: &Resource) -> Vec<Value> {
         json!({"name": name, "type": kind, "format": format, "description": description,
                "priority": wide})
     };
-    let mut list = vec![definition("Name", "string", "name", 0, "Name of the object.")];
+    let name = |wide| definition("Name", "string", "name", wide, "Name of the object.");
+    // Names of events say nothing to people.
+    let named_last = resource.builtin_key() == "/events";
+    let mut list = if named_last { Vec::new() } else { vec![name(0)] };
     match &resource.custom {
         None => list.extend(
             columns(resource.builtin_key())
@@ -81,6 +84,9 @@ fn definitions(resource: &Resource) -> Vec<Value> {
             )
         })),
     }
+    if named_last {
+        list.push(name(1));
+    }
     list
 }
 
@@ -90,6 +96,9 @@ fn cells(resource: &Resource, object: &Value) -> Vec<Value> {
         None => {
             cells
                 .extend(columns(resource.builtin_key()).iter().map(|column| (column.cell)(object)));
+            if resource.builtin_key() == "/events" {
+                cells.rotate_left(1);
+            }
         }
         Some(custom) if custom.columns.is_empty() => cells.push(age(object)),
         Some(custom) => {

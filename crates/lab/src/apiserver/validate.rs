@@ -1,7 +1,7 @@
 //! What Kubernetes refuses.
 
 mod builtin;
-mod names;
+pub(super) mod names;
 mod structural;
 
 use serde_json::Value;

@@ -11,7 +11,7 @@ use anyhow::{Context, Result, bail, ensure};
 use k8s_openapi::api::{core::v1::Pod, networking::v1::NetworkPolicy};
 use kube::{
     Api, Client, Config,
-    api::{DeleteParams, PostParams},
+    api::{ApiResource, DeleteParams, DynamicObject, GroupVersionKind, PostParams},
     config::{KubeConfigOptions, Kubeconfig},
     runtime::wait::{await_condition, conditions},
 };
@@ -19,9 +19,13 @@ use palisade_api::admin::{self, Request, Response, Status};
 use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
-use super::paths::{Path, Port};
+use super::{
+    l7,
+    paths::{Path, Port},
+};
 use crate::{
     layout::{Layout, NodePlan},
+    nodes::{Program, process},
     sys::mounts,
 };
 
@@ -134,6 +138,44 @@ impl Cluster {
             .await?;
         ensure!(pods.path().refuses_others()?, "the policies of the bench are not in force");
         Ok(())
+    }
+
+    /// A rule on HTTP for one port of the server, and none for another.
+    pub(super) async fn rule_http(&self) -> Result<()> {
+        let port = |number: u16| json!([{"port": number.to_string(), "protocol": "TCP"}]);
+        let rule = json!({"method": "GET", "path": "/public(/.*)?"});
+        let ruled = json!({"ports": port(l7::RULED), "rules": {"http": [rule]}});
+        let select = |app: &str| json!({"matchLabels": {"app": app}});
+        let policy: DynamicObject = object(json!({
+            "apiVersion": "cilium.io/v2",
+            "kind": "CiliumNetworkPolicy",
+            "metadata": {"name": "http"},
+            "specs": [
+                {"endpointSelector": select("server"), "ingress": [{
+                    "fromEndpoints": [select("client")],
+                    "toPorts": [ruled, {"ports": port(l7::PLAIN)}],
+                }]},
+                {"endpointSelector": select("client"), "egress": [{
+                    "toEndpoints": [select("server")],
+                    "toPorts": [{"ports": port(l7::RULED)}, {"ports": port(l7::PLAIN)}],
+                }]},
+            ],
+        }))?;
+        let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNetworkPolicy");
+        let resource = ApiResource::from_gvk_with_plural(&kind, "ciliumnetworkpolicies");
+        let api: Api<DynamicObject> = Api::default_namespaced_with(self.client.clone(), &resource);
+        api.create(&PostParams::default(), &policy).await?;
+        self.await_status("the rule on HTTP is in force", |now| {
+            now.policies == 3 && now.problems.is_empty()
+        })
+        .await?;
+        Ok(())
+    }
+
+    /// The process of the node's L7 proxy.
+    pub(super) fn proxy(&self) -> Option<u32> {
+        let pid = process(&self.layout, &self.node, Program::Proxy)?;
+        pid.as_raw_nonzero().get().try_into().ok()
     }
 
     pub(super) async fn apply_policy(&self, name: &str, spec: Value) -> Result<()> {

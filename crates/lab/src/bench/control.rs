@@ -59,7 +59,7 @@ pub(super) async fn agent(cluster: &Cluster) -> Result<Vec<Row>> {
 }
 
 /// Resident memory in megabytes (proc_pid_status(5)).
-fn resident(pid: u32) -> Result<f64> {
+pub(super) fn resident(pid: u32) -> Result<f64> {
     let status = std::fs::read_to_string(format!("/proc/{pid}/status"))?;
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).context("no VmRSS")?;
     let kilobytes: f64 = line.trim().trim_end_matches(" kB").parse()?;

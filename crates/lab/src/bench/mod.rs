@@ -1,8 +1,9 @@
 //! Measures what Palisade costs, beside a bare veth pair, a routed one and an nftables rule set
-//! of the same meaning, all in one run on one machine.
+//! of the same meaning, and beside Envoy where that is installed, all in one run on one machine.
 
 mod cluster;
 mod control;
+mod l7;
 mod load;
 mod paths;
 mod programs;
@@ -73,6 +74,9 @@ async fn measure(options: Options) -> Result<Report> {
         })
         .await?,
     );
+    progress("L7 policy");
+    cluster.rule_http().await?;
+    report.extend(l7::measure(&cluster, &pods).await?);
     for round in 1..=options.rounds {
         progress(&format!("data path, round {round} of {}", options.rounds));
         let paths = baselines.paths(pods.path());

@@ -16,20 +16,28 @@ use crate::sys::{cgroup, netns, pids, require};
 const GRACE: Duration = Duration::from_secs(20);
 
 /// Takes the lab down.
-pub fn down() -> anyhow::Result<ExitCode> {
+pub fn down(json: bool) -> anyhow::Result<ExitCode> {
     let cgroups = require::check()?;
     let layout = Layout::default();
-    let daemon = report::running(&layout);
+    let daemon = report::running(&layout)?;
     if daemon.is_none() && !leftovers(&layout, &cgroups) {
-        println!("No lab is running.");
+        say(json, "No lab is running.");
         return Ok(ExitCode::SUCCESS);
     }
     if let Some(pid) = daemon {
         pids::end(pid, GRACE).context("cannot end the lab's daemon")?;
     }
     clean(&layout, &cgroups)?;
-    println!("The lab is down.");
+    say(json, "The lab is down.");
     Ok(ExitCode::SUCCESS)
+}
+
+fn say(json: bool, text: &str) {
+    if json {
+        println!("{}", serde_json::json!({"running": false}));
+    } else {
+        println!("{text}");
+    }
 }
 
 /// The control group of all labs.

@@ -10,9 +10,12 @@ use std::path::PathBuf;
 use serde::{Deserialize, Serialize};
 
 pub use down::down;
-pub use report::status;
+pub use report::{running, status};
 pub use serve::serve;
 pub use up::up;
+
+/// Exit code where no lab answers, the same as with `palisade`.
+pub const NOT_RUNNING: u8 = 3;
 
 /// What a lab is to be like.
 #[derive(Debug, Clone, clap::Args)]

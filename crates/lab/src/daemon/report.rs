@@ -1,7 +1,7 @@
 //! `status`, and whether a lab runs at all.
 
 use std::fs::File;
-use std::io::Read;
+use std::io::{ErrorKind, Read};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -38,24 +38,34 @@ pub(super) struct NodeReport {
 }
 
 /// The process of the running lab. The lock tells, not the number: numbers are used again.
-pub(super) fn running(layout: &Layout) -> Option<u32> {
-    let mut file = File::open(layout.pid_file()).ok()?;
-    flock(&file, FlockOperation::NonBlockingLockShared).err()?;
+pub fn running(layout: &Layout) -> anyhow::Result<Option<u32>> {
+    let mut file = match File::open(layout.pid_file()) {
+        Ok(file) => file,
+        Err(error) if error.kind() == ErrorKind::NotFound => return Ok(None),
+        Err(error) if error.kind() == ErrorKind::PermissionDenied => {
+            bail!("labs are root's, and only root sees whether one is running: use sudo")
+        }
+        Err(error) => return Err(error).context(layout.pid_file().display().to_string()),
+    };
+    if flock(&file, FlockOperation::NonBlockingLockShared).is_ok() {
+        return Ok(None);
+    }
     let mut text = String::new();
-    file.read_to_string(&mut text).ok()?;
-    text.trim().parse().ok()
+    file.read_to_string(&mut text)?;
+    // Not written yet by one that is just starting.
+    Ok(Some(text.trim().parse().unwrap_or(0)))
 }
 
 /// Prints how the lab is.
 pub fn status(json: bool) -> anyhow::Result<ExitCode> {
     let layout = Layout::default();
-    let Some(pid) = running(&layout) else {
+    let Some(pid) = running(&layout)? else {
         if json {
             println!("{}", serde_json::json!({"running": false}));
         } else {
             println!("No lab is running. Start one with: palisade lab up");
         }
-        return Ok(ExitCode::FAILURE);
+        return Ok(super::NOT_RUNNING.into());
     };
     let mut stream = UnixStream::connect(layout.socket())
         .with_context(|| format!("the lab (process {pid}) does not answer"))?;

@@ -26,7 +26,7 @@ use super::{Options, Progress, Undo, down};
 use crate::apiserver::{ApiServer, ApiServerConfig};
 use crate::controllers::{self, Cluster};
 use crate::layout::{API_PORT, FABRIC_V4, FABRIC_V6, Layout, NETNS_DIR, NodePlan};
-use crate::nodes::Keeper;
+use crate::nodes::{Keeper, Program};
 use crate::runner::{Runner, Settings};
 use crate::sys::{cgroup, mounts, require};
 use crate::{fabric, runtime};
@@ -168,11 +168,14 @@ impl Lab {
                 node: node.clone(),
                 layout: layout.clone(),
                 cgroup: cgroup.clone(),
-                agent: beside.with_file_name("palisade-agent"),
+                programs: beside.parent().unwrap_or(Path::new("/")).to_owned(),
             };
-            let (other, client) = (keeper.clone(), client.clone());
-            tokio::spawn(async move { keeper.keep_agent().await });
-            tokio::spawn(async move { other.keep_status(&client).await });
+            for program in Program::ALL {
+                let keeper = keeper.clone();
+                tokio::spawn(async move { keeper.keep(program).await });
+            }
+            let client = client.clone();
+            tokio::spawn(async move { keeper.keep_status(&client).await });
         }
         let controllers = tokio::spawn(controllers::run(client.clone(), server.ca().to_owned()));
         tokio::spawn(Arc::clone(&runner).run(client.clone()));
@@ -258,7 +261,7 @@ async fn bounded<T>(
 
 /// The last line of an agent's log often says it all.
 fn last_problem(layout: &Layout) -> Option<String> {
-    let log = fs::read_to_string(layout.agent_log(&NodePlan::new(1))).ok()?;
+    let log = fs::read_to_string(layout.log(&NodePlan::new(1), Program::Agent)).ok()?;
     log.lines().last().map(|line| format!("; the agent's last words: {line}"))
 }
 

@@ -3,6 +3,7 @@
 use std::fs::{self, File};
 use std::io::{BufRead, BufReader, Write};
 use std::os::unix::process::CommandExt;
+use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode, Stdio};
 use std::time::Instant;
 
@@ -13,13 +14,13 @@ use crate::layout::Layout;
 use crate::sys::require;
 
 /// Programs that must lie beside this one.
-const COMPANIONS: [&str; 2] = ["palisade-agent", "palisade-cni"];
+const COMPANIONS: [&str; 3] = ["palisade-agent", "palisade-proxy", "palisade-cni"];
 
 /// Brings a lab up.
-pub fn up(options: &Options, foreground: bool) -> anyhow::Result<ExitCode> {
+pub fn up(options: &Options, foreground: bool, json: bool) -> anyhow::Result<ExitCode> {
     let cgroups = require::check()?;
     let layout = Layout::default();
-    if let Some(pid) = report::running(&layout) {
+    if let Some(pid) = report::running(&layout)? {
         bail!(
             "a lab is running already (process {pid}). Use it with\n  export KUBECONFIG={}\nor end \
              it with\n  palisade lab down",
@@ -27,15 +28,29 @@ pub fn up(options: &Options, foreground: bool) -> anyhow::Result<ExitCode> {
         );
     }
     companions()?;
+    let options = &Options { data: options.data.as_deref().map(data).transpose()?, ..*options };
     if down::leftovers(&layout, &cgroups) {
-        println!("cleaning up after a lab that did not end properly");
+        eprintln!("cleaning up after a lab that did not end properly");
         down::clean(&layout, &cgroups)?;
     }
     prepare(&layout)?;
     if foreground {
         return super::serve(options);
     }
-    detached(options, &layout)
+    detached(options, &layout, json)
+}
+
+/// The directory for the cluster's objects, whole and existing.
+fn data(directory: &Path) -> anyhow::Result<PathBuf> {
+    if directory.exists() && !directory.is_dir() {
+        bail!(
+            "--data {}: this is no directory; name one, or a path that is free",
+            directory.display()
+        );
+    }
+    fs::create_dir_all(directory)
+        .with_context(|| format!("--data: cannot create {}", directory.display()))?;
+    Ok(directory.canonicalize()?)
 }
 
 fn companions() -> anyhow::Result<()> {
@@ -60,14 +75,13 @@ fn prepare(layout: &Layout) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn detached(options: &Options, layout: &Layout) -> anyhow::Result<ExitCode> {
+fn detached(options: &Options, layout: &Layout, json: bool) -> anyhow::Result<ExitCode> {
     let started = Instant::now();
     let log = File::create(layout.daemon_log())?;
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("daemon").args(["--nodes", &options.nodes.to_string()]);
     if let Some(data) = &options.data {
-        fs::create_dir_all(data).with_context(|| format!("cannot create {}", data.display()))?;
-        command.arg("--data").arg(data.canonicalize()?);
+        command.arg("--data").arg(data);
     }
     if let Some(port) = options.api_port {
         command.args(["--api-port", &port.to_string()]);
@@ -84,11 +98,17 @@ fn detached(options: &Options, layout: &Layout) -> anyhow::Result<ExitCode> {
     for line in BufReader::new(stdout).lines() {
         match serde_json::from_str(&line?)? {
             Progress::Done(what) => {
-                println!("  {what} ({:.1} s)", started.elapsed().as_secs_f64());
-                std::io::stdout().flush()?;
+                // With --output json, standard output is for the answer.
+                let line = format!("  {what} ({:.1} s)", started.elapsed().as_secs_f64());
+                if json {
+                    eprintln!("{line}");
+                } else {
+                    println!("{line}");
+                    std::io::stdout().flush()?;
+                }
             }
             Progress::Ready => {
-                greet(layout, started);
+                greet(layout, started, json);
                 return Ok(ExitCode::SUCCESS);
             }
             Progress::Failed(why) => {
@@ -102,7 +122,15 @@ fn detached(options: &Options, layout: &Layout) -> anyhow::Result<ExitCode> {
     bail!("the lab's daemon ended ({status}); its log: {}", layout.daemon_log().display())
 }
 
-fn greet(layout: &Layout, started: Instant) {
+fn greet(layout: &Layout, started: Instant, json: bool) {
+    if json {
+        let seconds = started.elapsed().as_secs_f64();
+        let answer = serde_json::json!({
+            "running": true, "kubeconfig": layout.kubeconfig(), "seconds": seconds,
+        });
+        println!("{answer}");
+        return;
+    }
     println!(
         "The lab is up after {:.1} s. Next:\n  export KUBECONFIG={}\n  kubectl get nodes\n\
          End it with: palisade lab down",

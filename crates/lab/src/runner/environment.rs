@@ -254,13 +254,27 @@ pub(super) fn etc(pod: &Pod, node: &NodePlan, addresses: &[IpAddr]) -> Vec<(Stri
     }
     let resolver = format!(
         "search {namespace}.svc.{CLUSTER_DOMAIN} svc.{CLUSTER_DOMAIN} {CLUSTER_DOMAIN}\n\
-         nameserver {DNS_V4}\noptions ndots:5\n"
+         nameserver {DNS_V4}\noptions ndots:5{}\n",
+        resolver_options(pod)
     );
     vec![
         ("hosts".to_owned(), hosts),
         ("hostname".to_owned(), format!("{hostname}\n")),
         ("resolv.conf".to_owned(), resolver),
     ]
+}
+
+/// What the pod adds to the options of its resolver.
+fn resolver_options(pod: &Pod) -> String {
+    let config = pod.spec.as_ref().and_then(|spec| spec.dns_config.as_ref());
+    let options = config.iter().flat_map(|config| config.options.iter().flatten());
+    options.fold(String::new(), |text, option| {
+        let name = option.name.as_deref().unwrap_or_default();
+        match &option.value {
+            Some(value) => format!("{text} {name}:{value}"),
+            None => format!("{text} {name}"),
+        }
+    })
 }
 
 /// Prepares the pod's volumes; where each one is found on the machine.

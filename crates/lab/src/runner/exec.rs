@@ -80,7 +80,12 @@ impl Runner {
         pod: &str,
         container: Option<&str>,
     ) -> Result<(String, Live), RuntimeError> {
-        let missing = || RuntimeError::NotFound(format!("pod {namespace}/{pod} is not running"));
+        let missing = || {
+            RuntimeError::NotFound(format!(
+                "pod {namespace}/{pod} is not running; why, tells: kubectl -n {namespace} describe \
+                 pod {pod}"
+            ))
+        };
         let shared = self.shared(namespace, pod).ok_or_else(missing)?;
         let name = match container {
             Some(name) => name.to_owned(),

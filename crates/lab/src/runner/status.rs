@@ -263,7 +263,8 @@ fn container_status(container: &ContainerModel) -> Value {
     json!({
         "name": container.name,
         "image": container.image,
-        "imageID": format!("palisade-lab://{}", container.image),
+        // An image that was not found has no number.
+        "imageID": container.id.as_ref().map_or(String::new(), |_| format!("palisade-lab://{}", container.image)),
         "containerID": container.id.as_ref().map(|id| format!("palisade-lab://{id}")),
         "state": container.state,
         "lastState": container.last.clone().unwrap_or_default(),

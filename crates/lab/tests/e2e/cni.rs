@@ -18,6 +18,7 @@ use std::{
 
 use palisade_api::cni::{Add, Attachment, ContainerId, IfName, Operation, Pod, Request};
 use palisade_lab::sys::netns;
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::{Value, json};
 
 use super::harness::{CniPlace, Lab, eventually};
@@ -276,6 +277,21 @@ fn forsaken_requests_are_undone(node: &Node) {
     eventually("nothing is left of what nobody waits for", || node.traces() == before);
 }
 
+/// Interfaces vanish, and the agent is killed before anybody tells it.
+fn what_vanished_before_a_restart_is_forgotten(lab: &Lab, node: &Node) {
+    let before = node.traces();
+    for number in 0..WORKERS {
+        let container = Container::new(node, &format!("v{number}"));
+        container.add();
+    }
+    eventually("the interfaces went with their namespaces", || node.traces().links == before.links);
+    assert_ne!(node.traces().pins, before.pins);
+    let status = lab.statuses().pop().flatten().unwrap();
+    let pid = Pid::from_raw(i32::try_from(status.pid).unwrap()).unwrap();
+    kill_process(pid, Signal::KILL).unwrap();
+    eventually("the next agent finds nothing of them", || node.traces() == before);
+}
+
 /// Until there is none left; the error says where.
 fn exhaust<'a>(node: &'a Node) -> Vec<Container<'a>> {
     let mut extra = Vec::new();
@@ -345,6 +361,9 @@ fn the_plugin_many_times_at_once() {
 
     killed_plugins_leave_nothing(&node);
     forsaken_requests_are_undone(&node);
+    what_vanished_before_a_restart_is_forgotten(&lab, &node);
+    let ready = || lab.statuses().iter().flatten().any(|status| status.ready);
+    eventually("the agent is ready again", ready);
     // All addresses are there again.
     let again: Vec<_> = (0..3).map(|number| Container::new(&node, &format!("a{number}"))).collect();
     again.iter().for_each(|container| drop(container.add()));

@@ -14,12 +14,14 @@ use std::{
 use palisade_api::admin::{Client, Request, Response, Status};
 use palisade_lab::{
     layout::{FABRIC_NETNS, Layout, NodePlan},
+    nodes::{Program, process},
     sys::{cgroup, mounts, netns},
 };
+use rustix::process::{Signal, kill_process};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
-const PROGRAM: &str = env!("CARGO_BIN_EXE_palisade-lab");
+pub(crate) const PROGRAM: &str = env!("CARGO_BIN_EXE_palisade-lab");
 /// Until something must be in force.
 const SOON: Duration = Duration::from_secs(10);
 
@@ -31,6 +33,7 @@ pub(crate) struct Lab {
 }
 
 /// A pod that runs.
+#[derive(Clone)]
 pub(crate) struct Pod {
     /// IPv4 first.
     pub(crate) addresses: [IpAddr; 2],
@@ -141,12 +144,40 @@ fn ip(arguments: &str) {
 
 impl Lab {
     pub(crate) fn up(nodes: u8) -> Self {
-        let lock = File::create("/run/palisade-test.lock").unwrap();
-        lock.lock().unwrap();
-        let output =
-            Command::new(PROGRAM).args(["up", "--nodes", &nodes.to_string()]).output().unwrap();
+        Self::up_with(nodes, &[])
+    }
+
+    /// As [`Lab::up`], with more options.
+    pub(crate) fn up_with(nodes: u8, options: &[&str]) -> Self {
+        let lab = Self { nodes: NodePlan::all(nodes), layout: Layout::default(), _lock: lock() };
+        lab.start(nodes, options);
+        lab
+    }
+
+    /// Starts it again; it must have ended before, one way or another.
+    pub(crate) fn up_again(&mut self, nodes: u8, options: &[&str]) {
+        self.nodes = NodePlan::all(nodes);
+        self.start(nodes, options);
+    }
+
+    fn start(&self, nodes: u8, options: &[&str]) {
+        let nodes = nodes.to_string();
+        let output = program(&[&["up", "--nodes", &nodes], options].concat());
         assert!(output.status.success(), "{}", text(&output));
-        Self { nodes: NodePlan::all(nodes), layout: Layout::default(), _lock: lock }
+    }
+
+    /// Kills the lab's process.
+    pub(crate) fn crash(&self) {
+        let pid = fs::read_to_string(self.layout.pid_file()).unwrap();
+        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
+        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        let status = || program(&["status"]).status.code();
+        eventually("the lab's process is gone", || status() == Some(3));
+    }
+
+    /// The administrator's kubeconfig.
+    pub(crate) fn kubeconfig(&self) -> PathBuf {
+        self.layout.kubeconfig()
     }
 
     pub(crate) fn kubectl(&self, args: &[&str]) -> String {
@@ -267,6 +298,12 @@ impl Lab {
         }
     }
 
+    /// Kills a program of a node; it is started again.
+    pub(crate) fn kill(&self, number: usize, program: Program) {
+        let pid = process(&self.layout, &self.nodes[number - 1], program);
+        kill_process(pid.unwrap(), Signal::KILL).unwrap();
+    }
+
     /// Where the agent of a node is asked, and where it keeps what it knows of pods.
     pub(crate) fn cni(&self, number: usize) -> CniPlace {
         let node = &self.nodes[number - 1];
@@ -321,14 +358,29 @@ impl Drop for Lab {
     fn drop(&mut self) {
         if thread::panicking() {
             for node in &self.nodes {
-                let log = fs::read_to_string(self.layout.agent_log(node)).unwrap_or_default();
-                let lines: Vec<&str> = log.lines().rev().take(20).collect();
-                eprintln!("{}'s agent:\n{}", node.name, lines.join("\n"));
+                for program in Program::ALL {
+                    let log =
+                        fs::read_to_string(self.layout.log(node, program)).unwrap_or_default();
+                    let lines: Vec<&str> = log.lines().rev().take(20).collect();
+                    eprintln!("{}'s {}:\n{}", node.name, program.file(), lines.join("\n"));
+                }
             }
         }
         let output = Command::new(PROGRAM).arg("down").output().unwrap();
         assert!(output.status.success() || thread::panicking(), "{}", text(&output));
     }
+}
+
+/// A machine has room for one lab.
+pub(crate) fn lock() -> File {
+    let lock = File::create("/run/palisade-test.lock").unwrap();
+    lock.lock().unwrap();
+    lock
+}
+
+/// Runs `palisade-lab`.
+pub(crate) fn program(args: &[&str]) -> Output {
+    Command::new(PROGRAM).args(args).output().unwrap()
 }
 
 /// The control group of this process.
@@ -345,15 +397,20 @@ fn ask(socket: &Path, request: &Request) -> io::Result<Response> {
 }
 
 /// Asks every 10 ms; panics where the answer stays no.
-pub(crate) fn eventually(what: &str, mut holds: impl FnMut() -> bool) {
+pub(crate) fn eventually(what: &str, holds: impl FnMut() -> bool) {
+    within(SOON, what, holds);
+}
+
+/// As [`eventually`], for what may take longer.
+pub(crate) fn within(time: Duration, what: &str, mut holds: impl FnMut() -> bool) {
     let begun = Instant::now();
     while !holds() {
-        assert!(begun.elapsed() < SOON, "not within {SOON:?}: {what}");
+        assert!(begun.elapsed() < time, "not within {time:?}: {what}");
         thread::sleep(Duration::from_millis(10));
     }
 }
 
-fn text(output: &Output) -> String {
+pub(crate) fn text(output: &Output) -> String {
     let (out, err) = (&output.stdout, &output.stderr);
     format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
 }

@@ -4,13 +4,21 @@
 
 mod cilium;
 mod cni;
+mod connectivity;
 mod containers;
 mod dns;
 mod flows;
+mod fqdn;
 mod guard;
 mod harness;
+mod http;
+mod install;
 mod kill;
+mod l7;
+mod lifecycle;
 mod matrices;
+mod operator;
 mod probe;
+mod restart;
 mod services;
 mod traffic;

@@ -75,7 +75,7 @@ fn is_word(text: &str) -> bool {
 }
 
 /// What is wrong with a label's key.
-pub(super) fn wrong_label_key(key: &str) -> Option<String> {
+pub(in crate::apiserver) fn wrong_label_key(key: &str) -> Option<String> {
     let (prefix, name) = match key.split_once('/') {
         Some((prefix, name)) => (Some(prefix), name),
         None => (None, key),
@@ -91,7 +91,7 @@ pub(super) fn wrong_label_key(key: &str) -> Option<String> {
 }
 
 /// What is wrong with a label's value.
-pub(super) fn wrong_label_value(value: &str) -> Option<String> {
+pub(in crate::apiserver) fn wrong_label_value(value: &str) -> Option<String> {
     (!value.is_empty() && !is_word(value)).then(|| {
         "a valid label must be an empty string or consist of at most 63 alphanumeric characters, \
          '-', '_' or '.', and must start and end with an alphanumeric character (e.g. 'MyValue',  \

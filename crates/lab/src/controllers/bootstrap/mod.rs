@@ -1,5 +1,7 @@
 //! What every cluster has from the beginning.
 
+mod earlier;
+
 use std::path::PathBuf;
 
 use k8s_openapi::api::core::v1::{Namespace, Node, Service};
@@ -26,6 +28,7 @@ pub struct Cluster {
 
 /// Creates the first objects; those that are there from an earlier run stay.
 pub async fn bootstrap(client: &Client, cluster: &Cluster) -> anyhow::Result<()> {
+    earlier::forget(client, cluster).await?;
     for name in ["default", "kube-system", "kube-public", "kube-node-lease"] {
         let namespace = json!({"metadata": {"name": name}});
         create(&Api::<Namespace>::all(client.clone()), namespace).await?;

@@ -16,6 +16,8 @@ use palisade_lab::runtime::{
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
 
+mod hostile;
+
 /// Echoes stdin and the command, and exits with the number that the command ends with.
 struct Echo;
 

@@ -7,17 +7,18 @@ use std::collections::{BTreeMap, HashMap, VecDeque};
 use std::path::Path;
 use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 
-use redb::{Database, ReadableDatabase, ReadableTable, TableDefinition};
 use serde_json::Value;
 use tokio::sync::watch;
 
+use self::disk::Disk;
 use super::error::ApiError;
+
+mod disk;
 
 /// Changes kept per kind of object; a watch that is further behind gets 410 and lists again.
 const HISTORY: usize = 4096;
-
-const OBJECTS: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("objects");
-const META: TableDefinition<'_, &str, &[u8]> = TableDefinition::new("meta");
+/// And no more bytes than about this, however large the objects are.
+const HISTORY_BYTES: usize = 32 << 20;
 
 /// Where an object lives: `resource` is `group/plural`, namespace is empty for cluster objects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -64,6 +65,8 @@ pub struct Change {
 struct Kind {
     objects: BTreeMap<(String, String), Arc<Value>>,
     history: VecDeque<Arc<Change>>,
+    /// About how many bytes the history holds.
+    weight: usize,
     /// Changes up to this revision are no longer (or never were) in `history`.
     floor: u64,
     wake: watch::Sender<u64>,
@@ -74,20 +77,44 @@ impl Kind {
         Self {
             objects: BTreeMap::new(),
             history: VecDeque::new(),
+            weight: 0,
             floor,
             wake: watch::channel(floor).0,
         }
     }
 
     fn record(&mut self, change: Change) {
-        if self.history.len() == HISTORY
-            && let Some(dropped) = self.history.pop_front()
+        let revision = change.revision;
+        self.weight += change.weight();
+        self.history.push_back(Arc::new(change));
+        while self.history.len() > HISTORY
+            || (self.weight > HISTORY_BYTES && self.history.len() > 1)
         {
+            let Some(dropped) = self.history.pop_front() else { break };
+            self.weight -= dropped.weight();
             self.floor = dropped.revision;
         }
-        let revision = change.revision;
-        self.history.push_back(Arc::new(change));
         self.wake.send_replace(revision);
+    }
+}
+
+impl Change {
+    /// What this change alone keeps alive: `new` is the next one's `old`.
+    fn weight(&self) -> usize {
+        self.old.as_deref().map_or(0, weight) + self.last.as_deref().map_or(0, weight)
+    }
+}
+
+/// About how many bytes a value takes.
+fn weight(value: &Value) -> usize {
+    let own = size_of::<Value>();
+    own + match value {
+        Value::String(text) => text.len(),
+        Value::Array(items) => items.iter().map(weight).sum(),
+        Value::Object(fields) => {
+            fields.iter().map(|(name, value)| own + name.len() + weight(value)).sum()
+        }
+        Value::Null | Value::Bool(_) | Value::Number(_) => 0,
     }
 }
 
@@ -101,7 +128,8 @@ struct State {
 /// The store.
 pub struct Store {
     state: Mutex<State>,
-    database: Option<Database>,
+    /// Locked after the state.
+    disk: Option<Mutex<Disk>>,
 }
 
 /// Objects at one revision.
@@ -117,49 +145,32 @@ impl Store {
     pub fn in_memory() -> Self {
         let start = initial_revision();
         let state = State { revision: start, start, kinds: HashMap::new() };
-        Self { state: Mutex::new(state), database: None }
+        Self { state: Mutex::new(state), disk: None }
     }
 
     /// A store kept in the database file at `path`.
     pub fn open(path: &Path) -> anyhow::Result<Self> {
-        let database = Database::create(path)?;
-        let write = database.begin_write()?;
-        write.open_table(OBJECTS)?;
-        write.open_table(META)?;
-        write.commit()?;
-        let mut revision = 1;
-        let mut loaded = Vec::new();
-        let read = database.begin_read()?;
-        if let Some(bytes) = read.open_table(META)?.get("revision")? {
-            revision = u64::from_be_bytes(bytes.value().try_into()?);
-        }
-        for row in read.open_table(OBJECTS)?.iter()? {
-            let (key, bytes) = row?;
-            let key = Key::decode(key.value())
-                .ok_or_else(|| anyhow::anyhow!("{} holds a malformed key", path.display()))?;
-            loaded.push((key, Arc::new(serde_json::from_slice(bytes.value())?)));
-        }
+        let (disk, contents) = Disk::open(path)?;
+        let revision = contents.revision;
         let mut state = State { revision, start: revision, kinds: HashMap::new() };
-        for (key, value) in loaded {
+        for (key, value) in contents.objects {
             state.kind(&key.resource).objects.insert((key.namespace, key.name), value);
         }
-        Ok(Self { state: Mutex::new(state), database: Some(database) })
+        Ok(Self { state: Mutex::new(state), disk: Some(Mutex::new(disk)) })
+    }
+
+    fn disk(&self) -> Option<MutexGuard<'_, Disk>> {
+        Some(self.disk.as_ref()?.lock().unwrap_or_else(PoisonError::into_inner))
     }
 
     /// A value kept beside the objects (certificates); `None` if absent or in memory.
     pub fn meta(&self, name: &str) -> anyhow::Result<Option<Vec<u8>>> {
-        let Some(database) = &self.database else { return Ok(None) };
-        let read = database.begin_read()?;
-        Ok(read.open_table(META)?.get(name)?.map(|bytes| bytes.value().to_vec()))
+        self.disk().map_or(Ok(None), |disk| disk.meta(name))
     }
 
     /// Keeps a value beside the objects; does nothing in memory.
     pub fn set_meta(&self, name: &str, value: &[u8]) -> anyhow::Result<()> {
-        let Some(database) = &self.database else { return Ok(()) };
-        let write = database.begin_write()?;
-        write.open_table(META)?.insert(name, value)?;
-        write.commit()?;
-        Ok(())
+        self.disk().map_or(Ok(()), |mut disk| disk.set_meta(name, value))
     }
 
     fn lock(&self) -> MutexGuard<'_, State> {
@@ -213,28 +224,16 @@ impl Store {
         let answer = body(&mut transaction)?;
         let (writes, revision) = (transaction.writes, transaction.revision);
         if !writes.is_empty() {
-            self.persist(&writes, revision).map_err(ApiError::internal)?;
+            if let Some(mut disk) = self.disk() {
+                let revisions = (state.revision, revision);
+                disk.write(&writes, revisions, state.all()).map_err(|error| {
+                    tracing::warn!("{error:#}");
+                    ApiError::internal(format!("{error:#}"))
+                })?;
+            }
             state.commit(writes);
         }
         Ok(answer)
-    }
-
-    fn persist(&self, writes: &[Write], revision: u64) -> anyhow::Result<()> {
-        let Some(database) = &self.database else { return Ok(()) };
-        let transaction = database.begin_write()?;
-        {
-            let mut objects = transaction.open_table(OBJECTS)?;
-            for write in writes {
-                match &write.new {
-                    Some(value) => objects
-                        .insert(write.key.encode().as_str(), &*serde_json::to_vec(&**value)?)?,
-                    None => objects.remove(write.key.encode().as_str())?,
-                };
-            }
-            transaction.open_table(META)?.insert("revision", revision.to_be_bytes().as_slice())?;
-        }
-        transaction.commit()?;
-        Ok(())
     }
 }
 
@@ -249,6 +248,15 @@ impl State {
     fn kind(&mut self, resource: &str) -> &mut Kind {
         let start = self.start;
         self.kinds.entry(resource.into()).or_insert_with(|| Kind::new(start))
+    }
+
+    fn all(&self) -> impl Iterator<Item = (Key, Arc<Value>)> {
+        self.kinds.iter().flat_map(|(resource, kind)| {
+            kind.objects.iter().map(|((namespace, name), value)| {
+                let (namespace, name) = (namespace.clone(), name.clone());
+                (Key { resource: resource.clone(), namespace, name }, value.clone())
+            })
+        })
     }
 
     fn get(&self, key: &Key) -> Option<Arc<Value>> {
@@ -338,68 +346,4 @@ impl Transaction<'_> {
 }
 
 #[cfg(test)]
-mod tests {
-    use serde_json::json;
-
-    use super::*;
-
-    fn put(store: &Store, name: &str) -> u64 {
-        let key = Key::new("/pods", "default", name);
-        store
-            .transact(|transaction| {
-                transaction.put(key, json!({"metadata": {"name": name}}));
-                Ok(())
-            })
-            .unwrap();
-        store.revision()
-    }
-
-    #[test]
-    fn changes_after_a_revision_come_in_order() {
-        let store = Store::in_memory();
-        let first = put(&store, "a");
-        put(&store, "b");
-        put(&store, "a");
-        let changes = store.changes("/pods", first).unwrap();
-        assert_eq!(changes.len(), 2);
-        assert!(changes[0].old.is_none());
-        assert!(changes[1].old.is_some());
-    }
-
-    #[test]
-    fn old_revisions_expire() {
-        let store = Store::in_memory();
-        let first = put(&store, "a");
-        for _ in 0..HISTORY {
-            put(&store, "a");
-        }
-        assert!(store.changes("/pods", first).is_ok());
-        put(&store, "a");
-        assert_eq!(store.changes("/pods", first).unwrap_err().reason, "Expired");
-    }
-
-    #[test]
-    fn a_failed_transaction_leaves_nothing() {
-        let store = Store::in_memory();
-        let before = store.revision();
-        let answer: Result<(), _> = store.transact(|transaction| {
-            transaction.put(Key::new("/pods", "default", "a"), json!({"metadata": {}}));
-            Err(ApiError::bad_request("no"))
-        });
-        assert!(answer.is_err());
-        assert_eq!(store.revision(), before);
-        assert!(store.list("/pods", None).objects.is_empty());
-    }
-
-    #[test]
-    fn a_database_brings_objects_and_revision_back() {
-        let path = std::env::temp_dir().join(format!("palisade-store-{}", std::process::id()));
-        let _ = std::fs::remove_file(&path);
-        let revision = put(&Store::open(&path).unwrap(), "a");
-        let store = Store::open(&path).unwrap();
-        assert_eq!(store.revision(), revision);
-        assert_eq!(store.list("/pods", Some("default")).objects.len(), 1);
-        assert_eq!(store.changes("/pods", revision - 1).unwrap_err().code, 410);
-        std::fs::remove_file(&path).unwrap();
-    }
-}
+mod tests;

@@ -1,0 +1,120 @@
+//! Envoy with the rule of the bench, where it is installed. It gets the shortest way there is: its
+//! client runs beside it, and nothing redirects.
+
+use std::{
+    io,
+    net::{Ipv4Addr, SocketAddr, TcpStream},
+    path::{Path, PathBuf},
+    process::{Child, Command, Stdio},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Result, bail};
+use serde_json::{Value, json};
+
+use crate::sys::netns;
+
+const PORT: u16 = 7790;
+const SOON: Duration = Duration::from_secs(10);
+
+/// A running Envoy; it ends with this value.
+pub(super) struct Envoy(Child);
+
+impl Envoy {
+    /// Starts one in front of `upstream`; none where there is none on the search path.
+    pub(super) fn start(netns: &Path, upstream: SocketAddr) -> Result<Option<Self>> {
+        let Some(program) = find() else { return Ok(None) };
+        let config = config(upstream).to_string();
+        let child = netns::run_in(netns, move || {
+            Command::new(program)
+                .args(["--concurrency", "1", "--log-level", "error", "--use-dynamic-base-id"])
+                .args(["--disable-hot-restart", "--config-yaml", &config])
+                .stdin(Stdio::null())
+                .stdout(Stdio::null())
+                .stderr(Stdio::null())
+                .spawn()
+        })?;
+        let envoy = Self(child);
+        let begun = Instant::now();
+        while begun.elapsed() < SOON {
+            let to = envoy.address();
+            if netns::run_in(netns, move || TcpStream::connect(to).map(drop)).is_ok() {
+                return Ok(Some(envoy));
+            }
+            std::thread::sleep(Duration::from_millis(50));
+        }
+        bail!("Envoy was started and does not listen")
+    }
+
+    pub(super) fn address(&self) -> SocketAddr {
+        (Ipv4Addr::LOCALHOST, PORT).into()
+    }
+
+    pub(super) fn pid(&self) -> u32 {
+        self.0.id()
+    }
+}
+
+impl Drop for Envoy {
+    fn drop(&mut self) {
+        // One that ended by itself is as good.
+        let _: io::Result<()> = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+fn find() -> Option<PathBuf> {
+    let path = std::env::var_os("PATH")?;
+    std::env::split_paths(&path)
+        .map(|directory| directory.join("envoy"))
+        .find(|file| file.is_file())
+}
+
+/// One listener, one rule (method and path), one upstream.
+fn config(upstream: SocketAddr) -> Value {
+    let address =
+        |ip: String, port: u16| json!({"socket_address": {"address": ip, "port_value": port}});
+    let matcher = |header: &str, regex: &str| json!({"header": {"name": header, "string_match": {"safe_regex": {"regex": regex}}}});
+    let typed = |name: &str| format!("type.googleapis.com/envoy.extensions.{name}");
+    let rbac = json!({
+        "@type": typed("filters.http.rbac.v3.RBAC"),
+        "rules": {"action": "ALLOW", "policies": {"rule": {
+            "principals": [{"any": true}],
+            "permissions": [{"and_rules": {"rules": [
+                matcher(":method", "GET"), matcher(":path", "/public(/.*)?"),
+            ]}}],
+        }}},
+    });
+    let http = json!({
+        "@type": typed("filters.network.http_connection_manager.v3.HttpConnectionManager"),
+        "stat_prefix": "bench",
+        "codec_type": "AUTO",
+        "route_config": {"virtual_hosts": [{
+            "name": "all", "domains": ["*"],
+            "routes": [{"match": {"prefix": "/"}, "route": {"cluster": "server"}}],
+        }]},
+        "http_filters": [
+            {"name": "rbac", "typed_config": rbac},
+            {"name": "router", "typed_config": {"@type": typed("filters.http.router.v3.Router")}},
+        ],
+    });
+    let protocol = json!({
+        "@type": typed("upstreams.http.v3.HttpProtocolOptions"),
+        "use_downstream_protocol_config": {"http_protocol_options": {}, "http2_protocol_options": {}},
+    });
+    json!({"static_resources": {
+        "listeners": [{
+            "address": address(Ipv4Addr::LOCALHOST.to_string(), PORT),
+            "filter_chains": [{"filters": [{"name": "http", "typed_config": http}]}],
+        }],
+        "clusters": [{
+            "name": "server", "type": "STATIC", "connect_timeout": "2s",
+            "typed_extension_protocol_options": {
+                "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol,
+            },
+            "load_assignment": {"cluster_name": "server", "endpoints": [{"lb_endpoints": [
+                {"endpoint": {"address": address(upstream.ip().to_string(), upstream.port())}},
+            ]}]},
+        }],
+    }})
+}

@@ -1,0 +1,151 @@
+//! What a rule on HTTP costs: requests through the L7 proxy beside the same requests without it,
+//! and beside Envoy with the same rule where that is installed.
+
+mod envoy;
+mod http;
+
+use std::{
+    net::SocketAddr,
+    path::PathBuf,
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+
+use self::{
+    envoy::Envoy,
+    http::{Load, Protocol, Server},
+};
+use super::{
+    blocking,
+    cluster::{Cluster, Pods},
+    control::resident,
+    report::{Goal, Row, median},
+};
+use crate::sys::netns;
+
+/// The port that the rule names.
+pub(super) const RULED: u16 = 7780;
+/// The same server, without a rule on HTTP.
+pub(super) const PLAIN: u16 = 7781;
+/// Connections, of each protocol.
+const CONNECTIONS: [usize; 3] = [1, 16, 256];
+/// Rounds; direct and ruled take turns.
+const ROUNDS: usize = 5;
+
+/// How requests get to the server.
+#[derive(Clone)]
+struct Way {
+    name: &'static str,
+    client: PathBuf,
+    to: SocketAddr,
+    /// The process whose time is taken.
+    proxy: Option<u32>,
+}
+
+/// Measures all ways, round by round.
+pub(super) async fn measure(cluster: &Cluster, pods: &Pods) -> Result<Vec<Row>> {
+    let path = pods.path();
+    let _servers = [
+        Server::start(&path.server, SocketAddr::new(path.address, RULED))?,
+        Server::start(&path.server, SocketAddr::new(path.address, PLAIN))?,
+    ];
+    let proxy = cluster.proxy().context("no palisade-proxy runs")?;
+    let mut rows = vec![
+        Row::new("L7 proxy memory (RSS), idle", resident(proxy)?, "MB").goal(Goal::AtMost(15.0)),
+    ];
+    let pod = |name, port, proxy| Way {
+        name,
+        client: path.client.clone(),
+        to: SocketAddr::new(path.address, port),
+        proxy,
+    };
+    let direct = pod("direct", PLAIN, None);
+    let ruled = pod("L7 policy", RULED, Some(proxy));
+    let envoy = Envoy::start(&cluster.node.netns_path(), SocketAddr::new(path.address, PLAIN))?;
+    let envoy_way = envoy.as_ref().map(|envoy| Way {
+        name: "Envoy",
+        client: cluster.node.netns_path(),
+        to: envoy.address(),
+        proxy: Some(envoy.pid()),
+    });
+    for protocol in [Protocol::Http1, Protocol::Http2] {
+        for connections in CONNECTIONS {
+            let load = Load { protocol, connections };
+            let ways: Vec<Way> = [Some(direct.clone()), Some(ruled.clone()), envoy_way.clone()]
+                .into_iter()
+                .flatten()
+                .collect();
+            rows.extend(blocking(move || compare(load, &ways)).await?);
+        }
+    }
+    rows.push(Row::new("L7 proxy memory (RSS), after the load", resident(proxy)?, "MB"));
+    Ok(rows)
+}
+
+/// What one way did in the rounds.
+#[derive(Default)]
+struct Samples {
+    rates: Vec<f64>,
+    latencies: Vec<f64>,
+    cpu: Vec<f64>,
+}
+
+fn compare(load: Load, ways: &[Way]) -> Result<Vec<Row>> {
+    let mut samples: Vec<Samples> = ways.iter().map(|_| Samples::default()).collect();
+    for _ in 0..ROUNDS {
+        for (way, samples) in ways.iter().zip(&mut samples) {
+            let before = way.proxy.map(cpu_time).transpose()?;
+            let to = way.to;
+            let begun = Instant::now();
+            let done = netns::run_in(&way.client, move || load.run(to))
+                .with_context(|| format!("{load} {}", way.name))?;
+            samples.rates.push(done.requests as f64 / begun.elapsed().as_secs_f64());
+            samples.latencies.push(done.median_latency.as_secs_f64() * 1e6);
+            if let (Some(pid), Some(before)) = (way.proxy, before) {
+                let used = cpu_time(pid)?.saturating_sub(before);
+                samples.cpu.push(used.as_secs_f64() * 1e6 / done.requests as f64);
+            }
+        }
+    }
+    Ok(rows(load, ways, &mut samples))
+}
+
+fn rows(load: Load, ways: &[Way], samples: &mut [Samples]) -> Vec<Row> {
+    let mut rows = Vec::new();
+    let medians: Vec<[f64; 3]> = samples
+        .iter_mut()
+        .map(|s| [median(&mut s.rates), median(&mut s.latencies), median(&mut s.cpu)])
+        .collect();
+    for (way, [rate, latency, cpu]) in ways.iter().zip(&medians) {
+        rows.push(Row::new(format!("{load}: {}", way.name), *rate, "/s"));
+        rows.push(Row::new(format!("{load}: {}, median latency", way.name), *latency, "us"));
+        if way.proxy.is_some() {
+            rows.push(Row::new(format!("{load}: {}, proxy's CPU a request", way.name), *cpu, "us"));
+        }
+    }
+    let [direct, ruled, ..] = medians[..] else { return rows };
+    rows.push(
+        Row::new(format!("{load}: L7 policy / direct"), ruled[0] / direct[0], "x")
+            .goal(Goal::AtLeast(0.35)),
+    );
+    if let Some(envoy) = medians.get(2) {
+        let cpu = Row::new(format!("{load}: CPU, L7 policy / Envoy"), ruled[2] / envoy[2], "x");
+        rows.push(cpu.goal(Goal::AtMost(0.35)));
+        let added = (ruled[1] - direct[1]) / (envoy[1] - direct[1]);
+        let added = Row::new(format!("{load}: added latency, L7 policy / Envoy"), added, "x");
+        rows.push(if load.connections == 1 { added.goal(Goal::AtMost(0.35)) } else { added });
+    }
+    rows
+}
+
+/// Time that a process spent, all threads together (proc_pid_stat(5)).
+fn cpu_time(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(')').context("no process name")?.1;
+    let mut fields = fields.split_whitespace().skip(11);
+    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
+    let used = ticks().zip(ticks()).map(|(user, system)| user + system).context("no times")?;
+    Ok(Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second())?
+        * u32::try_from(used)?)
+}

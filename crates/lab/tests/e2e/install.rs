@@ -1,0 +1,171 @@
+//! `palisade install` and what follows it, against a real API server. Nothing here runs the
+//! installed pods: the lab has no controller for DaemonSets, so the test says what they became.
+
+use std::{
+    io::Write,
+    path::{Path, PathBuf},
+    process::{Command, Output, Stdio},
+};
+
+use serde_json::Value;
+
+use crate::harness::{Lab, eventually};
+
+fn palisade(lab: &Lab, args: &[&str]) -> Command {
+    let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
+    let mut command = Command::new(program);
+    command.args(args).env("KUBECONFIG", lab.kubeconfig()).stdin(Stdio::null());
+    command
+}
+
+fn run(lab: &Lab, args: &[&str]) -> (i32, String) {
+    let Output { status, stdout, stderr } = palisade(lab, args).output().unwrap();
+    let text = [stdout, stderr].concat();
+    (status.code().unwrap(), String::from_utf8(text).unwrap())
+}
+
+#[track_caller]
+fn succeeds(lab: &Lab, args: &[&str]) -> String {
+    let (code, text) = run(lab, args);
+    assert_eq!(code, 0, "palisade {}: {text}", args.join(" "));
+    text
+}
+
+#[track_caller]
+fn fails(lab: &Lab, args: &[&str], code: i32, why: &str) {
+    let (found, text) = run(lab, args);
+    assert_eq!(found, code, "palisade {}: {text}", args.join(" "));
+    assert!(text.contains(why), "{text}");
+}
+
+/// What the controller of DaemonSets would say.
+fn pretend(lab: &Lab, name: &str, desired: u32, ready: u32) {
+    let path = "jsonpath={.metadata.generation}";
+    let generation = lab.kubectl(&["-n", "kube-system", "get", "ds", name, "-o", path]);
+    let status = format!(
+        r#"{{"status": {{"observedGeneration": {generation}, "desiredNumberScheduled": {desired},
+            "currentNumberScheduled": {desired}, "updatedNumberScheduled": {desired},
+            "numberReady": {ready}, "numberAvailable": {ready}, "numberMisscheduled": 0}}}}"#
+    );
+    let args = ["patch", "ds", name, "--subresource=status", "--type=merge", "-p", &status];
+    lab.kubectl(&[&["-n", "kube-system"], &args[..]].concat());
+}
+
+fn everything_of_ours(lab: &Lab) -> String {
+    let kinds = "ds,deploy,pods,cm,sa,pdb,role,rolebinding,clusterrole,clusterrolebinding,ns";
+    let label = "app.kubernetes.io/part-of=palisade";
+    let objects = lab.kubectl(&["get", kinds, "-A", "-l", label, "-o", "name"]);
+    let others = lab.kubectl(&["get", "crd,lease", "-A", "-o", "name"]);
+    let others = others.lines().filter(|it| it.contains("cilium.io") || it.contains("palisade"));
+    others.fold(objects, |all, name| format!("{all}{name}\n"))
+}
+
+/// Every object is one that the API server takes, without a field that it does not know.
+fn check_strictly(lab: &Lab, manifest: &str) {
+    let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.tools/bin");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path: Vec<PathBuf> = std::iter::once(tools).chain(std::env::split_paths(&path)).collect();
+    let mut child = Command::new("kubectl")
+        .args(["apply", "--server-side", "--dry-run=server", "--validate=strict", "-f", "-"])
+        .env("PATH", std::env::join_paths(path).unwrap())
+        .env("KUBECONFIG", lab.kubeconfig())
+        .stdin(Stdio::piped())
+        .stdout(Stdio::null())
+        .spawn()
+        .unwrap();
+    child.stdin.take().unwrap().write_all(manifest.as_bytes()).unwrap();
+    assert!(child.wait().unwrap().success());
+}
+
+#[test]
+fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
+    let lab = Lab::up(1);
+
+    // Before: what is wrong is said, and nothing is changed.
+    fails(&lab, &["upgrade"], 4, "palisade install");
+    fails(&lab, &["uninstall"], 4, "palisade install");
+    fails(&lab, &["install", "--set", "config.ipam=dhcp"], 1, "config.ipam: \"dhcp\" is none of");
+    fails(&lab, &["install", "--set", "confg.ipam=x"], 1, "confg: there is no such value");
+    fails(&lab, &["install", "-n", "nowhere"], 1, "\"nowhere\" not found");
+    fails(&lab, &["install", "--context", "other"], 1, "other");
+    let manifest = succeeds(&lab, &["install", "--dry-run"]);
+    // A dry run makes no namespace for the objects after it.
+    lab.kubectl(&["create", "namespace", "palisade-secrets"]);
+    check_strictly(&lab, &manifest);
+    let other = "apiVersion: apps/v1\nkind: DaemonSet\nmetadata: {name: kindnet}\nspec:\n  \
+                 selector: {matchLabels: {a: b}}\n  template:\n    metadata: {labels: {a: b}}\n    \
+                 spec: {containers: [{name: c, image: c}]}\n";
+    lab.apply(other);
+    fails(&lab, &["install"], 1, "another network: DaemonSet default/kindnet");
+    lab.kubectl(&["delete", "ds", "kindnet"]);
+    // The lab's own definitions are there from the beginning.
+    let before = everything_of_ours(&lab);
+    assert!(!before.contains("daemonset") && !before.contains("clusterrole"), "{before}");
+
+    let text = succeeds(&lab, &["install", "--set", "config.identity-grace=45m"]);
+    assert!(text.contains("daemonset/palisade applied"), "{text}");
+    fails(&lab, &["install"], 1, "Palisade is installed in the namespace kube-system");
+    assert!(succeeds(&lab, &["config", "view"]).contains("identity-grace: 45m"));
+
+    // A changed setting is in the ConfigMap, and in a new version of the pods; others stay.
+    let template = |lab: &Lab| {
+        let path = "jsonpath={.spec.template}";
+        lab.kubectl(&["-n", "kube-system", "get", "ds", "palisade", "-o", path])
+    };
+    let first = template(&lab);
+    succeeds(&lab, &["config", "set", "log-level=debug"]);
+    let path = "jsonpath={.data.log-level} {.data.identity-grace}";
+    let config = ["-n", "kube-system", "get", "cm", "palisade-config", "-o", path];
+    assert_eq!(lab.kubectl(&config), "debug 45m");
+    assert_ne!(template(&lab), first);
+    fails(&lab, &["config", "set", "log-level=loud"], 1, "config.log-level");
+
+    // An object that a new version has no more goes.
+    let namespace = |name: &str| lab.try_kubectl(&["get", "namespace", name]).is_some();
+    succeeds(&lab, &["upgrade", "--set", "secrets.namespace=elsewhere"]);
+    assert!(namespace("elsewhere"));
+    eventually("the old namespace goes", || !namespace("palisade-secrets"));
+
+    // Status names what is wrong and where.
+    pretend(&lab, "palisade", 2, 1);
+    eventually("the operator's image is not there", || {
+        let (code, text) = run(&lab, &["status"]);
+        let problem = text.lines().any(|line| {
+            line.contains("palisade-operator-") && line.contains("container operator: ErrImagePull")
+        });
+        code == 1 && problem
+    });
+    let (_, text) = run(&lab, &["status", "--verbose"]);
+    assert!(text.contains("Desired: 2, Ready: 1/2, Available: 1/2, Unavailable: 1/2"), "{text}");
+    assert!(text.contains("Palisade:           1 not ready"), "{text}");
+    let (_, json) = run(&lab, &["status", "-o", "json"]);
+    let json: Value = serde_json::from_str(&json).unwrap();
+    assert_eq!(json["pod_state"]["palisade"]["Unavailable"], 1);
+    assert_eq!(json["pod_state"]["palisade-operator"]["Desired"], 2);
+    fails(&lab, &["upgrade", "--wait", "--wait-duration", "1"], 1, "does not run after 1 s");
+
+    // Policies are not lost unasked.
+    lab.apply(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {name: mine}\n\
+         spec: {endpointSelector: {}, ingress: [{}]}\n",
+    );
+    fails(&lab, &["uninstall"], 1, "1 ciliumnetworkpolicies would be lost");
+    assert!(everything_of_ours(&lab).contains("daemonset.apps/palisade"));
+
+    lab.kubectl(&["taint", "node", "node1", "node.cilium.io/agent-not-ready=true:NoSchedule"]);
+    let uninstall = palisade(&lab, &["uninstall", "--delete-policies"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    eventually("nodes are cleaned", || {
+        let cleaner = ["-n", "kube-system", "get", "ds", "palisade-clean"];
+        lab.try_kubectl(&cleaner).is_some()
+    });
+    pretend(&lab, "palisade-clean", 1, 1);
+    let Output { status, stderr, .. } = uninstall.wait_with_output().unwrap();
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    eventually("nothing is left", || everything_of_ours(&lab).is_empty());
+    let taints = lab.kubectl(&["get", "node", "node1", "-o", "jsonpath={.spec.taints}"]);
+    assert!(!taints.contains("cilium"), "{taints}");
+}

@@ -1,0 +1,246 @@
+//! Policy on HTTP, in real clusters: what the kernel hands to the proxy, what becomes of it there,
+//! and what happens when the proxy or the agent dies meanwhile.
+
+use std::{
+    net::{IpAddr, SocketAddr},
+    sync::{
+        Arc,
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
+    },
+    thread,
+    time::{Duration, Instant},
+};
+
+use palisade_lab::nodes::Program;
+
+use super::{
+    harness::{Lab, Pod, eventually},
+    http::{Client, Origin},
+    traffic::{Conversations, Flow, serve_echo},
+};
+
+const PORT: u16 = 8080;
+
+/// What the server admits: the near and the far client, and of them only this.
+const INGRESS: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchExpressions: [{key: app, operator: In, values: [near, far]}]}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET, path: '/public(/.*)?'}]}}]}]}";
+/// The same, said by the clients.
+const EGRESS: &str = "spec: {endpointSelector: {matchExpressions: [{key: app, operator: In, values: [near, far]}]}, egress: [{
+    toEndpoints: [{matchLabels: {app: server}}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET, path: '/public(/.*)?'}]}}]}]}";
+/// Nothing at all.
+const CLOSED: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{}]}";
+/// Something else of HTTP.
+const OTHER: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchExpressions: [{key: app, operator: In, values: [near, far]}]}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET, path: '/other'}]}}]}]}";
+
+fn service(lab: &Lab) -> [IpAddr; 2] {
+    lab.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: server}\n\
+         spec: {ipFamilyPolicy: RequireDualStack, selector: {app: server}, ports: [{port: 8080}]}\n",
+    );
+    let addresses = lab.kubectl(&["get", "svc", "server", "-o", "jsonpath={.spec.clusterIPs}"]);
+    let addresses: Vec<IpAddr> = serde_json::from_str(&addresses).unwrap();
+    lab.await_table("service-entries", |rows| {
+        addresses.iter().all(|ip| rows.iter().any(|row| row.join(" ").contains(&ip.to_string())))
+    });
+    [addresses[0], addresses[1]]
+}
+
+/// One request over a connection of its own.
+fn ask(from: &Pod, to: IpAddr, method: &str, target: &str) -> Option<u16> {
+    Client::connect(from, SocketAddr::new(to, PORT)).ok()?.ask(method, target).ok()
+}
+
+#[test]
+fn requests_are_judged_one_by_one() {
+    let lab = Lab::up(2);
+    let [server, near, far, stranger] =
+        lab.pods([("server", 1), ("near", 1), ("far", 2), ("stranger", 2)]);
+    let origin = Origin::start(&server, PORT);
+    serve_echo(&server);
+    let to: Vec<IpAddr> = server.addresses.into_iter().chain(service(&lab)).collect();
+
+    for from in [&near, &far, &stranger] {
+        for to in &to {
+            assert_eq!(ask(from, *to, "DELETE", "/admin"), Some(200), "before any policy");
+        }
+    }
+    for (policy, strangers) in [(INGRESS, None), (EGRESS, Some(200))] {
+        lab.apply_cilium_policy("default", "l7", policy);
+        origin.take();
+        for (name, from) in [("near", &near), ("far", &far)] {
+            for to in &to {
+                let said = |method, target| ask(from, *to, method, target);
+                assert_eq!(said("GET", "/public"), Some(200), "{name} {to} {policy}");
+                assert_eq!(said("GET", "/public?b=c"), Some(403), "a query is part of the path");
+                assert_eq!(said("GET", "/public/a"), Some(200), "{name} {to} {policy}");
+                assert_eq!(said("GET", "/admin"), Some(403), "{name} {to} {policy}");
+                assert_eq!(said("GET", "/public/../admin"), Some(403), "{name} {to} {policy}");
+                assert_eq!(said("POST", "/public"), Some(403), "{name} {to} {policy}");
+                let family = usize::from(to.is_ipv6());
+                let expected = [
+                    (from.addresses[family], "GET /public HTTP/1.1".to_owned()),
+                    (from.addresses[family], "GET /public/a HTTP/1.1".to_owned()),
+                ];
+                assert_eq!(origin.take(), expected, "{name} {to}: what the origin got, from whom");
+            }
+        }
+        for to in &to {
+            assert_eq!(ask(&stranger, *to, "GET", "/public"), strangers, "stranger {to}");
+        }
+        one_connection_many_requests(&origin, &near, server.addresses[0]);
+        what_is_not_http_goes_nowhere(&origin, &near, server.addresses[0]);
+        assert!(
+            Flow::tcp(&near, server.addresses[0]).is_err(),
+            "a port that no rule names is closed"
+        );
+        lab.kubectl(&["delete", "cnp", "l7"]);
+        lab.await_policies(0);
+    }
+}
+
+fn one_connection_many_requests(origin: &Origin, from: &Pod, to: IpAddr) {
+    origin.take();
+    let mut client = Client::connect(from, SocketAddr::new(to, PORT)).unwrap();
+    for _ in 0..3 {
+        assert_eq!(client.ask("GET", "/public").unwrap(), 200);
+        assert_eq!(client.ask("GET", "/secret").unwrap(), 403);
+    }
+    assert_eq!(origin.take().len(), 3);
+}
+
+fn what_is_not_http_goes_nowhere(origin: &Origin, from: &Pod, to: IpAddr) {
+    let before = origin.bytes();
+    let hello = b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03";
+    for bytes in
+        [&hello[..], b"SSH-2.0-OpenSSH_9.9\r\n", b"EHLO somebody\r\n\r\n", b"\0\0\0\0\r\n\r\n"]
+    {
+        let mut client = Client::connect(from, SocketAddr::new(to, PORT)).unwrap();
+        let answer = client.say(bytes);
+        assert!(!answer.starts_with(b"HTTP/1.1 200"), "{}", String::from_utf8_lossy(&answer));
+    }
+    assert_eq!(origin.bytes(), before, "bytes that are not HTTP arrived");
+}
+
+#[test]
+fn a_change_reaches_open_connections() {
+    let lab = Lab::up(1);
+    let [server, near] = lab.pods([("server", 1), ("near", 1)]);
+    let origin = Origin::start(&server, PORT);
+    for to in server.addresses {
+        let to = SocketAddr::new(to, PORT);
+        lab.apply_cilium_policy("default", "l7", INGRESS);
+        let mut client = Client::connect(&near, to).unwrap();
+        assert_eq!(client.ask("GET", "/public").unwrap(), 200);
+        lab.apply_cilium_policy("default", "l7", OTHER);
+        assert_eq!(client.ask("GET", "/public").unwrap(), 403, "judged by the policy of now");
+        assert_eq!(client.ask("GET", "/other").unwrap(), 200);
+        origin.take();
+        lab.apply_cilium_policy("default", "l7", CLOSED);
+        assert!(client.ask("GET", "/other").is_err(), "the connection itself is denied now");
+        assert_eq!(origin.take(), []);
+        lab.kubectl(&["delete", "cnp", "l7"]);
+        lab.await_policies(0);
+    }
+}
+
+#[test]
+fn without_the_proxy_what_needs_it_is_closed_and_nothing_else() {
+    let lab = Lab::up(1);
+    let [server, near, bystander] = lab.pods([("server", 1), ("near", 1), ("bystander", 1)]);
+    let origin = Origin::start(&server, PORT);
+    serve_echo(&bystander);
+    let flows = bystander.addresses.map(|to| Flow::tcp(&near, to).unwrap());
+    let untouched = Conversations::start(flows.into());
+    lab.apply_cilium_policy("default", "l7", INGRESS);
+    for round in 0..10 {
+        for to in server.addresses {
+            assert_eq!(ask(&near, to, "GET", "/public"), Some(200), "round {round}");
+        }
+        origin.take();
+        let killed = Instant::now();
+        lab.kill(1, Program::Proxy);
+        for to in server.addresses {
+            assert_ne!(ask(&near, to, "GET", "/secret"), Some(200), "round {round}");
+        }
+        eventually("the proxy is back", || {
+            server.addresses.iter().all(|to| ask(&near, *to, "GET", "/public") == Some(200))
+        });
+        assert!(killed.elapsed() < Duration::from_secs(3), "round {round}: {:?}", killed.elapsed());
+        assert!(origin.take().iter().all(|(_, line)| line == "GET /public HTTP/1.1"));
+    }
+    let (interrupted, words, _) = untouched.end();
+    assert_eq!((interrupted, words > 10), (0, true));
+}
+
+/// Requests that every version of a policy denies, over new connections and old ones, while the
+/// versions follow one another and the proxy and the agent are killed.
+#[test]
+fn nothing_denied_arrives_while_everything_changes() {
+    const CLIENTS: usize = 8;
+    const LASTING: Duration = Duration::from_secs(20);
+    const PER_CONNECTION: usize = 100;
+
+    let lab = Arc::new(Lab::up(1));
+    let [server, near] = lab.pods([("server", 1), ("near", 1)]);
+    let origin = Origin::start(&server, PORT);
+    lab.apply_cilium_policy("default", "l7", INGRESS);
+    let over = Arc::new(AtomicBool::new(false));
+    let (asked, denied) = (Arc::new(AtomicU64::new(0)), Arc::new(AtomicU64::new(0)));
+    let clients: Vec<_> = (0..CLIENTS)
+        .map(|number| {
+            let to = SocketAddr::new(server.addresses[number % 2], PORT);
+            let (over, asked, denied) = (over.clone(), asked.clone(), denied.clone());
+            let near = near.clone();
+            thread::spawn(move || {
+                while !over.load(Relaxed) {
+                    let Ok(mut client) = Client::connect(&near, to) else { continue };
+                    for _ in 0..PER_CONNECTION {
+                        asked.fetch_add(1, Relaxed);
+                        match client.ask("GET", "/secret") {
+                            Ok(status) => {
+                                assert_eq!(status, 403);
+                                denied.fetch_add(1, Relaxed);
+                            }
+                            // Cut off, which is as good as denied.
+                            Err(_) => break,
+                        }
+                    }
+                }
+            })
+        })
+        .collect();
+    let begun = Instant::now();
+    let mut changes = 0;
+    while begun.elapsed() < LASTING {
+        for policy in [OTHER, CLOSED, INGRESS] {
+            lab.apply(&format!(
+                "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\n\
+                 metadata: {{name: l7, namespace: default}}\n{policy}\n"
+            ));
+            changes += 1;
+        }
+        match changes % 4 {
+            0 => lab.kill(1, Program::Proxy),
+            2 => lab.kill(1, Program::Agent),
+            _ => {}
+        }
+    }
+    over.store(true, Relaxed);
+    for client in clients {
+        client.join().unwrap();
+    }
+    println!(
+        "{} requests, {} denied by an answer, {changes} changes of policy",
+        asked.load(Relaxed),
+        denied.load(Relaxed)
+    );
+    assert_eq!(origin.take(), [], "a request that every policy denies arrived");
+    assert!(denied.load(Relaxed) > 1000);
+    eventually("what is allowed still passes", || {
+        ask(&near, server.addresses[0], "GET", "/public") == Some(200)
+    });
+}
