@@ -5,7 +5,16 @@ use std::path::PathBuf;
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
 
-use crate::{exit, output::Format};
+use crate::{
+    commands::{
+        connectivity::ConnectivityCommand,
+        install::{ConfigCommand, InstallArgs, UninstallArgs},
+        node::NodeCommand,
+        sysdump::SysdumpArgs,
+    },
+    exit,
+    output::Format,
+};
 
 /// Network security for Kubernetes, with eBPF.
 #[derive(Debug, Parser)]
@@ -49,12 +58,15 @@ pub(crate) struct Global {
     /// Kubeconfig file. By default $KUBECONFIG, else the running lab's, else ~/.kube/config.
     #[arg(long, global = true, value_name = "FILE")]
     pub(crate) kubeconfig: Option<PathBuf>,
+    /// Context of the kubeconfig.
+    #[arg(long, global = true, value_name = "NAME")]
+    pub(crate) context: Option<String>,
 }
 
-#[expect(clippy::large_enum_variant, reason = "parsed once, at the start")]
 #[derive(Debug, Subcommand)]
 pub(crate) enum Command {
     /// Versions of this command, of the agents and of the API server.
+    #[command(after_help = "Examples:\n  palisade version\n  palisade version --client -o json")]
     Version {
         /// Only this command's own version.
         #[arg(long)]
@@ -66,13 +78,24 @@ pub(crate) enum Command {
     )]
     Status(StatusArgs),
     /// The pods that the agents of this machine look after.
-    #[command(subcommand, visible_alias = "ep")]
+    #[command(
+        subcommand,
+        visible_alias = "ep",
+        after_help = "Examples:\n  palisade endpoint list\n  palisade endpoint get default/tiefighter"
+    )]
     Endpoint(EndpointCommand),
     /// The security identities: a number for each set of labels.
-    #[command(subcommand, visible_alias = "id")]
+    #[command(
+        subcommand,
+        visible_alias = "id",
+        after_help = "Examples:\n  palisade identity list\n  palisade identity get 2"
+    )]
     Identity(IdentityCommand),
     /// Policies: what is in force, and checking files before applying them.
-    #[command(subcommand)]
+    #[command(
+        subcommand,
+        after_help = "Examples:\n  palisade policy get\n  palisade policy check policies/*.yaml"
+    )]
     Policy(PolicyCommand),
     /// Flows: who talks to whom, what was dropped, and by which rule.
     #[command(
@@ -90,6 +113,26 @@ pub(crate) enum Command {
         #[arg(long, value_name = "NODE")]
         node: Option<String>,
     },
+    /// Make Palisade the network of a cluster.
+    #[command(
+        after_help = "Examples:\n  palisade install --wait\n  palisade install --set config.ipam=cluster-pool --dry-run\n  palisade install --context kind-kind --values values.yaml"
+    )]
+    Install(InstallArgs),
+    /// Bring an installation to this version, with the values of before and those given.
+    Upgrade(InstallArgs),
+    /// Take Palisade out of a cluster, nodes included.
+    Uninstall(UninstallArgs),
+    /// The settings of an installation.
+    #[command(subcommand)]
+    Config(ConfigCommand),
+    /// Whether pods reach what they may, and nothing else.
+    #[command(subcommand)]
+    Connectivity(ConnectivityCommand),
+    /// Collect what is known of a cluster's network, without secrets.
+    Sysdump(SysdumpArgs),
+    /// What Palisade's pods do on their node.
+    #[command(subcommand, hide = true)]
+    Node(NodeCommand),
     /// A whole cluster on this machine: up, down, status, kubeconfig, exec.
     #[command(
         disable_help_flag = true,
@@ -101,7 +144,7 @@ pub(crate) enum Command {
         args: Vec<String>,
     },
     /// Demonstrations that bring their own cluster and take it down again.
-    #[command(subcommand)]
+    #[command(subcommand, after_help = "Example:\n  palisade demo starwars")]
     Demo(DemoCommand),
     /// Measures what Palisade costs on this machine, in a lab of its own, beside a bare veth pair
     /// and an nftables rule set of the same meaning.
@@ -127,11 +170,15 @@ pub(crate) struct StatusArgs {
     /// Seconds to wait at most.
     #[arg(long, default_value_t = 300, value_name = "SECONDS")]
     pub(crate) wait_duration: u64,
+    /// Every pod of Palisade, with its containers.
+    #[arg(long)]
+    pub(crate) verbose: bool,
 }
 
 #[derive(Debug, Subcommand)]
 pub(crate) enum EndpointCommand {
     /// All of them.
+    #[command(after_help = "Examples:\n  palisade endpoint list\n  palisade endpoint list -o json")]
     List,
     /// One of them, in full.
     #[command(after_help = "Example:\n  palisade endpoint get default/tiefighter")]
@@ -144,8 +191,10 @@ pub(crate) enum EndpointCommand {
 #[derive(Debug, Subcommand)]
 pub(crate) enum IdentityCommand {
     /// All of them.
+    #[command(after_help = "Examples:\n  palisade identity list\n  palisade identity list -o json")]
     List,
     /// One of them.
+    #[command(after_help = "Example:\n  palisade identity get 2")]
     Get {
         /// Number.
         id: u32,
@@ -171,6 +220,41 @@ pub(crate) enum PolicyCommand {
         #[arg(required = true, value_name = "FILE")]
         files: Vec<PathBuf>,
     },
+    /// Would this pass, and why? Exits with 0 if it would and 1 if not.
+    #[command(
+        after_help = "Examples:\n  palisade policy explain --from tiefighter --to deathstar --port 80 --http 'PUT /v1/exhaust-port'\n  palisade policy explain --from web --to 192.0.2.1 --port 443 -f pods.yaml -f policies.yaml"
+    )]
+    Explain(ExplainArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct ExplainArgs {
+    /// The sender: `namespace/pod`, a prefix of it, a pod of the namespace `default`, or an
+    /// address.
+    #[arg(long, value_name = "POD")]
+    pub(crate) from: String,
+    /// The receiver, likewise.
+    #[arg(long, value_name = "POD")]
+    pub(crate) to: String,
+    /// The receiver's port, behind any service, or the ICMP type.
+    #[arg(long, value_name = "PORT")]
+    pub(crate) port: u16,
+    /// tcp unless said otherwise, udp with --dns.
+    #[arg(long, value_parser = ["tcp", "udp", "sctp", "icmp", "icmpv6"], ignore_case = true)]
+    pub(crate) protocol: Option<String>,
+    /// A request inside the connection: method and path, or method and URL.
+    #[arg(long, value_name = "REQUEST", group = "inside")]
+    pub(crate) http: Option<String>,
+    /// A question for a DNS name.
+    #[arg(long, value_name = "NAME", group = "inside")]
+    pub(crate) dns: Option<String>,
+    /// TLS for a server name.
+    #[arg(long, value_name = "NAME", group = "inside")]
+    pub(crate) server_name: Option<String>,
+    /// Pods (or what makes them), namespaces and policies from files instead of the cluster;
+    /// `-` is standard input.
+    #[arg(short, long, value_name = "FILE")]
+    pub(crate) file: Vec<PathBuf>,
 }
 
 #[derive(Debug, Args)]
@@ -206,7 +290,7 @@ pub(crate) struct ObserveArgs {
     #[arg(long, value_name = "PORT")]
     pub(crate) port: Vec<u16>,
     /// tcp, udp, sctp, icmp, icmpv6.
-    #[arg(long, value_name = "NAME")]
+    #[arg(long, value_parser = ["tcp", "udp", "sctp", "icmp", "icmpv6"], ignore_case = true)]
     pub(crate) protocol: Vec<String>,
     /// forwarded or dropped.
     #[arg(long, value_parser = ["forwarded", "dropped"], ignore_case = true)]
@@ -258,5 +342,23 @@ mod tests {
             Cli::parse_from(["palisade", "lab", "up", "--nodes", "3", "-o", "json", "--help"]);
         let Command::Lab { args } = cli.command else { panic!("{:?}", cli.command) };
         assert_eq!(args, ["up", "--nodes", "3", "-o", "json", "--help"]);
+    }
+
+    fn without_examples(command: &clap::Command, path: &str, found: &mut Vec<String>) {
+        let path = format!("{path} {}", command.get_name());
+        let help = [command.get_after_help(), command.get_after_long_help()];
+        if !help.into_iter().flatten().any(|text| text.to_string().contains("Example")) {
+            found.push(path.clone());
+        }
+        for inner in command.get_subcommands() {
+            without_examples(inner, &path, found);
+        }
+    }
+
+    #[test]
+    fn every_command_shows_how_it_is_used() {
+        let mut found = Vec::new();
+        without_examples(&Cli::command(), "", &mut found);
+        assert!(found.is_empty(), "no examples: {found:?}");
     }
 }

@@ -1,5 +1,7 @@
 //! What the Kubernetes API says, where one can be reached.
 
+mod installation;
+
 use std::{
     collections::BTreeSet,
     env,
@@ -11,13 +13,23 @@ use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
     Api, Client, Config,
-    api::{ApiResource, DynamicObject, GroupVersionKind, ListParams},
+    api::{ApiResource, AttachParams, DynamicObject, GroupVersionKind, ListParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
+
+use tokio::io::{AsyncRead, AsyncReadExt};
+
+pub(crate) use installation::{Container, Installation, PodState, Replicas};
+
+use crate::cli::Global;
 
 /// The lab writes it when it comes up.
 const LAB_KUBECONFIG: &str = "/run/palisade/lab/kubeconfig";
 const TIMEOUT: Duration = Duration::from_secs(5);
+/// A command in a container must have ended after so long.
+const EXEC: Duration = Duration::from_secs(15);
+/// Longer than a watch stays quiet.
+const WATCH: Duration = Duration::from_secs(300);
 
 /// What `status` and `version` want to know of the API server.
 pub(crate) struct Cluster {
@@ -27,29 +39,40 @@ pub(crate) struct Cluster {
     pub(crate) nodes: Vec<String>,
     /// Pods that want an address of their own, as `namespace/name`.
     pub(crate) pods: BTreeSet<String>,
+    /// Those of them that have one.
+    pub(crate) running: BTreeSet<String>,
     /// Pods for which there is a `CiliumEndpoint`, as `namespace/name`.
     pub(crate) endpoints: BTreeSet<String>,
+    /// Names of nodes that nobody gave a network for pods.
+    pub(crate) without_network: Vec<String>,
+    /// What `palisade install` or Helm put into it; a lab has none.
+    pub(crate) installation: Option<Installation>,
 }
 
 /// Reads it; every request is bounded in time.
-pub(crate) fn read(kubeconfig: Option<&Path>) -> Result<Cluster> {
-    on_runtime(async {
-        let client = client(kubeconfig).await?;
+pub(crate) fn read(global: &Global) -> Result<Cluster> {
+    on_runtime(Some(TIMEOUT * 2), async {
+        let client = client(global).await?;
         let version = client.apiserver_version().await.context("the API server's version")?;
         let everything = ListParams::default();
         let nodes = Api::<Node>::all(client.clone()).list(&everything).await.context("nodes")?;
         let pods = Api::<Pod>::all(client.clone()).list(&everything).await.context("pods")?;
         let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumEndpoint");
         let resource = ApiResource::from_gvk(&kind);
-        let endpoints = Api::<DynamicObject>::all_with(client, &resource)
+        let endpoints = Api::<DynamicObject>::all_with(client.clone(), &resource)
             .list(&everything)
             .await
             .map(|list| list.items)
             .unwrap_or_default();
+        let with_address = pods.items.iter().filter(|pod| wants_address(pod) && has_address(pod));
+        let without_network = nodes.items.iter().filter(|node| !has_network(node));
         Ok(Cluster {
+            installation: Installation::find(&client).await?,
+            without_network: without_network.filter_map(|it| it.metadata.name.clone()).collect(),
             version: version.git_version,
             nodes: nodes.items.into_iter().filter_map(|node| node.metadata.name).collect(),
             pods: pods.items.iter().filter(|pod| wants_address(pod)).map(pod_name).collect(),
+            running: with_address.map(pod_name).collect(),
             endpoints: endpoints
                 .into_iter()
                 .map(|endpoint| key(endpoint.metadata.namespace, endpoint.metadata.name))
@@ -58,37 +81,97 @@ pub(crate) fn read(kubeconfig: Option<&Path>) -> Result<Cluster> {
     })
 }
 
-/// Only the API server's version.
-pub(crate) fn version(kubeconfig: Option<&Path>) -> Result<String> {
-    on_runtime(async {
-        let version = client(kubeconfig).await?.apiserver_version().await?;
-        Ok(version.git_version)
+/// Only the API server's version, and what is installed.
+pub(crate) fn version(global: &Global) -> Result<(String, Option<Installation>)> {
+    on_runtime(Some(TIMEOUT * 2), async {
+        let client = client(global).await?;
+        let version = client.apiserver_version().await?;
+        Ok((version.git_version, Installation::find(&client).await.unwrap_or_default()))
     })
 }
 
-fn on_runtime<T>(work: impl Future<Output = Result<T>>) -> Result<T> {
+/// Runs work that speaks to the API server, all of it within `limit` if there is one.
+pub(crate) fn on_runtime<T>(
+    limit: Option<Duration>,
+    work: impl Future<Output = Result<T>>,
+) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        tokio::time::timeout(TIMEOUT * 2, work)
+        let Some(limit) = limit else { return work.await };
+        tokio::time::timeout(limit, work)
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the API server does not answer")))
     })
 }
 
-async fn client(kubeconfig: Option<&Path>) -> Result<Client> {
-    let mut config = match chosen(kubeconfig) {
+/// The way to the API server that was asked for, or the one that is there.
+pub(crate) async fn client(global: &Global) -> Result<Client> {
+    let options =
+        KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
+    let mut config = match chosen(global.kubeconfig.as_deref()) {
         Some(file) => {
-            let read = Kubeconfig::read_from(&file).with_context(|| file.display().to_string())?;
-            Config::from_custom_kubeconfig(read, &KubeConfigOptions::default()).await?
+            let read = Kubeconfig::read_from(&file).map_err(|error| anyhow::anyhow!("{error}"))?;
+            Config::from_custom_kubeconfig(read, &options).await?
         }
-        None => Config::infer().await?,
+        None if global.context.is_some() => Config::from_kubeconfig(&options).await?,
+        None => {
+            named_but_missing()?;
+            // Its text holds those of its causes.
+            Config::infer().await.map_err(|error| anyhow::anyhow!("{error}"))?
+        }
     };
     config.connect_timeout = Some(TIMEOUT);
-    config.read_timeout = Some(TIMEOUT);
+    config.read_timeout = Some(WATCH);
     Ok(Client::try_from(config)?)
 }
 
+/// Runs a command in a container of a pod; whether it succeeded, and what it said.
+pub(crate) async fn exec(
+    pods: &Api<Pod>,
+    pod: &str,
+    container: Option<&str>,
+    command: Vec<String>,
+) -> Result<(bool, String)> {
+    let params = AttachParams {
+        container: container.map(str::to_owned),
+        ..AttachParams::default().stdin(false).stdout(true).stderr(true)
+    };
+    let run = async {
+        let mut process = pods.exec(pod, command, &params).await?;
+        let (stdout, stderr) = (process.stdout(), process.stderr());
+        let status = process.take_status().context("no status")?;
+        // Neither must wait for the other to be read.
+        let (out, err) = tokio::join!(read_all(stdout), read_all(stderr));
+        let status = status.await.context("the command ended without a status")?;
+        let said = format!("{}{}", out?, err?).trim().to_owned();
+        anyhow::Ok((status.status.as_deref() == Some("Success"), said))
+    };
+    tokio::time::timeout(EXEC, run).await.context("no answer in time")?
+}
+
+async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
+    let mut text = Vec::new();
+    if let Some(mut stream) = stream {
+        stream.read_to_end(&mut text).await?;
+    }
+    Ok(String::from_utf8_lossy(&text).into_owned())
+}
+
 /// The file given, else none where `KUBECONFIG` is for kube to read, else the lab's.
+/// `KUBECONFIG` that names nothing there is a slip of its own.
+fn named_but_missing() -> Result<()> {
+    let Some(named) = env::var_os("KUBECONFIG") else { return Ok(()) };
+    for file in env::split_paths(&named) {
+        // Unlike `exists`, this tells a file that may not be read from one that is not there.
+        match file.metadata() {
+            Ok(_) => return Ok(()),
+            Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
+            Err(error) => anyhow::bail!("$KUBECONFIG: {}: {error}", file.display()),
+        }
+    }
+    anyhow::bail!("$KUBECONFIG names {}, which does not exist", Path::new(&named).display())
+}
+
 fn chosen(given: Option<&Path>) -> Option<PathBuf> {
     if let Some(given) = given {
         return Some(given.to_owned());
@@ -97,6 +180,15 @@ fn chosen(given: Option<&Path>) -> Option<PathBuf> {
         return None;
     }
     Some(PathBuf::from(LAB_KUBECONFIG)).filter(|file| file.exists())
+}
+
+fn has_address(pod: &Pod) -> bool {
+    pod.status.as_ref().is_some_and(|status| status.pod_ip.is_some())
+}
+
+fn has_network(node: &Node) -> bool {
+    let spec = node.spec.as_ref();
+    spec.is_some_and(|spec| spec.pod_cidrs.as_ref().is_some_and(|it| !it.is_empty()))
 }
 
 /// Pods on the host's network have no address of their own, and those that ended need none.

@@ -1,12 +1,14 @@
 //! `palisade`: how people ask Palisade what it does, check policies, and try it out.
 
 mod agents;
+mod chart;
 mod check;
 mod cli;
 mod cluster;
 mod commands;
 mod demo;
 mod exit;
+mod explain;
 mod output;
 mod progress;
 

@@ -6,6 +6,8 @@ use clap::ValueEnum;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
+use crate::exit::Exit;
+
 /// The `-o` flag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub(crate) enum Format {
@@ -16,22 +18,36 @@ pub(crate) enum Format {
     Json,
 }
 
+/// Prints a line. Who reads no further (`| head`) ends the command quietly.
+macro_rules! say {
+    ($($text:tt)*) => { $crate::output::line(format_args!($($text)*)) };
+}
+pub(crate) use say;
+
+/// See [`say!`].
+pub(crate) fn line(text: std::fmt::Arguments<'_>) {
+    let Err(error) = writeln!(io::stdout().lock(), "{text}") else { return };
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        std::process::exit(Exit::Ok as i32);
+    }
+    // Standard error may be as broken as standard output.
+    let _ = writeln!(io::stderr(), "error: cannot print: {error}");
+    std::process::exit(Exit::No as i32);
+}
+
 /// Writes `value` as indented JSON.
 pub(crate) fn json(value: &impl Serialize) -> anyhow::Result<()> {
-    let mut out = io::stdout().lock();
-    serde_json::to_writer_pretty(&mut out, value)?;
-    writeln!(out)?;
+    say!("{}", serde_json::to_string_pretty(value)?);
     Ok(())
 }
 
 /// Writes `rows` below `titles`, aligned, without lines: what shell tools can cut.
-pub(crate) fn table<R, C>(titles: &[&str], rows: R) -> anyhow::Result<()>
+pub(crate) fn table<R, C>(titles: &[&str], rows: R)
 where
     R: IntoIterator<Item = C>,
     C: IntoIterator<Item = String>,
 {
-    writeln!(io::stdout().lock(), "{}", render(titles, rows))?;
-    Ok(())
+    say!("{}", render(titles, rows));
 }
 
 fn render<R, C>(titles: &[&str], rows: R) -> String

@@ -1,10 +1,11 @@
 //! `palisade policy check`: reads policies as the cluster would, without one.
 
+mod contradictions;
 mod locate;
 
 use std::{
     fs,
-    io::{self, Read, Write},
+    io::{self, Read},
     path::{Path, PathBuf},
 };
 
@@ -14,7 +15,10 @@ use serde::Serialize;
 use serde_json::Value;
 
 use self::locate::Lines;
-use crate::{exit::Exit, output, output::Format};
+use crate::{
+    exit::Exit,
+    output::{self, Format, say},
+};
 
 /// What is wrong, and where.
 #[derive(Debug, Serialize)]
@@ -40,12 +44,12 @@ pub(crate) fn run(format: Format, files: &[PathBuf]) -> anyhow::Result<Exit> {
     }
     match format {
         Format::Json => output::json(&findings)?,
-        Format::Table => print(&findings, policies)?,
+        Format::Table => print(&findings, policies),
     }
     Ok(if findings.is_empty() { Exit::Ok } else { Exit::No })
 }
 
-fn read(file: &Path) -> anyhow::Result<String> {
+pub(crate) fn read(file: &Path) -> anyhow::Result<String> {
     if file == Path::new("-") {
         let mut text = String::new();
         io::stdin().read_to_string(&mut text).context("cannot read standard input")?;
@@ -55,7 +59,7 @@ fn read(file: &Path) -> anyhow::Result<String> {
 }
 
 /// The YAML documents of a file with the numbers of their first lines.
-fn documents(text: &str) -> Vec<(usize, &str)> {
+pub(crate) fn documents(text: &str) -> Vec<(usize, &str)> {
     let mut documents = Vec::new();
     let (mut start, mut first) = (0, 1);
     let mut offset = 0;
@@ -102,16 +106,19 @@ fn check(file: &Path, first: usize, document: &str, findings: &mut Vec<Finding>)
         policies += 1;
         let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str).unwrap_or("-");
         let name = format!("{} {}", text("/kind"), text("/metadata/name"));
-        findings.extend(problems.into_iter().map(|problem| {
-            let path = format!("{prefix}{}", problem.path);
-            Finding {
-                file: file.clone(),
-                line: first - 1 + lines.as_ref().map_or(1, |lines| lines.of(&path)),
-                object: name.clone(),
-                field: problem.path,
-                message: problem.message,
-                suggestion: problem.suggestion,
-            }
+        let finding = |field: String, message: String, suggestion: String| {
+            let path = format!("{prefix}{field}");
+            let line = first - 1 + lines.as_ref().map_or(1, |lines| lines.of(&path));
+            Finding { file: file.clone(), line, object: name.clone(), field, message, suggestion }
+        };
+        findings.extend(
+            problems
+                .into_iter()
+                .map(|problem| finding(problem.path, problem.message, problem.suggestion)),
+        );
+        findings.extend(contradictions::find(object).into_iter().map(|(field, label)| {
+            let message = format!("selects nothing: what it asks of the label `{label}` cannot be");
+            finding(field, message, "keep one of the requirements that contradict".to_owned())
         }));
     }
     policies
@@ -119,7 +126,7 @@ fn check(file: &Path, first: usize, document: &str, findings: &mut Vec<Finding>)
 
 /// The object, or the members of a list such as `kubectl get -o yaml` prints, each with the path
 /// to it.
-fn objects(object: &Value) -> Vec<(String, &Value)> {
+pub(crate) fn objects(object: &Value) -> Vec<(String, &Value)> {
     let is_list = object["kind"].as_str().is_some_and(|kind| kind.ends_with("List"));
     match object["items"].as_array() {
         Some(items) if is_list => {
@@ -130,18 +137,17 @@ fn objects(object: &Value) -> Vec<(String, &Value)> {
     }
 }
 
-fn print(findings: &[Finding], policies: usize) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+fn print(findings: &[Finding], policies: usize) {
     for Finding { file, line, object, field, message, suggestion } in findings {
-        writeln!(out, "{file}:{line}: {object}: {field}: {message}")?;
+        say!("{file}:{line}: {object}: {field}: {message}");
         if !suggestion.is_empty() {
-            writeln!(out, "    {suggestion}")?;
+            say!("    {suggestion}");
         }
     }
     match (policies, findings.len()) {
-        (0, _) => writeln!(out, "no policy found"),
-        (_, 0) => writeln!(out, "{policies} checked, no problem"),
-        (_, count) => writeln!(out, "{policies} checked, {count} problems"),
+        (0, _) => say!("no policy found"),
+        (_, 0) => say!("{policies} checked, no problem"),
+        (_, count) => say!("{policies} checked, {count} problems"),
     }
 }
 
@@ -190,6 +196,20 @@ spec:
         let bad = findings(&list);
         assert_eq!((bad.len(), bad[0].line), (1, 9), "{list}{bad:?}");
         assert_eq!(bad[0].field, "spec.ingress[0].ports[0].port");
+    }
+
+    #[test]
+    fn a_selector_that_contradicts_itself_is_named() {
+        let selector =
+            "{matchLabels: {a: b}, matchExpressions: [{key: a, operator: NotIn, values: [b]}]}";
+        let bad = findings(
+            &POLICY
+                .replace("PORT", "80")
+                .replace("podSelector: {}", &format!("podSelector: {selector}")),
+        );
+        assert_eq!((bad.len(), bad[0].line), (1, 6), "{bad:?}");
+        assert_eq!(bad[0].field, "spec.podSelector");
+        assert!(bad[0].message.contains("the label `a`"), "{bad:?}");
     }
 
     #[test]

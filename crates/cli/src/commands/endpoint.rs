@@ -7,7 +7,7 @@ use crate::{
     agents::{self, mismatch},
     cli::{EndpointCommand, Global},
     exit::Exit,
-    output::{self, Format, dash},
+    output::{self, Format, dash, say},
 };
 
 const TITLES: [&str; 9] = [
@@ -46,9 +46,10 @@ pub(crate) fn run(global: &Global, command: EndpointCommand) -> Result<Exit> {
 
 fn list(format: Format, endpoints: &[Endpoint]) -> Result<()> {
     match format {
-        Format::Json => output::json(&endpoints),
+        Format::Json => output::json(&endpoints)?,
         Format::Table => output::table(&TITLES, endpoints.iter().map(row)),
     }
+    Ok(())
 }
 
 fn row(endpoint: &Endpoint) -> [String; 9] {
@@ -73,17 +74,17 @@ fn get(format: Format, endpoint: &Endpoint) -> Result<()> {
     if format == Format::Json {
         return output::json(endpoint);
     }
-    println!("Endpoint:         {}", endpoint.id);
-    println!("Pod:              {}/{}", endpoint.namespace, endpoint.pod);
-    println!("Status:           {}", endpoint.state);
-    println!("IPv4:             {}", dash(endpoint.ipv4));
-    println!("IPv6:             {}", dash(endpoint.ipv6));
-    println!("Identity:         {}", endpoint.identity);
-    println!("Labels:           {}", endpoint.labels.join("\n                  "));
-    println!("Policy (ingress): {}", enforcement(endpoint.ingress_enforced));
-    println!("Policy (egress):  {}", enforcement(endpoint.egress_enforced));
-    println!("Policy revision:  {}", endpoint.policy_revision);
-    println!("Interface:        {} (row {})", endpoint.interface, endpoint.row);
-    println!("Container:        {}", endpoint.container_id);
+    say!("Endpoint:         {}", endpoint.id);
+    say!("Pod:              {}/{}", endpoint.namespace, endpoint.pod);
+    say!("Status:           {}", endpoint.state);
+    say!("IPv4:             {}", dash(endpoint.ipv4));
+    say!("IPv6:             {}", dash(endpoint.ipv6));
+    say!("Identity:         {}", endpoint.identity);
+    say!("Labels:           {}", endpoint.labels.join("\n                  "));
+    say!("Policy (ingress): {}", enforcement(endpoint.ingress_enforced));
+    say!("Policy (egress):  {}", enforcement(endpoint.egress_enforced));
+    say!("Policy revision:  {}", endpoint.policy_revision);
+    say!("Interface:        {} (row {})", endpoint.interface, endpoint.row);
+    say!("Container:        {}", endpoint.container_id);
     Ok(())
 }

@@ -37,10 +37,11 @@ pub(crate) fn run(global: &Global, command: IdentityCommand) -> Result<Exit> {
 
 fn list(format: Format, identities: &[Identity]) -> Result<()> {
     match format {
-        Format::Json => output::json(&identities),
+        Format::Json => output::json(&identities)?,
         Format::Table => output::table(
             &["ID", "LABELS"],
             identities.iter().map(|identity| [identity.id.to_string(), identity.labels.join("\n")]),
         ),
     }
+    Ok(())
 }

@@ -12,11 +12,15 @@ use crate::{
 const PROGRAM: &str = "palisade-lab";
 
 /// Becomes `palisade-lab`; returns only where that fails.
-pub(crate) fn run(args: &[String]) -> Result<Exit> {
+pub(crate) fn run(args: &[String], output: Format) -> Result<Exit> {
     let program = beside_this_one()?;
     let help = ["--help".to_owned()];
     let args = if args.is_empty() { &help } else { args };
-    let error = Command::new(&program).arg0("palisade lab").args(args).exec();
+    let mut command = Command::new(&program);
+    if let Format::Json = output {
+        command.args(["--output", "json"]);
+    }
+    let error = command.arg0("palisade lab").args(args).exec();
     Err(Failure::unreachable(
         format!("{} cannot be started: {error}", program.display()),
         "Build it with:  make build",
@@ -26,12 +30,8 @@ pub(crate) fn run(args: &[String]) -> Result<Exit> {
 
 /// Measures: the lab is what there is to measure.
 pub(crate) fn bench(rounds: u16, output: Format) -> Result<Exit> {
-    let output = match output {
-        Format::Table => "table",
-        Format::Json => "json",
-    };
-    let args = ["bench", "--rounds", &rounds.to_string(), "--output", output];
-    run(&args.map(str::to_owned))
+    let args = ["bench", "--rounds", &rounds.to_string()];
+    run(&args.map(str::to_owned), output)
 }
 
 fn beside_this_one() -> Result<PathBuf> {

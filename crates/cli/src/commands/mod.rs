@@ -1,11 +1,15 @@
 //! One file for each command.
 
+pub(crate) mod connectivity;
 mod endpoint;
 mod identity;
+pub(crate) mod install;
 mod lab;
+pub(crate) mod node;
 mod observe;
 mod policy;
 mod status;
+pub(crate) mod sysdump;
 mod table;
 mod version;
 
@@ -19,6 +23,7 @@ use crate::{
     cli::{Cli, Command, DemoCommand, PolicyCommand},
     demo,
     exit::Exit,
+    explain,
 };
 
 /// Runs the command that was given.
@@ -31,9 +36,17 @@ pub(crate) fn run(cli: Cli) -> Result<Exit> {
         Command::Identity(command) => identity::run(global, command),
         Command::Policy(PolicyCommand::Get { endpoint }) => policy::get(global, endpoint),
         Command::Policy(PolicyCommand::Check { files }) => check::run(global.output, &files),
+        Command::Policy(PolicyCommand::Explain(args)) => explain::run(global, &args),
         Command::Observe(args) => observe::run(global, args),
         Command::Get { table, node } => table::run(global, table, node.as_deref()),
-        Command::Lab { args } => lab::run(&args),
+        Command::Install(args) => install::install(global, &args),
+        Command::Upgrade(args) => install::upgrade(global, &args),
+        Command::Uninstall(args) => install::uninstall(global, &args),
+        Command::Config(command) => install::config(global, command),
+        Command::Connectivity(command) => connectivity::run(global, command),
+        Command::Sysdump(args) => sysdump::run(global, args),
+        Command::Node(command) => node::run(command),
+        Command::Lab { args } => lab::run(&args, global.output),
         Command::Bench { rounds } => lab::bench(rounds, global.output),
         Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(&args),
         Command::Completion { shell } => {

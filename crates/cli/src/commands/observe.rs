@@ -3,7 +3,6 @@
 mod line;
 
 use std::{
-    io::{self, Write},
     sync::mpsc::{self, Sender},
     thread,
 };
@@ -19,7 +18,7 @@ use crate::{
     agents::{self, Agent, mismatch},
     cli::{Global, ObserveArgs},
     exit::{Exit, Failure},
-    output::Format,
+    output::{Format, say},
 };
 
 const DEFAULT_LAST: usize = 20;
@@ -32,21 +31,12 @@ pub(crate) fn run(global: &Global, args: ObserveArgs) -> Result<Exit> {
         follow: args.follow,
         filter: filter(args),
     };
-    let done = if observe.follow {
-        follow(&agents, &observe, &printer)
+    if observe.follow {
+        follow(&agents, &observe, &printer)?;
     } else {
-        past(&agents, &observe, &printer)
-    };
-    match done {
-        // The reader has seen enough, as in `palisade observe | head`.
-        Err(error) if is_broken_pipe(&error) => Ok(Exit::Ok),
-        done => done.map(|()| Exit::Ok),
+        past(&agents, &observe, &printer)?;
     }
-}
-
-fn is_broken_pipe(error: &anyhow::Error) -> bool {
-    let io = error.downcast_ref::<io::Error>();
-    io.is_some_and(|io| io.kind() == io::ErrorKind::BrokenPipe)
+    Ok(Exit::Ok)
 }
 
 fn filter(args: ObserveArgs) -> FlowFilter {
@@ -94,7 +84,8 @@ fn past(agents: &[Agent], observe: &Observe, printer: &Printer) -> Result<()> {
     Ok(())
 }
 
-fn past_of(agent: &Agent, observe: &Observe) -> Result<Vec<Flow>> {
+/// What an agent remembers.
+pub(crate) fn past_of(agent: &Agent, observe: &Observe) -> Result<Vec<Flow>> {
     let mut client = agent.connect()?;
     client.send(&Request::Observe(observe.clone()))?;
     let mut flows = Vec::new();
@@ -171,10 +162,9 @@ struct Printer {
 
 impl Printer {
     fn flow(&self, flow: &Flow) -> Result<()> {
-        let mut out = io::stdout().lock();
         match self.format {
-            Format::Json => writeln!(out, "{}", serde_json::to_string(flow)?)?,
-            Format::Table => writeln!(out, "{}", line::compact(flow, self.node))?,
+            Format::Json => say!("{}", serde_json::to_string(flow)?),
+            Format::Table => say!("{}", line::compact(flow, self.node)),
         }
         Ok(())
     }

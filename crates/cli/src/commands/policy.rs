@@ -7,7 +7,7 @@ use crate::{
     agents::{self, mismatch},
     cli::Global,
     exit::Exit,
-    output::{self, Format, dash},
+    output::{self, Format, dash, say},
 };
 
 pub(crate) fn get(global: &Global, endpoint: Option<String>) -> Result<Exit> {
@@ -37,16 +37,16 @@ fn print(format: Format, reports: &[(String, PolicyReport)]) -> Result<()> {
     }
     // Every agent follows the same objects.
     if let Some((_, report)) = reports.first() {
-        objects(report)?;
+        objects(report);
     }
     for endpoint in reports.iter().flat_map(|(_, report)| &report.endpoints) {
-        println!();
+        say!("");
         rules(endpoint);
     }
     Ok(())
 }
 
-fn objects(report: &PolicyReport) -> Result<()> {
+fn objects(report: &PolicyReport) {
     let rows = report.policies.iter().map(|policy| {
         let state = match (policy.valid, policy.last_good_in_force) {
             (true, _) => "in force",
@@ -60,25 +60,25 @@ fn objects(report: &PolicyReport) -> Result<()> {
             dash(policy.error.as_ref()),
         ]
     });
-    output::table(&["POLICY", "RULES", "STATE", "ERROR"], rows)
+    output::table(&["POLICY", "RULES", "STATE", "ERROR"], rows);
 }
 
 fn rules(endpoint: &EndpointPolicy) {
-    println!("{} (endpoint {}, identity {})", endpoint.pod, endpoint.endpoint, endpoint.identity);
+    say!("{} (endpoint {}, identity {})", endpoint.pod, endpoint.endpoint, endpoint.identity);
     direction("ingress", &endpoint.ingress);
     direction("egress", &endpoint.egress);
 }
 
 fn direction(name: &str, policy: &DirectionPolicy) {
     if !policy.enforced {
-        println!("  {name}: everything is allowed, no policy selects it");
+        say!("  {name}: everything is allowed, no policy selects it");
         return;
     }
-    println!("  {name}: (table {})", policy.table);
+    say!("  {name}: (table {})", policy.table);
     for rule in &policy.rules {
-        println!("    {:<6} {} {}", rule.action, rule.policy, rule.path);
+        say!("    {:<6} {} {}", rule.action, rule.policy, rule.path);
     }
     if !policy.default_deny_by.is_empty() {
-        println!("    deny   everything else, by {}", policy.default_deny_by.join(", "));
+        say!("    deny   everything else, by {}", policy.default_deny_by.join(", "));
     }
 }

@@ -1,5 +1,6 @@
 //! `palisade status`.
 
+mod installed;
 mod report;
 
 use std::{
@@ -10,13 +11,13 @@ use std::{
 use anyhow::Result;
 use palisade_api::admin::{Endpoint, Request, Response, Status};
 
-use self::report::Report;
+use self::{installed::Installed, report::Report};
 use crate::{
     agents,
     cli::{Global, StatusArgs},
     cluster,
     exit::{Exit, Failure},
-    output::{self, Format},
+    output::{self, Format, say},
     progress::Progress,
 };
 
@@ -31,21 +32,63 @@ pub(crate) fn run(global: &Global, args: &StatusArgs) -> Result<Exit> {
         let _progress = Progress::start("asking the agents and the API server");
         collect(global)
     };
-    if report.nothing_there() {
+    if let Summary::Agents(report) = &report
+        && report.nothing_there()
+    {
         return Err(Failure::unreachable(
             format!("nothing to tell the status of: {}", report.collection_errors().join("; ")),
-            "Start a cluster on this machine with:  palisade lab up",
+            "Start a cluster on this machine with:  palisade lab up\n\
+             or make Palisade a cluster's network:  palisade install",
         )
         .into());
     }
     match global.output {
         Format::Json => output::json(&report.json())?,
-        Format::Table => print!("{}", report.text()),
+        Format::Table => say!("{}", report.text(args.verbose).trim_end()),
     }
-    Ok(if report.ok() { Exit::Ok } else { Exit::No })
+    Ok(match (report.ok(), report.nobody_answered()) {
+        (true, _) => Exit::Ok,
+        (false, true) => Exit::Unreachable,
+        (false, false) => Exit::No,
+    })
 }
 
-fn wait(global: &Global, at_most: Duration) -> Report {
+/// Who tells the status.
+enum Summary {
+    /// The API server, of a cluster that Palisade is installed in.
+    Installed(Installed),
+    /// The agents of this machine.
+    Agents(Report),
+}
+
+impl Summary {
+    fn ok(&self) -> bool {
+        match self {
+            Self::Installed(installed) => installed.ok(),
+            Self::Agents(report) => report.ok(),
+        }
+    }
+
+    fn nobody_answered(&self) -> bool {
+        matches!(self, Self::Agents(report) if report.nobody_answered())
+    }
+
+    fn text(&self, verbose: bool) -> String {
+        match self {
+            Self::Installed(installed) => installed.text(verbose),
+            Self::Agents(report) => report.text(),
+        }
+    }
+
+    fn json(&self) -> serde_json::Value {
+        match self {
+            Self::Installed(installed) => installed.json(),
+            Self::Agents(report) => report.json(),
+        }
+    }
+}
+
+fn wait(global: &Global, at_most: Duration) -> Summary {
     let begun = Instant::now();
     loop {
         let report = collect(global);
@@ -56,7 +99,13 @@ fn wait(global: &Global, at_most: Duration) -> Report {
     }
 }
 
-fn collect(global: &Global) -> Report {
+fn collect(global: &Global) -> Summary {
+    let cluster = cluster::read(global);
+    let cluster = match cluster.map(Installed::of) {
+        Ok(Ok(installed)) => return Summary::Installed(installed),
+        Ok(Err(cluster)) => Ok(*cluster),
+        Err(error) => Err(format!("{error:#}")),
+    };
     let agents = agents::discover(&global.socket)
         .into_iter()
         .map(|agent| report::AgentState {
@@ -64,8 +113,7 @@ fn collect(global: &Global) -> Report {
             answer: ask(&agent).map_err(|error| format!("{error:#}")),
         })
         .collect();
-    let cluster = cluster::read(global.kubeconfig.as_deref()).map_err(|error| format!("{error:#}"));
-    Report::new(agents, cluster)
+    Summary::Agents(Report::new(agents, cluster))
 }
 
 fn ask(agent: &agents::Agent) -> Result<(Status, Vec<Endpoint>)> {

@@ -38,7 +38,7 @@ fn names(global: &Global, agents: &[Agent]) -> Result<Exit> {
     };
     match global.output {
         Format::Json => output::json(&names)?,
-        Format::Table => output::table(&["TABLE"], names.into_iter().map(|name| [name]))?,
+        Format::Table => output::table(&["TABLE"], names.into_iter().map(|name| [name])),
     }
     Ok(Exit::Ok)
 }
@@ -71,6 +71,6 @@ fn rows(global: &Global, agents: &[Agent], table: String) -> Result<Exit> {
         let node = several.then_some(node);
         table.rows.into_iter().map(move |row| node.clone().into_iter().chain(row))
     });
-    output::table(&titles, rows)?;
+    output::table(&titles, rows);
     Ok(Exit::Ok)
 }

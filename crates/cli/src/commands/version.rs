@@ -1,5 +1,7 @@
 //! `palisade version`.
 
+use std::collections::BTreeMap;
+
 use anyhow::Result;
 use palisade_api::admin::{Request, Response};
 use serde::Serialize;
@@ -9,7 +11,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::Exit,
-    output::{self, Format},
+    output::{self, Format, say},
 };
 
 #[derive(Serialize)]
@@ -19,6 +21,9 @@ struct Versions {
     agents: Option<Vec<AgentVersion>>,
     #[serde(skip_serializing_if = "Option::is_none")]
     kubernetes: Option<String>,
+    /// Images in the cluster, and how many pods run them.
+    #[serde(skip_serializing_if = "Option::is_none")]
+    cluster: Option<BTreeMap<String, BTreeMap<String, usize>>>,
 }
 
 #[derive(Serialize)]
@@ -29,11 +34,18 @@ struct AgentVersion {
 
 /// Parts that cannot be reached are left out: asking for the version is no health check.
 pub(crate) fn run(global: &Global, client_only: bool) -> Result<Exit> {
-    let mut versions =
-        Versions { client: env!("CARGO_PKG_VERSION"), agents: None, kubernetes: None };
+    let mut versions = Versions {
+        client: env!("CARGO_PKG_VERSION"),
+        agents: None,
+        kubernetes: None,
+        cluster: None,
+    };
     if !client_only {
         versions.agents = Some(agent_versions(global));
-        versions.kubernetes = cluster::version(global.kubeconfig.as_deref()).ok();
+        if let Ok((kubernetes, installation)) = cluster::version(global) {
+            versions.kubernetes = Some(kubernetes);
+            versions.cluster = installation.map(|it| it.images());
+        }
     }
     match global.output {
         Format::Json => output::json(&versions)?,
@@ -55,13 +67,18 @@ fn agent_versions(global: &Global) -> Vec<AgentVersion> {
 }
 
 fn print(versions: &Versions) {
-    println!("palisade:   v{}", versions.client);
+    say!("palisade:   v{}", versions.client);
     let Some(agents) = &versions.agents else { return };
-    if agents.is_empty() {
-        println!("agents:     none found on this machine");
+    if agents.is_empty() && versions.cluster.is_none() {
+        say!("agents:     none found on this machine");
     }
     for agent in agents {
-        println!("agent:      v{} ({})", agent.version.trim_start_matches('v'), agent.node);
+        say!("agent:      v{} ({})", agent.version.trim_start_matches('v'), agent.node);
     }
-    println!("kubernetes: {}", versions.kubernetes.as_deref().unwrap_or("not reachable"));
+    for (component, images) in versions.cluster.iter().flatten() {
+        for (image, count) in images {
+            say!("cluster:    {component}: {image} ({count})");
+        }
+    }
+    say!("kubernetes: {}", versions.kubernetes.as_deref().unwrap_or("not reachable"));
 }

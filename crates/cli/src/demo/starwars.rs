@@ -1,4 +1,4 @@
-//! The Star Wars walk-through: who may land on the death star, at L3 and L4.
+//! The Star Wars walk-through: who may land on the death star, and what else they may do there.
 
 use std::{
     env,
@@ -35,10 +35,16 @@ const L4: (&str, &str) = (
     "examples/starwars/cilium/networkpolicy-L4.yaml",
     include_str!("../../../../examples/starwars/cilium/networkpolicy-L4.yaml"),
 );
+const L7: (&str, &str) = (
+    "examples/starwars/cilium/networkpolicy-L7.yaml",
+    include_str!("../../../../examples/starwars/cilium/networkpolicy-L7.yaml"),
+);
 const SERVICE: &str = "deathstar.default.svc.cluster.local";
 const LAND: &str = "deathstar.default.svc.cluster.local/v1/request-landing";
 const EXHAUST: &str = "deathstar.default.svc.cluster.local/v1/exhaust-port";
 const LANDED: Expect<'_> = Expect::Answer(&["Ship landed"]);
+/// What the proxy says in place of the death star.
+const FORBIDDEN: Expect<'_> = Expect::Answer(&["Access denied"]);
 /// What the death star says when it dies.
 const PANIC: Expect<'_> =
     Expect::Answer(&["Panic: deathstar exploded", "goroutine 1 [running]:", "main.go"]);
@@ -132,6 +138,7 @@ fn walk(path: OsString, kubeconfig: &Path) -> Result<Script> {
     without_policy(&mut script)?;
     with_network_policy(&mut script)?;
     with_cilium_policy(&mut script)?;
+    with_http_policy(&mut script)?;
     Ok(script)
 }
 
@@ -153,7 +160,7 @@ fn without_policy(script: &mut Script) -> Result<()> {
     script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
     script.title("Step 2: and so may the xwing");
     script.check(&["exec", "xwing", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
-    sweep(script, LANDED)
+    sweep(script, LANDING, LANDED, LANDED)
 }
 
 fn with_network_policy(script: &mut Script) -> Result<()> {
@@ -163,7 +170,7 @@ fn with_network_policy(script: &mut Script) -> Result<()> {
     script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
     script.title("Step 4: and no others");
     script.check(&rebel(), Expect::NoAnswer)?;
-    sweep(script, Expect::NoAnswer)?;
+    sweep(script, LANDING, LANDED, Expect::NoAnswer)?;
 
     script.title("Step 5: L4 does not see what an imperial ship asks for");
     let before = restarts(script)?;
@@ -183,7 +190,22 @@ fn with_cilium_policy(script: &mut Script) -> Result<()> {
     script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["Valid"]))?;
     script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
     script.check(&rebel(), Expect::NoAnswer)?;
-    sweep(script, Expect::NoAnswer)
+    sweep(script, LANDING, LANDED, Expect::NoAnswer)
+}
+
+fn with_http_policy(script: &mut Script) -> Result<()> {
+    script.title("Step 7: a policy on HTTP keeps the empire's ships away from the exhaust port");
+    script.apply(L7.0, L7.1)?;
+    script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["request-landing", "Valid"]))?;
+    let before = restarts(script)?;
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", EXHAUST], FORBIDDEN)?;
+    sweep(script, SABOTAGE, FORBIDDEN, Expect::NoAnswer)?;
+    script.verdict(restarts(script)? == before, "the death star lives on");
+
+    script.title("Step 8: they still land, and rebels still do not");
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    script.check(&rebel(), Expect::NoAnswer)?;
+    sweep(script, LANDING, LANDED, Expect::NoAnswer)
 }
 
 fn rebel() -> [&'static str; 9] {
@@ -197,18 +219,27 @@ fn restarts(script: &Script) -> Result<u64> {
     Ok(statuses.filter_map(|status| status["restartCount"].as_u64()).sum())
 }
 
-/// From both ships to each replica, each ClusterIP and the Service's name, IPv4 and IPv6; the
-/// tiefighter lands, and the xwing gets what is expected.
-fn sweep(script: &mut Script, xwing: Expect<'_>) -> Result<()> {
+/// A method and a path.
+type Request = (&'static str, &'static str);
+const LANDING: Request = ("POST", "/v1/request-landing");
+const SABOTAGE: Request = ("PUT", "/v1/exhaust-port");
+
+/// Asks from both ships each replica, each ClusterIP and the Service's name, IPv4 and IPv6.
+fn sweep(
+    script: &mut Script,
+    request: Request,
+    tiefighter: Expect<'_>,
+    xwing: Expect<'_>,
+) -> Result<()> {
     println!("every way to each replica:");
     let targets = targets(script)?;
-    let probes: Vec<Probe<'_>> = [("tiefighter", LANDED), ("xwing", xwing)]
+    let probes: Vec<Probe<'_>> = [("tiefighter", tiefighter), ("xwing", xwing)]
         .into_iter()
         .flat_map(|(from, expect)| {
             targets.iter().map(move |(to, family, host)| Probe {
                 from,
                 to: to.clone(),
-                curl: curl(family, host),
+                curl: curl(family, host, request),
                 expect,
             })
         })
@@ -216,9 +247,9 @@ fn sweep(script: &mut Script, xwing: Expect<'_>) -> Result<()> {
     script.sweep(&probes)
 }
 
-fn curl(family: &str, host: &str) -> Vec<String> {
-    let url = format!("http://{host}/v1/request-landing");
-    ["-s", "-g", family, "--connect-timeout", "2", "--max-time", "10", "-XPOST", &url]
+fn curl(family: &str, host: &str, (method, path): Request) -> Vec<String> {
+    let url = format!("http://{host}{path}");
+    ["-s", "-g", family, "--connect-timeout", "2", "--max-time", "10", "-X", method, &url]
         .map(str::to_owned)
         .to_vec()
 }

@@ -73,6 +73,8 @@ fn what(flow: &Flow) -> String {
         (FlowKind::Open, _) if flow.rejudged => format!("{direction} open (judged again)"),
         (FlowKind::Open, _) => format!("{direction} open"),
         (FlowKind::Close, _) => format!("{direction} close"),
+        (FlowKind::Request, _) => format!("{direction} request"),
+        (FlowKind::Response, _) => format!("{direction} response"),
     }
 }
 
@@ -168,6 +170,7 @@ mod tests {
                 default_deny_by: vec!["NetworkPolicy default/policy".to_owned()],
             }),
             counters: None,
+            l7: None,
         }
     }
 

@@ -11,9 +11,9 @@ use serde_json::{Value, json};
 use crate::cluster::Cluster;
 
 /// A fence; the component summary stands beside it.
-const LOGO: [&str; 5] =
+pub(super) const LOGO: [&str; 5] =
     ["  /\\ /\\ /\\    ", "  || || ||    ", " =||=||=||=   ", "  || || ||    ", " =||=||=||=   "];
-const DISABLED: &str = "disabled";
+pub(super) const DISABLED: &str = "disabled";
 
 /// What one agent said.
 pub(super) struct AgentState {
@@ -35,6 +35,11 @@ impl Report {
     /// No agent and no API server.
     pub(super) fn nothing_there(&self) -> bool {
         self.agents.is_empty() && self.cluster.is_err()
+    }
+
+    /// Neither an agent nor the API server said anything.
+    pub(super) fn nobody_answered(&self) -> bool {
+        self.available() == 0 && self.cluster.is_err()
     }
 
     /// All there and without errors.
@@ -263,11 +268,17 @@ impl Report {
 
 fn problems(status: &Status) -> Vec<String> {
     let mut problems = status.problems.clone();
+    // An API server that cannot be reached is one problem, not one of each kind.
+    let mut errors: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for input in &status.inputs {
         if let Some(error) = &input.error {
-            problems.push(format!("{}: {error}", input.kind));
+            errors.entry(error).or_default().push(&input.kind);
         }
     }
+    problems.extend(errors.into_iter().map(|(error, kinds)| match kinds.len() {
+        few @ ..=3 => format!("{}: {error}", kinds[..few].join(", ")),
+        many => format!("{many} kinds of objects ({}, …): {error}", kinds[..2].join(", ")),
+    }));
     if !status.ready {
         let waiting: Vec<&str> = status
             .inputs

@@ -54,7 +54,10 @@ fn cluster(nodes: &[&str], pods: &[&str]) -> Cluster {
         version: "v1.37.1".to_owned(),
         nodes: nodes.iter().map(|&node| node.to_owned()).collect(),
         pods: pods.iter().map(|pod| format!("default/{pod}")).collect(),
+        running: BTreeSet::new(),
         endpoints: BTreeSet::new(),
+        without_network: Vec::new(),
+        installation: None,
     }
 }
 
@@ -105,4 +108,21 @@ fn an_agent_that_is_not_ready_says_what_it_waits_for() {
 fn nothing_at_all_is_told_apart_from_something_wrong() {
     assert!(Report::new(Vec::new(), Err("refused".to_owned())).nothing_there());
     assert!(!Report::new(Vec::new(), Ok(cluster(&[], &[]))).nothing_there());
+}
+
+#[test]
+fn one_cause_is_one_error() {
+    let mut cut_off = status("node1");
+    for kind in ["Pod", "Node", "Service", "Namespace"] {
+        cut_off.inputs.push(palisade_api::admin::Input {
+            kind: kind.to_owned(),
+            complete: true,
+            objects: 1,
+            error: Some("connection refused".to_owned()),
+        });
+    }
+    let agents = vec![AgentState { name: "node1".to_owned(), answer: Ok((cut_off, Vec::new())) }];
+    let text = Report::new(agents, Err("refused".to_owned())).text();
+    assert!(text.contains("1 errors, 0 warnings"), "{text}");
+    assert!(text.contains("4 kinds of objects (Pod, Node, …): connection refused"), "{text}");
 }

@@ -1,0 +1,245 @@
+//! The chart in `install/helm/palisade`, rendered without Helm to the very objects that `helm
+//! template` gives.
+
+mod schema;
+mod template;
+mod values;
+
+use anyhow::{Context, Result};
+use serde_json::{Map, Value, json};
+
+pub(crate) use values::{merge, parse_set};
+
+use crate::exit::Failure;
+
+macro_rules! chart {
+    ($file:literal) => {
+        include_str!(concat!(env!("CARGO_MANIFEST_DIR"), "/../../install/helm/palisade/", $file))
+    };
+}
+
+const CHART: &str = chart!("Chart.yaml");
+const VALUES: &str = chart!("values.yaml");
+const SCHEMA: &str = chart!("values.schema.json");
+const CLEAN: &str = chart!("clean.yaml");
+const TEMPLATES: [(&str, &str); 5] = [
+    ("agent-rbac.yaml", chart!("templates/agent-rbac.yaml")),
+    ("operator-rbac.yaml", chart!("templates/operator-rbac.yaml")),
+    ("config.yaml", chart!("templates/config.yaml")),
+    ("agent.yaml", chart!("templates/agent.yaml")),
+    ("operator.yaml", chart!("templates/operator.yaml")),
+];
+
+/// Kinds that others need come first.
+const ORDER: [&str; 9] = [
+    "Namespace",
+    "ServiceAccount",
+    "ClusterRole",
+    "ClusterRoleBinding",
+    "Role",
+    "RoleBinding",
+    "ConfigMap",
+    "PodDisruptionBudget",
+    "Deployment",
+];
+
+/// The chart with what was chosen.
+pub(crate) struct Chart {
+    root: Value,
+}
+
+impl Chart {
+    /// Checks what was chosen.
+    pub(crate) fn new(chosen: &Value, namespace: &str) -> Result<Self> {
+        let mut values: Value = serde_saphyr::from_str(VALUES).context("the chart's values")?;
+        merge(&mut values, chosen.clone());
+        let schema: Value = serde_json::from_str(SCHEMA).context("the chart's schema")?;
+        let problems = schema::problems(&schema, &values)?;
+        if !problems.is_empty() {
+            return Err(Failure::refused(
+                format!("values that cannot be: {}", problems.join("\n       ")),
+                "See what there is with:  palisade config view",
+            )
+            .into());
+        }
+        let chart: Map<String, Value> = serde_saphyr::from_str(CHART).context("the chart")?;
+        // Go has the chart's fields with capitals.
+        let capital = |key: String| {
+            let (first, rest) = key.split_at(1);
+            format!("{}{rest}", first.to_uppercase())
+        };
+        let chart: Map<_, _> = chart.into_iter().map(|(key, it)| (capital(key), it)).collect();
+        let root = json!({
+            "Values": values,
+            "Chart": chart,
+            "Release": { "Name": "palisade", "Namespace": namespace },
+        });
+        Ok(Self { root })
+    }
+
+    /// Version of the chart.
+    pub(crate) fn version(&self) -> &str {
+        self.root["Chart"]["Version"].as_str().unwrap_or_default()
+    }
+
+    /// The values in force: what was chosen over what the chart says.
+    pub(crate) fn values(&self) -> &Value {
+        &self.root["Values"]
+    }
+
+    /// The objects, in the order in which they are applied.
+    pub(crate) fn objects(&self) -> Result<Vec<Value>> {
+        let mut objects = Vec::new();
+        for (name, template) in TEMPLATES {
+            objects.extend(self.render(template).with_context(|| format!("in {name}"))?);
+        }
+        let rank = |object: &Value| ORDER.iter().position(|kind| object["kind"] == *kind);
+        objects.sort_by_key(|object| rank(object).unwrap_or(ORDER.len()));
+        Ok(objects)
+    }
+
+    /// What cleans the nodes after everything else is gone.
+    pub(crate) fn clean(&self) -> Result<Value> {
+        let objects = self.render(CLEAN).context("in clean.yaml")?;
+        objects.into_iter().next().context("clean.yaml is empty")
+    }
+
+    fn render(&self, template: &str) -> Result<Vec<Value>> {
+        let text = template::render(template, &self.root)?;
+        Ok(serde_saphyr::from_multiple(&text)?)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, fs, path::Path, process::Command};
+
+    use super::*;
+
+    const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../install/helm/palisade");
+
+    /// Ways to choose that reach every branch of the templates.
+    const CHOICES: [&[&str]; 5] = [
+        &[],
+        &["config.ipam=cluster-pool,config.pool-ipv6=fd00:10::/104,config.uplink=eth0"],
+        &["apiServer.host=10.0.0.1,cni.exclusive=true,proxy.enabled=false,operator.replicas=1"],
+        &["image.tag=v9,agent.maxUnavailable=25%,config.pool-ipv4-mask=26"],
+        &["config.cluster-name=a-b", "agent.nodeSelector.zone=x,secrets.namespace=s"],
+    ];
+
+    /// What `--set` cannot say: lists of maps.
+    const FILE: &str = r#"{"image": {"pullSecrets": [{"name": "a"}]}, "agent": {"tolerations": [],
+        "resources": {"limits": {"memory": "1Gi"}}}, "config": {"cluster-name": "x"}}"#;
+
+    fn chart(sets: &[&str]) -> Chart {
+        let mut chosen = json!({});
+        for set in sets {
+            merge(&mut chosen, parse_set(set).unwrap());
+        }
+        Chart::new(&chosen, "net").unwrap()
+    }
+
+    fn by_name(objects: Vec<Value>) -> BTreeMap<String, Value> {
+        let name = |it: &Value| {
+            format!("{} {}/{}", it["kind"], it["metadata"]["namespace"], it["metadata"]["name"])
+        };
+        let count = objects.len();
+        let map: BTreeMap<_, _> = objects.into_iter().map(|it| (name(&it), it)).collect();
+        assert_eq!(map.len(), count, "two objects of one name");
+        map
+    }
+
+    /// Helm, where set-up installed it or the machine has it.
+    fn helm() -> Option<Command> {
+        let own = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.tools/bin/helm");
+        let program = if own.exists() { own } else { "helm".into() };
+        Command::new(&program).arg("version").output().ok()?;
+        Some(Command::new(program))
+    }
+
+    fn assert_same(ours: &Chart, choice: &[&str]) {
+        let mut helm = helm().unwrap();
+        helm.args(["template", "palisade", DIRECTORY, "--namespace", "net"]).args(choice);
+        let output = helm.output().unwrap();
+        assert!(output.status.success(), "{}", String::from_utf8_lossy(&output.stderr));
+        let text = String::from_utf8(output.stdout).unwrap();
+        let helms = by_name(serde_saphyr::from_multiple(&text).unwrap());
+        let ours = by_name(ours.objects().unwrap());
+        let names = |objects: &BTreeMap<String, Value>| objects.keys().cloned().collect::<Vec<_>>();
+        assert_eq!(names(&ours), names(&helms), "{choice:?}");
+        for (name, object) in ours {
+            assert_eq!(object, helms[&name], "{name} with {choice:?}");
+        }
+    }
+
+    #[test]
+    fn helm_renders_the_very_same_objects() {
+        if helm().is_none() {
+            eprintln!("SKIPPED: there is no helm; `make setup` installs it");
+            return;
+        }
+        for sets in CHOICES {
+            let choice: Vec<&str> = sets.iter().flat_map(|set| ["--set", set]).collect();
+            assert_same(&chart(sets), &choice);
+        }
+        let file = std::env::temp_dir().join(format!("palisade-values-{}", std::process::id()));
+        fs::write(&file, FILE).unwrap();
+        let chosen: Value = serde_saphyr::from_str(FILE).unwrap();
+        let ours = Chart::new(&chosen, "net").unwrap();
+        assert_same(&ours, &["--values", file.to_str().unwrap()]);
+        fs::remove_file(file).unwrap();
+    }
+
+    #[test]
+    fn helm_refuses_what_is_refused_here() {
+        if helm().is_none() {
+            eprintln!("SKIPPED: there is no helm; `make setup` installs it");
+            return;
+        }
+        for set in [
+            "config.ipam=dhcp",
+            "config.pool-ipv4=10.0.0.0",
+            "config.pool-ipv4-mask=64",
+            "config.nothing=1",
+            "operator.replicas=0",
+            "agent.maxUnavailable=0",
+            "cni.exclusive=maybe",
+            "image.pullPolicy=Sometimes",
+        ] {
+            let chosen = parse_set(set).unwrap();
+            let error = Chart::new(&chosen, "net").err().expect(set).to_string();
+            assert!(error.contains(set.split('=').next().unwrap()), "{set}: {error}");
+            let mut helm = helm().unwrap();
+            let output = helm.args(["template", "palisade", DIRECTORY, "--set", set]).output();
+            assert!(!output.unwrap().status.success(), "{set}");
+        }
+    }
+
+    #[test]
+    fn every_template_is_embedded_and_whoever_is_needed_comes_first() {
+        let mut files: Vec<String> = fs::read_dir(Path::new(DIRECTORY).join("templates"))
+            .unwrap()
+            .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+            .collect();
+        files.sort();
+        let mut embedded = TEMPLATES.map(|(name, _)| name);
+        embedded.sort_unstable();
+        assert_eq!(files, embedded);
+
+        let objects = chart(&[]).objects().unwrap();
+        let kinds: Vec<&str> = objects.iter().map(|it| it["kind"].as_str().unwrap()).collect();
+        assert_eq!(kinds.first(), Some(&"Namespace"));
+        assert_eq!(kinds.last(), Some(&"DaemonSet"));
+        assert_eq!(chart(&[]).clean().unwrap()["kind"], "DaemonSet");
+    }
+
+    #[test]
+    fn a_changed_setting_is_a_new_version_of_the_pods() {
+        let version = |sets: &[&str]| {
+            let objects = chart(sets).objects().unwrap();
+            let agent = objects.into_iter().find(|it| it["kind"] == "DaemonSet").unwrap();
+            agent["spec"]["template"]["metadata"]["annotations"]["palisade.io/config"].clone()
+        };
+        assert_ne!(version(&[]), version(&["config.log-level=debug"]));
+    }
+}

@@ -1,0 +1,130 @@
+//! Checks values against the chart's schema: the keywords that `values.schema.json` uses.
+
+use anyhow::{Context, Result, bail};
+use regex::Regex;
+use serde_json::Value;
+
+/// Every field that is wrong, one a line.
+pub(super) fn problems(schema: &Value, values: &Value) -> Result<Vec<String>> {
+    let mut problems = Vec::new();
+    check(schema, values, "", &mut problems)?;
+    Ok(problems)
+}
+
+fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) -> Result<()> {
+    let schema = schema.as_object().context("a schema is an object")?;
+    let mut problem =
+        |text: String| problems.push(format!("{}: {text}", path.trim_start_matches('.')));
+    if let Some(kinds) = schema.get("type") {
+        let kinds: Vec<&str> = match kinds {
+            Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).collect(),
+            kind => kind.as_str().into_iter().collect(),
+        };
+        if !kinds.iter().any(|kind| is(value, kind)) {
+            problem(format!("{value} is not of type {}", kinds.join(" or ")));
+            return Ok(());
+        }
+    }
+    for (keyword, wanted) in schema {
+        match (keyword.as_str(), value) {
+            ("enum", _) if !wanted.as_array().is_some_and(|all| all.contains(value)) => {
+                problem(format!("{value} is none of {wanted}"));
+            }
+            ("pattern", Value::String(text)) => {
+                let pattern = wanted.as_str().context("a pattern is a text")?;
+                if !Regex::new(pattern)?.is_match(text) {
+                    problem(format!("{value} does not match {pattern}"));
+                }
+            }
+            ("minLength", Value::String(text)) if wanted.as_u64() > Some(text.len() as u64) => {
+                problem("must not be empty".to_owned());
+            }
+            ("minimum", Value::Number(number)) if number.as_i64() < wanted.as_i64() => {
+                problem(format!("{number} is less than {wanted}"));
+            }
+            ("maximum", Value::Number(number)) if number.as_i64() > wanted.as_i64() => {
+                problem(format!("{number} is more than {wanted}"));
+            }
+            (
+                "type"
+                | "enum"
+                | "pattern"
+                | "minLength"
+                | "minimum"
+                | "maximum"
+                | "items"
+                | "properties"
+                | "additionalProperties"
+                | "$schema",
+                _,
+            ) => {}
+            (other, _) => bail!("the schema's keyword {other} is not known here"),
+        }
+    }
+    if let (Value::Array(items), Some(schema)) = (value, schema.get("items")) {
+        for (index, item) in items.iter().enumerate() {
+            check(schema, item, &format!("{path}[{index}]"), problems)?;
+        }
+    }
+    let (Value::Object(fields), known) = (value, schema.get("properties")) else { return Ok(()) };
+    for (name, field) in fields {
+        let at = format!("{path}.{name}");
+        match (known.and_then(|known| known.get(name)), schema.get("additionalProperties")) {
+            (Some(schema), _) => check(schema, field, &at, problems)?,
+            (None, Some(Value::Bool(false))) => {
+                let names = known.and_then(Value::as_object).map(|it| it.keys().cloned());
+                let names: Vec<String> = names.into_iter().flatten().collect();
+                problems.push(format!(
+                    "{}: there is no such value; there are {}",
+                    at.trim_start_matches('.'),
+                    names.join(", ")
+                ));
+            }
+            (None, Some(schema @ Value::Object(_))) => check(schema, field, &at, problems)?,
+            (None, _) => {}
+        }
+    }
+    Ok(())
+}
+
+fn is(value: &Value, kind: &str) -> bool {
+    match kind {
+        "string" => value.is_string(),
+        "integer" => value.is_i64() || value.is_u64(),
+        "boolean" => value.is_boolean(),
+        "array" => value.is_array(),
+        "object" => value.is_object(),
+        _ => false,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_wrong_value_is_named_with_what_is_right() {
+        let schema = json!({
+            "type": "object",
+            "additionalProperties": false,
+            "properties": {
+                "mode": { "type": "string", "enum": ["a", "b"] },
+                "count": { "type": ["string", "integer"], "minimum": 1, "pattern": "^[0-9]+%$" },
+                "all": { "type": "array", "items": { "type": "object" } },
+            },
+        });
+        let problems = |values: Value| problems(&schema, &values).unwrap().join("\n");
+        assert_eq!(problems(json!({ "mode": "a", "count": 1, "all": [{}] })), "");
+        assert_eq!(problems(json!({ "mode": "c" })), r#"mode: "c" is none of ["a","b"]"#);
+        assert_eq!(problems(json!({ "mode": 1 })), "mode: 1 is not of type string");
+        assert_eq!(problems(json!({ "count": 0 })), "count: 0 is less than 1");
+        assert_eq!(problems(json!({ "count": "x" })), r#"count: "x" does not match ^[0-9]+%$"#);
+        assert_eq!(problems(json!({ "all": [1] })), "all[0]: 1 is not of type object");
+        assert_eq!(
+            problems(json!({ "mod": "a" })),
+            "mod: there is no such value; there are all, count, mode"
+        );
+    }
+}

@@ -1,0 +1,186 @@
+//! What runs of Palisade in a cluster, as the API server tells.
+
+use std::collections::BTreeMap;
+
+use k8s_openapi::api::{
+    apps::v1::{DaemonSet, Deployment},
+    core::v1::{ContainerState, ContainerStatus, Pod},
+};
+use kube::{Api, Client, ResourceExt, api::ListParams};
+
+/// The DaemonSet of the agents, wherever it is.
+const AGENTS: &str = "k8s-app=palisade";
+const PODS: &str = "k8s-app in (palisade, palisade-operator)";
+/// What a container waits for that just has not begun.
+const BEGINNING: [&str; 2] = ["ContainerCreating", "PodInitializing"];
+
+/// An installation.
+#[derive(Debug, Default)]
+pub(crate) struct Installation {
+    /// Version of the chart.
+    pub(crate) version: String,
+    /// The DaemonSet `palisade`.
+    pub(crate) agents: Replicas,
+    /// The Deployment `palisade-operator`.
+    pub(crate) operators: Option<Replicas>,
+    /// Agents bring a proxy.
+    pub(crate) proxy: bool,
+    /// Pods of both.
+    pub(crate) pods: Vec<PodState>,
+}
+
+/// How many there are, and should be.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Replicas {
+    pub(crate) desired: i32,
+    pub(crate) ready: i32,
+    pub(crate) available: i32,
+    /// The newest version is everywhere.
+    pub(crate) current: bool,
+}
+
+/// One pod.
+#[derive(Debug)]
+pub(crate) struct PodState {
+    /// `palisade` or `palisade-operator`.
+    pub(crate) component: String,
+    pub(crate) name: String,
+    pub(crate) node: Option<String>,
+    pub(crate) phase: String,
+    /// Why it is on no node.
+    pub(crate) unschedulable: Option<String>,
+    pub(crate) containers: Vec<Container>,
+}
+
+/// One container.
+#[derive(Debug)]
+pub(crate) struct Container {
+    pub(crate) name: String,
+    pub(crate) image: String,
+    pub(crate) running: bool,
+    pub(crate) ready: bool,
+    pub(crate) restarts: i32,
+    /// Why it does not run, where it should.
+    pub(crate) problem: Option<String>,
+}
+
+impl Installation {
+    /// Looks for one in every namespace.
+    pub(crate) async fn find(client: &Client) -> kube::Result<Option<Self>> {
+        let all: Api<DaemonSet> = Api::all(client.clone());
+        let found = all.list(&ListParams::default().labels(AGENTS)).await?.items;
+        let Some(agents) = found.into_iter().find(|it| it.name_any() == "palisade") else {
+            return Ok(None);
+        };
+        let namespace = agents.namespace().unwrap_or_default();
+        let operators: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
+        let operators = operators.get_opt("palisade-operator").await?;
+        let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
+        let pods = pods.list(&ListParams::default().labels(PODS)).await?.items;
+        Ok(Some(Self::new(&agents, operators.as_ref(), &pods)))
+    }
+
+    fn new(agents: &DaemonSet, operators: Option<&Deployment>, pods: &[Pod]) -> Self {
+        let mut containers = agents.spec.template.spec.iter().flat_map(|spec| &spec.containers);
+        Self {
+            version: agents.labels().get("app.kubernetes.io/version").cloned().unwrap_or_default(),
+            agents: of_daemon_set(agents),
+            operators: operators.map(of_deployment),
+            proxy: containers.any(|container| container.name == "proxy"),
+            pods: pods.iter().map(PodState::of).collect(),
+        }
+    }
+
+    /// By component and image: pods that run it.
+    pub(crate) fn images(&self) -> BTreeMap<String, BTreeMap<String, usize>> {
+        let mut images: BTreeMap<String, BTreeMap<String, usize>> = BTreeMap::new();
+        for pod in self.pods.iter().filter(|pod| pod.phase == "Running") {
+            let Some(container) = pod.containers.iter().find(|it| it.running) else { continue };
+            let of_component = images.entry(pod.component.clone()).or_default();
+            *of_component.entry(container.image.clone()).or_default() += 1;
+        }
+        images
+    }
+}
+
+fn of_daemon_set(agents: &DaemonSet) -> Replicas {
+    let Some(status) = &agents.status else { return Replicas::default() };
+    Replicas {
+        desired: status.desired_number_scheduled,
+        ready: status.number_ready,
+        available: status.number_available.unwrap_or_default(),
+        current: status.observed_generation == agents.metadata.generation
+            && status.updated_number_scheduled.unwrap_or_default()
+                == status.desired_number_scheduled,
+    }
+}
+
+fn of_deployment(operators: &Deployment) -> Replicas {
+    let desired = operators.spec.replicas.unwrap_or(1);
+    let status = operators.status.clone().unwrap_or_default();
+    Replicas {
+        desired,
+        ready: status.ready_replicas.unwrap_or_default(),
+        available: status.available_replicas.unwrap_or_default(),
+        current: status.observed_generation == operators.metadata.generation,
+    }
+}
+
+impl PodState {
+    fn of(pod: &Pod) -> Self {
+        let spec = pod.spec.as_ref();
+        let status = pod.status.clone().unwrap_or_default();
+        let scheduled = status.conditions.iter().flatten().find(|it| it.type_ == "PodScheduled");
+        let unschedulable = scheduled.filter(|it| it.status == "False");
+        let before = status.init_container_statuses.iter().flatten().map(|it| container(it, true));
+        let main = status.container_statuses.iter().flatten().map(|it| container(it, false));
+        // Of the containers that prepare, only one that cannot is worth a word.
+        let before = before.filter(|container| container.problem.is_some());
+        Self {
+            component: pod.labels().get("k8s-app").cloned().unwrap_or_default(),
+            name: pod.name_any(),
+            node: spec.and_then(|spec| spec.node_name.clone()),
+            phase: status.phase.clone().unwrap_or_default(),
+            unschedulable: unschedulable.and_then(|it| it.message.clone()),
+            containers: before.chain(main).collect(),
+        }
+    }
+}
+
+fn container(status: &ContainerStatus, prepares: bool) -> Container {
+    let state = status.state.clone().unwrap_or_default();
+    Container {
+        name: status.name.clone(),
+        image: status.image.clone(),
+        running: state.running.is_some(),
+        ready: status.ready,
+        restarts: status.restart_count,
+        problem: problem(&state, status.last_state.as_ref(), prepares),
+    }
+}
+
+fn problem(
+    state: &ContainerState,
+    before: Option<&ContainerState>,
+    prepares: bool,
+) -> Option<String> {
+    let ended = |state: &ContainerState| {
+        let ended = state.terminated.as_ref()?;
+        let said = ended.message.as_deref().unwrap_or_default().trim();
+        // The last thing that it said is why.
+        let said =
+            said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
+        let reason = ended.reason.as_deref().unwrap_or("ended");
+        Some(format!("{reason}, exit code {}: {said}", ended.exit_code))
+    };
+    if let Some(waiting) = &state.waiting {
+        let reason = waiting.reason.as_deref().unwrap_or("waiting");
+        if BEGINNING.contains(&reason) {
+            return None;
+        }
+        let why = before.and_then(ended).or_else(|| waiting.message.clone()).unwrap_or_default();
+        return Some(format!("{reason}: {why}"));
+    }
+    let failed = state.terminated.as_ref().is_some_and(|it| !prepares || it.exit_code != 0);
+    if failed { ended(state) } else { None }
+}

@@ -1,0 +1,234 @@
+//! `palisade connectivity test`: clients and servers of its own, and who may talk to whom under each
+//! kind of policy.
+
+mod place;
+mod probe;
+mod report;
+mod suite;
+
+use std::{
+    collections::VecDeque,
+    path::PathBuf,
+    sync::{Arc, Mutex, PoisonError},
+    time::{Duration, Instant},
+};
+
+use anyhow::{Context, Result};
+use clap::{Args, Subcommand};
+use kube::Client;
+use regex::Regex;
+use tokio::task::JoinSet;
+
+use self::{
+    place::Place,
+    probe::{Outcome, Probe},
+    report::Verdict,
+    suite::Test,
+};
+use crate::{
+    cli::Global,
+    cluster,
+    exit::{Exit, Failure},
+    output::{self, Format},
+    progress::Progress,
+};
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConnectivityCommand {
+    /// Runs every test and prints what was not as it must be.
+    #[command(
+        after_help = "Examples:\n  palisade connectivity test\n  palisade connectivity test --test 'ingress|l7' --junit-file results.xml"
+    )]
+    Test(TestArgs),
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct TestArgs {
+    /// Only tests whose names match.
+    #[arg(long, value_name = "REGEX")]
+    test: Option<Regex>,
+    /// Namespaces in which tests run side by side.
+    #[arg(long, default_value_t = 2, value_name = "N", value_parser = clap::value_parser!(u16).range(1..=16))]
+    test_concurrency: u16,
+    /// Image of clients and servers: agnhost, wherever it is to be pulled from.
+    #[arg(long, default_value = "registry.k8s.io/e2e-test-images/agnhost:2.47")]
+    image: String,
+    /// Beginning of the names of the namespaces.
+    #[arg(long, default_value = "palisade-test", value_name = "NAME")]
+    test_namespace: String,
+    /// Write the results as JUnit's XML, too.
+    #[arg(long, value_name = "FILE")]
+    junit_file: Option<PathBuf>,
+    /// Leave clients and servers as they are at the end.
+    #[arg(long)]
+    keep: bool,
+    /// Collect what is known of the cluster where a test fails; see `palisade sysdump`.
+    #[arg(long)]
+    collect_sysdump_on_failure: bool,
+}
+
+/// A policy must be in force after so long, and stay so.
+const SETTLE: Duration = Duration::from_secs(15);
+
+pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit> {
+    let ConnectivityCommand::Test(args) = command;
+    let wanted = |test: &&Test| args.test.as_ref().is_none_or(|it| it.is_match(test.name));
+    let tests: Vec<&'static Test> = suite::TESTS.iter().filter(wanted).collect();
+    if tests.is_empty() {
+        let names: Vec<&str> = suite::TESTS.iter().map(|test| test.name).collect();
+        return Err(Failure::not_found(format!(
+            "no test has such a name; there are {}",
+            names.join(", ")
+        ))
+        .into());
+    }
+    let verdicts = cluster::on_runtime(None, async {
+        let client = cluster::client(global).await?;
+        run_all(&client, &args, tests).await
+    })?;
+    match global.output {
+        Format::Json => output::json(&report::json(&verdicts))?,
+        Format::Table => print!("{}", report::text(&verdicts)),
+    }
+    if let Some(file) = &args.junit_file {
+        std::fs::write(file, report::junit(&verdicts))
+            .with_context(|| file.display().to_string())?;
+    }
+    if verdicts.iter().all(Verdict::passed) {
+        return Ok(Exit::Ok);
+    }
+    if args.collect_sysdump_on_failure {
+        super::sysdump::collect(global, None)?;
+    }
+    Ok(Exit::No)
+}
+
+/// Places take tests off one queue.
+async fn run_all(
+    client: &Client,
+    args: &TestArgs,
+    tests: Vec<&'static Test>,
+) -> Result<Vec<Verdict>> {
+    let quiet = Progress::start("starting clients and servers");
+    let count = usize::from(args.test_concurrency).min(tests.len());
+    let mut starts = JoinSet::new();
+    for number in 1..=count {
+        let (client, image) = (client.clone(), args.image.clone());
+        let namespace = format!("{}-{number}", args.test_namespace);
+        starts.spawn(async move { Place::start(client, namespace, &image).await });
+    }
+    let started = starts.join_all().await;
+    drop(quiet);
+    let queue = Arc::new(Mutex::new(VecDeque::from(tests)));
+    let mut workers = JoinSet::new();
+    let mut problem = None;
+    for place in started {
+        match place {
+            Ok(place) => {
+                workers.spawn(work(place, queue.clone(), args.keep));
+            }
+            Err(error) => problem = Some(error),
+        }
+    }
+    let mut verdicts: Vec<Verdict> = workers.join_all().await.into_iter().flatten().collect();
+    if let Some(problem) = problem {
+        return Err(problem.context("clients and servers do not start"));
+    }
+    let place = |verdict: &Verdict| suite::TESTS.iter().position(|it| it.name == verdict.name);
+    verdicts.sort_by_key(place);
+    Ok(verdicts)
+}
+
+async fn work(
+    place: Place,
+    queue: Arc<Mutex<VecDeque<&'static Test>>>,
+    keep: bool,
+) -> Vec<Verdict> {
+    let mut verdicts = Vec::new();
+    loop {
+        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
+        let Some(test) = next else { break };
+        let begun = Instant::now();
+        let outcome = judge(&place, test).await;
+        let verdict = Verdict::new(test.name, begun.elapsed(), outcome);
+        eprintln!("{}", verdict.line());
+        verdicts.push(verdict);
+    }
+    if !keep && let Err(error) = place.remove().await {
+        eprintln!("warning: {error:#}");
+    }
+    verdicts
+}
+
+/// What a test came to.
+enum Judgement {
+    /// So many probes were as they must be.
+    Passed(usize),
+    /// These were not.
+    Failed(Vec<String>),
+    /// The policy cannot be had here, and that is allowed.
+    Skipped(String),
+}
+
+async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
+    let refusal = place.apply(test.policies).await?;
+    let judgement = match refusal {
+        Some(why) if test.optional => Ok(Judgement::Skipped(why)),
+        Some(why) => Ok(Judgement::Failed(vec![format!("the policy is refused: {why}")])),
+        None => settle(place, test).await,
+    };
+    place.withdraw(test.policies).await?;
+    judgement
+}
+
+/// First until everything is as it must be, then once more: it must stay so.
+async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
+    let all = place.probes(test.kind);
+    let begun = Instant::now();
+    let mut waiting = all.clone();
+    while !waiting.is_empty() {
+        let results = run_probes(place, waiting).await?;
+        let wrong: Vec<_> =
+            results.into_iter().filter(|(it, got)| is_wrong(test, it, got)).collect();
+        if begun.elapsed() > SETTLE && !wrong.is_empty() {
+            return Ok(Judgement::Failed(wrong.iter().map(|it| complaint(test, it)).collect()));
+        }
+        waiting = wrong.into_iter().map(|(probe, _)| probe).collect();
+    }
+    let count = all.len();
+    let results = run_probes(place, all).await?;
+    let wrong: Vec<String> = results
+        .iter()
+        .filter(|(probe, got)| is_wrong(test, probe, got))
+        .map(|it| format!("{}, after it was right", complaint(test, it)))
+        .collect();
+    Ok(if wrong.is_empty() { Judgement::Passed(count) } else { Judgement::Failed(wrong) })
+}
+
+fn is_wrong(test: &Test, probe: &Probe, got: &Outcome) -> bool {
+    (test.allows)(probe) != matches!(got, Outcome::Reached)
+}
+
+fn complaint(test: &Test, (probe, got): &(Probe, Outcome)) -> String {
+    match got {
+        Outcome::Reached => format!("{probe}: got through, and must not"),
+        Outcome::Missed(why) => {
+            debug_assert!((test.allows)(probe), "what is denied may be missed");
+            format!("{probe}: did not get through ({why}), and must")
+        }
+    }
+}
+
+async fn run_probes(place: &Place, probes: Vec<Probe>) -> Result<Vec<(Probe, Outcome)>> {
+    let mut running = JoinSet::new();
+    let permits = Arc::new(tokio::sync::Semaphore::new(12));
+    for probe in probes {
+        let (place, permits) = (place.clone(), permits.clone());
+        running.spawn(async move {
+            let _permit = permits.acquire().await?;
+            let outcome = probe.run(&place).await.with_context(|| probe.to_string())?;
+            anyhow::Ok((probe, outcome))
+        });
+    }
+    running.join_all().await.into_iter().collect()
+}

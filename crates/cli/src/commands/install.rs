@@ -1,0 +1,247 @@
+//! `palisade install`, `upgrade`, `uninstall` and `config`: the chart's objects, applied by the
+//! API server.
+
+pub(crate) mod apply;
+mod record;
+mod remove;
+mod rollout;
+
+use std::{fs, path::PathBuf, time::Duration};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use k8s_openapi::api::apps::v1::DaemonSet;
+use kube::{Api, Client, ResourceExt, api::ListParams};
+use serde_json::{Value, json};
+
+use self::record::Record;
+use crate::{
+    chart::{self, Chart},
+    cli::Global,
+    cluster,
+    exit::{Exit, Failure},
+    output::{self, Format},
+};
+
+pub(crate) use remove::{UninstallArgs, uninstall};
+
+/// Which namespace, as every command here takes it.
+#[derive(Debug, Args)]
+pub(crate) struct Place {
+    /// Namespace of Palisade's pods.
+    #[arg(short, long, default_value = "kube-system", value_name = "NAMESPACE")]
+    pub(crate) namespace: String,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct InstallArgs {
+    #[command(flatten)]
+    place: Place,
+    /// A value of the chart; may be given more than once, and as a list with commas.
+    #[arg(long, value_name = "KEY=VALUE")]
+    set: Vec<String>,
+    /// File with values of the chart; may be given more than once.
+    #[arg(short = 'f', long, value_name = "FILE")]
+    values: Vec<PathBuf>,
+    /// Print the objects, and change nothing.
+    #[arg(long)]
+    dry_run: bool,
+    #[command(flatten)]
+    patience: Patience,
+}
+
+#[derive(Debug, Args)]
+pub(crate) struct Patience {
+    /// Wait until everything runs.
+    #[arg(long)]
+    wait: bool,
+    /// Seconds to wait at most.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    wait_duration: u64,
+}
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum ConfigCommand {
+    /// The values in force: what was chosen, over what the chart says.
+    View {
+        #[command(flatten)]
+        place: Place,
+    },
+    /// Change settings; pods that use them are replaced, some at a time.
+    #[command(
+        after_help = "Examples:\n  palisade config set log-level=debug\n  palisade config set ipam=cluster-pool pool-ipv4=10.244.0.0/16"
+    )]
+    Set {
+        /// Keys of `config` in the chart's values.
+        #[arg(required = true, value_name = "KEY=VALUE")]
+        settings: Vec<String>,
+        #[command(flatten)]
+        place: Place,
+        #[command(flatten)]
+        patience: Patience,
+    },
+}
+
+/// For the first time.
+pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
+    let chosen = chosen(args)?;
+    let chart = Chart::new(&chosen, &args.place.namespace)?;
+    if args.dry_run {
+        return dry_run(global, &chart);
+    }
+    cluster::on_runtime(None, async {
+        let client = cluster::client(global).await?;
+        if Record::read(&client, &args.place.namespace).await?.is_some() {
+            return Err(Failure::refused(
+                format!("Palisade is installed in the namespace {}", args.place.namespace),
+                "Change it with:  palisade upgrade, or palisade config set",
+            )
+            .into());
+        }
+        check_other_networks(&client, &chart).await?;
+        roll_out(&client, &chart, &chosen, Record::default(), args).await
+    })
+}
+
+/// With what was chosen before, and more.
+pub(crate) fn upgrade(global: &Global, args: &InstallArgs) -> Result<Exit> {
+    let more = chosen(args)?;
+    change(global, args, more)
+}
+
+fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
+    cluster::on_runtime(None, async {
+        let client = cluster::client(global).await?;
+        let record = Record::require(&client, &args.place.namespace).await?;
+        let mut chosen = record.values.clone();
+        chart::merge(&mut chosen, more);
+        let chart = Chart::new(&chosen, &args.place.namespace)?;
+        if args.dry_run {
+            return dry_run(global, &chart);
+        }
+        roll_out(&client, &chart, &chosen, record, args).await
+    })
+}
+
+pub(crate) fn config(global: &Global, command: ConfigCommand) -> Result<Exit> {
+    match command {
+        ConfigCommand::View { place } => view(global, &place),
+        ConfigCommand::Set { settings, place, patience } => {
+            let set = settings.iter().map(|setting| format!("config.{setting}")).collect();
+            let args = InstallArgs { place, set, values: Vec::new(), dry_run: false, patience };
+            let more = chosen(&args)?;
+            change(global, &args, more)
+        }
+    }
+}
+
+fn view(global: &Global, place: &Place) -> Result<Exit> {
+    let record = cluster::on_runtime(None, async {
+        let client = cluster::client(global).await?;
+        Record::require(&client, &place.namespace).await
+    })?;
+    let chart = Chart::new(&record.values, &place.namespace)?;
+    match global.output {
+        Format::Json => output::json(chart.values())?,
+        Format::Table => print!("{}", serde_saphyr::to_string(chart.values())?),
+    }
+    Ok(Exit::Ok)
+}
+
+fn chosen(args: &InstallArgs) -> Result<Value> {
+    let mut chosen = json!({});
+    for file in &args.values {
+        let text = fs::read_to_string(file).with_context(|| file.display().to_string())?;
+        let values: Value =
+            serde_saphyr::from_str(&text).with_context(|| file.display().to_string())?;
+        match values {
+            Value::Null => {}
+            Value::Object(_) => chart::merge(&mut chosen, values),
+            _ => bail!("{}: the values of a chart are a map", file.display()),
+        }
+    }
+    for set in &args.set {
+        chart::merge(&mut chosen, chart::parse_set(set)?);
+    }
+    Ok(chosen)
+}
+
+fn dry_run(global: &Global, chart: &Chart) -> Result<Exit> {
+    let objects = chart.objects()?;
+    match global.output {
+        Format::Json => {
+            output::json(&json!({ "apiVersion": "v1", "kind": "List", "items": objects }))?
+        }
+        Format::Table => {
+            for object in objects {
+                print!("---\n{}", serde_saphyr::to_string(&object)?);
+            }
+        }
+    }
+    Ok(Exit::Ok)
+}
+
+async fn roll_out(
+    client: &Client,
+    chart: &Chart,
+    chosen: &Value,
+    mut record: Record,
+    args: &InstallArgs,
+) -> Result<Exit> {
+    let objects = chart.objects()?;
+    let before = std::mem::take(&mut record.objects);
+    // Written first, so that what is left of an attempt that broke off can be taken away.
+    let after: Vec<record::Reference> = objects.iter().map(record::Reference::of).collect();
+    record.values = chosen.clone();
+    record.version = chart.version().to_owned();
+    record.objects =
+        after.iter().chain(before.iter().filter(|it| !after.contains(it))).cloned().collect();
+    record.write(client, &args.place.namespace).await?;
+    for object in &objects {
+        apply::apply(client, object).await?;
+    }
+    for gone in before.iter().filter(|it| !after.contains(it)) {
+        remove::delete(client, gone).await?;
+    }
+    record.objects = after;
+    record.write(client, &args.place.namespace).await?;
+    if args.patience.wait {
+        let limit = Duration::from_secs(args.patience.wait_duration);
+        rollout::wait(client, &args.place.namespace, limit).await?;
+    } else {
+        println!("\nWatch it start with:  palisade status --wait");
+    }
+    Ok(Exit::Ok)
+}
+
+/// Two networks cannot both have the pods; the one that is there is not touched unasked.
+async fn check_other_networks(client: &Client, chart: &Chart) -> Result<()> {
+    const KNOWN: [&str; 10] = [
+        "antrea-agent",
+        "aws-node",
+        "calico-node",
+        "canal",
+        "cilium",
+        "kindnet",
+        "kube-flannel",
+        "kube-flannel-ds",
+        "kube-router",
+        "weave-net",
+    ];
+    if chart.values()["cni"]["exclusive"] == true {
+        return Ok(());
+    }
+    let all = Api::<DaemonSet>::all(client.clone()).list(&ListParams::default()).await?;
+    let other = all.items.iter().find(|it| KNOWN.contains(&it.name_any().as_str()));
+    let Some(other) = other else { return Ok(()) };
+    Err(Failure::refused(
+        format!(
+            "this cluster has another network: DaemonSet {}/{}",
+            other.namespace().unwrap_or_default(),
+            other.name_any()
+        ),
+        "Nothing was changed. Remove it first, or let Palisade put its configuration aside with\n\
+         --set cni.exclusive=true; docs/migrate.md says what happens to the pods then.",
+    )
+    .into())
+}

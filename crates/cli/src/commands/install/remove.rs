@@ -1,0 +1,210 @@
+//! `palisade uninstall`: everything that was applied, and what agents left on the nodes.
+
+use std::time::Duration;
+
+use anyhow::Result;
+use clap::Args;
+use k8s_openapi::{
+    api::{
+        apps::v1::DaemonSet,
+        coordination::v1::Lease,
+        core::v1::{Node, Pod},
+    },
+    apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
+};
+use kube::{
+    Api, Client, ResourceExt,
+    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams},
+    core::{ApiResource, GroupVersionKind},
+    runtime::{conditions::is_deleted, wait::await_condition},
+};
+use palisade_api::crd;
+use serde_json::json;
+
+use super::{
+    Place, apply,
+    record::{self, Record, Reference},
+    rollout,
+};
+use crate::{
+    chart::Chart,
+    cli::Global,
+    cluster,
+    exit::{Exit, Failure},
+    progress::Progress,
+};
+
+const TAINT: &str = "node.cilium.io/agent-not-ready";
+const CLEANER: &str = "palisade-clean";
+
+#[derive(Debug, Args)]
+pub(crate) struct UninstallArgs {
+    #[command(flatten)]
+    place: Place,
+    /// Delete the policies of the group cilium.io too; without this they must be gone before.
+    #[arg(long)]
+    delete_policies: bool,
+    /// Leave the nodes as they are: their pods keep their connections, and the policies in force
+    /// stay, until the nodes are started anew.
+    #[arg(long)]
+    keep_nodes: bool,
+    /// Seconds to wait for the nodes at most.
+    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
+    wait_duration: u64,
+}
+
+pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
+    cluster::on_runtime(None, async {
+        let client = cluster::client(global).await?;
+        let record = Record::require(&client, &args.place.namespace).await?;
+        if !args.delete_policies {
+            refuse_to_lose_policies(&client).await?;
+        }
+        // The operator first: it would put back what goes.
+        for object in record.objects.iter().rev() {
+            delete(&client, object).await?;
+        }
+        let limit = Duration::from_secs(args.wait_duration);
+        bounded("pods of Palisade are still there", limit, gone(&client, &args.place.namespace))
+            .await?;
+        if !args.keep_nodes {
+            let chart = Chart::new(&record.values, &args.place.namespace)?;
+            clean_nodes(&client, &chart, &args.place.namespace, limit).await?;
+        }
+        untaint(&client).await?;
+        delete_definitions(&client).await?;
+        let leases: Api<Lease> = Api::namespaced(client.clone(), &args.place.namespace);
+        gone_is_done(leases.delete("palisade-operator", &DeleteParams::default()).await)?;
+        let own = Reference {
+            api_version: "v1".into(),
+            kind: "ConfigMap".into(),
+            namespace: Some(args.place.namespace.clone()),
+            name: record::NAME.into(),
+        };
+        delete(&client, &own).await?;
+        println!(
+            "\nPalisade is gone. Pods that it connected need another network, and a new start."
+        );
+        Ok(Exit::Ok)
+    })
+}
+
+/// Deletes one object, and waits for those that depend on it.
+pub(super) async fn delete(client: &Client, object: &Reference) -> Result<()> {
+    let api = apply::api(client, object)?;
+    gone_is_done(api.delete(&object.name, &DeleteParams::background()).await)?;
+    println!("{object} deleted");
+    Ok(())
+}
+
+fn gone_is_done<T>(outcome: kube::Result<T>) -> kube::Result<()> {
+    match outcome {
+        Err(kube::Error::Api(status)) if status.code == 404 => Ok(()),
+        other => other.map(drop),
+    }
+}
+
+async fn bounded(
+    what: &str,
+    limit: Duration,
+    work: impl Future<Output = Result<()>>,
+) -> Result<()> {
+    let _progress = Progress::start("waiting for the nodes");
+    tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
+        Err(Failure::refused(
+            format!("after {} s, {what}", limit.as_secs()),
+            "What remains is still recorded: run the command again.",
+        )
+        .into())
+    })
+}
+
+/// Policies are somebody's work: they do not go without a word.
+async fn refuse_to_lose_policies(client: &Client) -> Result<()> {
+    let mut found = Vec::new();
+    for (kind, plural) in [
+        ("CiliumNetworkPolicy", "ciliumnetworkpolicies"),
+        ("CiliumClusterwideNetworkPolicy", "ciliumclusterwidenetworkpolicies"),
+    ] {
+        let kind = GroupVersionKind::gvk(crd::GROUP, crd::VERSION, kind);
+        let resource = ApiResource::from_gvk_with_plural(&kind, plural);
+        let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
+        match api.list(&ListParams::default()).await {
+            Ok(list) if list.items.is_empty() => {}
+            Ok(list) => found.push(format!("{} {plural}", list.items.len())),
+            Err(kube::Error::Api(status)) if status.code == 404 => {}
+            Err(error) => return Err(error.into()),
+        }
+    }
+    if found.is_empty() {
+        return Ok(());
+    }
+    Err(Failure::refused(
+        format!("{} would be lost with their definitions", found.join(" and ")),
+        "Nothing was changed. Keep a copy with:  kubectl get cnp,ccnp -A -o yaml\n\
+         and then:                             palisade uninstall --delete-policies",
+    )
+    .into())
+}
+
+/// Waits until no pod of ours runs: an agent would put back on its node what is cleaned there.
+async fn gone(client: &Client, namespace: &str) -> Result<()> {
+    let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
+    let params = ListParams::default().labels("k8s-app in (palisade, palisade-operator)");
+    for pod in api.list(&params).await?.items {
+        let uid = pod.metadata.uid.clone().unwrap_or_default();
+        await_condition(api.clone(), &pod.name_any(), is_deleted(&uid)).await?;
+    }
+    Ok(())
+}
+
+async fn clean_nodes(
+    client: &Client,
+    chart: &Chart,
+    namespace: &str,
+    limit: Duration,
+) -> Result<()> {
+    let cleaner = chart.clean()?;
+    apply::apply(client, &cleaner).await?;
+    let api: Api<DaemonSet> = Api::namespaced(client.clone(), namespace);
+    let done = async {
+        let done = |it: Option<&DaemonSet>| it.is_some_and(rollout::is_rolled_out);
+        await_condition(api, CLEANER, done).await?;
+        Ok(())
+    };
+    bounded(
+        "some nodes are not cleaned; see the pods of the DaemonSet palisade-clean",
+        limit,
+        done,
+    )
+    .await?;
+    delete(client, &Reference::of(&cleaner)).await
+}
+
+async fn untaint(client: &Client) -> Result<()> {
+    let api: Api<Node> = Api::all(client.clone());
+    for node in api.list(&ListParams::default()).await?.items {
+        let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
+        if taints.iter().all(|taint| taint.key != TAINT) {
+            continue;
+        }
+        let others: Vec<_> = taints.into_iter().filter(|taint| taint.key != TAINT).collect();
+        let patch = json!({
+            "metadata": { "resourceVersion": node.metadata.resource_version },
+            "spec": { "taints": others },
+        });
+        let params = PatchParams::default();
+        gone_is_done(api.patch(&node.name_any(), &params, &Patch::Merge(&patch)).await)?;
+    }
+    Ok(())
+}
+
+async fn delete_definitions(client: &Client) -> Result<()> {
+    let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    for definition in crd::all() {
+        let name = definition.name_any();
+        gone_is_done(api.delete(&name, &DeleteParams::default()).await)?;
+        println!("customresourcedefinition/{name} deleted");
+    }
+    Ok(())
+}

@@ -1,0 +1,339 @@
+//! `palisade node`: what Palisade's pods do on their node beside the agent itself. Their image holds
+//! programs and nothing else, so there is no shell to do it.
+
+use std::{
+    ffi::OsStr,
+    fs, io,
+    os::unix::fs::PermissionsExt,
+    path::{Path, PathBuf},
+    time::Duration,
+};
+
+use anyhow::{Context, Result, bail};
+use clap::{Args, Subcommand};
+use palisade_api::admin::{self, Client, Request, Response};
+use rustix::mount::{MountFlags, mount};
+
+use crate::exit::{Exit, Failure};
+
+const PLUGIN: &str = "palisade-cni";
+/// Runtimes take the first by name.
+const CONFLIST: &str = "05-palisade.conflist";
+/// What other networks' files are called while they are put aside.
+const ASIDE: &str = "palisade-aside";
+const BPFFS: &str = "/sys/fs/bpf";
+const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
+const CGROUP: &str = "/sys/fs/cgroup";
+const CGROUP2_MAGIC: u32 = 0x6367_7270;
+/// An agent that takes longer for an answer is not well.
+const TIMEOUT: Duration = Duration::from_secs(3);
+
+#[derive(Debug, Subcommand)]
+pub(crate) enum NodeCommand {
+    /// Checks the node, and installs the CNI plugin and its configuration.
+    Install {
+        #[command(flatten)]
+        cni: CniDirectories,
+        /// The configuration to install.
+        #[arg(long, value_name = "FILE")]
+        conflist: PathBuf,
+        /// Put the configuration of other networks aside.
+        #[arg(long)]
+        exclusive: bool,
+    },
+    /// Asks this node's agent whether pods can be connected.
+    Probe {
+        /// Only whether it answers.
+        #[arg(long)]
+        alive: bool,
+        /// The agent's directory.
+        #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
+        run_dir: PathBuf,
+    },
+    /// Takes away what `install` and the agent left.
+    Clean {
+        #[command(flatten)]
+        cni: CniDirectories,
+        /// The agent's sockets.
+        #[arg(long, value_name = "DIR")]
+        run_dir: PathBuf,
+        /// The agent's records.
+        #[arg(long, value_name = "DIR")]
+        state_dir: PathBuf,
+        /// The agent's programs and tables.
+        #[arg(long, value_name = "DIR")]
+        bpffs: PathBuf,
+    },
+    /// Prints everything that this node's agent tells.
+    Dump {
+        /// The agent's directory.
+        #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
+        run_dir: PathBuf,
+    },
+    /// Does nothing until it is ended.
+    Idle,
+}
+
+/// Where the container runtime looks.
+#[derive(Debug, Args)]
+pub(crate) struct CniDirectories {
+    /// For plugins.
+    #[arg(long, value_name = "DIR")]
+    cni_bin_dir: PathBuf,
+    /// For their configuration.
+    #[arg(long, value_name = "DIR")]
+    cni_conf_dir: PathBuf,
+}
+
+pub(crate) fn run(command: NodeCommand) -> Result<Exit> {
+    match command {
+        NodeCommand::Install { cni, conflist, exclusive } => {
+            check_kernel()?;
+            let others = other_networks(&cni.cni_conf_dir)?;
+            if !exclusive {
+                refuse_others(&cni.cni_conf_dir, &others)?;
+            }
+            mount_bpffs()?;
+            let plugin = std::env::current_exe()?.with_file_name(PLUGIN);
+            install(&cni, &plugin, &conflist)?;
+            put_aside(&others)?;
+            Ok(Exit::Ok)
+        }
+        NodeCommand::Probe { alive, run_dir } => probe(&run_dir, alive),
+        NodeCommand::Clean { cni, run_dir, state_dir, bpffs } => {
+            clean(&cni, &[bpffs, run_dir, state_dir])?;
+            Ok(Exit::Ok)
+        }
+        NodeCommand::Dump { run_dir } => super::sysdump::dump(&run_dir),
+        NodeCommand::Idle => loop {
+            std::thread::park();
+        },
+    }
+}
+
+// ---------------------------------------------------------------- install
+
+/// What the agent cannot work without is said before anything is changed.
+fn check_kernel() -> Result<()> {
+    let release = rustix::system::uname().release().to_string_lossy().into_owned();
+    let mut numbers = release.split(['.', '-']).map_while(|part| part.parse::<u32>().ok());
+    let version = (numbers.next().unwrap_or_default(), numbers.next().unwrap_or_default());
+    if version < (6, 6) {
+        return Err(Failure::refused(
+            format!("this node runs Linux {release}; attaching programs with tcx needs 6.6"),
+            "Nothing was changed. Update the node's kernel, or keep Palisade off it with\n\
+             agent.nodeSelector or agent.tolerations.",
+        )
+        .into());
+    }
+    if !Path::new("/sys/kernel/btf/vmlinux").exists() {
+        return Err(Failure::refused(
+            format!("this node's Linux {release} has no BTF (/sys/kernel/btf/vmlinux)"),
+            "Nothing was changed. The kernel needs CONFIG_DEBUG_INFO_BTF=y.",
+        )
+        .into());
+    }
+    let groups = rustix::fs::statfs(CGROUP).with_context(|| CGROUP.to_owned())?;
+    if u32::try_from(groups.f_type).is_ok_and(|magic| magic != CGROUP2_MAGIC) {
+        return Err(Failure::refused(
+            format!("this node has the cgroup hierarchy of version 1 at {CGROUP}"),
+            "Nothing was changed. Start the node with systemd.unified_cgroup_hierarchy=1.",
+        )
+        .into());
+    }
+    Ok(())
+}
+
+/// Configuration files in the directory that are not ours.
+fn other_networks(directory: &Path) -> Result<Vec<PathBuf>> {
+    let mut others = Vec::new();
+    for entry in fs::read_dir(directory).with_context(|| directory.display().to_string())? {
+        let path = entry?.path();
+        let extension = path.extension().and_then(OsStr::to_str);
+        let is_ours = path.file_name() == Some(OsStr::new(CONFLIST));
+        if matches!(extension, Some("conflist" | "conf" | "json")) && !is_ours {
+            others.push(path);
+        }
+    }
+    others.sort();
+    Ok(others)
+}
+
+fn refuse_others(directory: &Path, others: &[PathBuf]) -> Result<()> {
+    if others.is_empty() {
+        return Ok(());
+    }
+    let names: Vec<_> = others.iter().filter_map(|it| it.file_name()?.to_str()).collect();
+    Err(Failure::refused(
+        format!(
+            "this node has the configuration of another network in {}: {}",
+            directory.display(),
+            names.join(", ")
+        ),
+        "Nothing was changed. Remove that network, or let Palisade put its configuration aside with\n\
+         --set cni.exclusive=true.",
+    )
+    .into())
+}
+
+fn mount_bpffs() -> Result<()> {
+    let found = rustix::fs::statfs(BPFFS).with_context(|| BPFFS.to_owned())?;
+    if u32::try_from(found.f_type).is_ok_and(|magic| magic == BPF_FS_MAGIC) {
+        return Ok(());
+    }
+    mount("bpf", BPFFS, "bpf", MountFlags::NOSUID | MountFlags::NODEV | MountFlags::NOEXEC, None)
+        .with_context(|| format!("cannot mount the BPF file system at {BPFFS}"))
+}
+
+/// The plugin before the configuration that names it; each is whole or not there.
+fn install(cni: &CniDirectories, plugin: &Path, conflist: &Path) -> Result<()> {
+    replace(plugin, &cni.cni_bin_dir.join(PLUGIN), 0o755)?;
+    replace(conflist, &cni.cni_conf_dir.join(CONFLIST), 0o644)
+}
+
+fn replace(from: &Path, to: &Path, mode: u32) -> Result<()> {
+    let name = to.file_name().and_then(OsStr::to_str).context("a path without a name")?;
+    // No runtime takes a file of this name for a configuration.
+    let aside = to.with_file_name(format!(".{name}.new"));
+    let copy = || {
+        fs::copy(from, &aside)?;
+        fs::set_permissions(&aside, fs::Permissions::from_mode(mode))?;
+        fs::File::open(&aside)?.sync_all()?;
+        fs::rename(&aside, to)
+    };
+    copy().with_context(|| format!("cannot install {} as {}", from.display(), to.display()))?;
+    println!("{} installed", to.display());
+    Ok(())
+}
+
+fn put_aside(others: &[PathBuf]) -> Result<()> {
+    for path in others {
+        let aside = PathBuf::from(format!("{}.{ASIDE}", path.display()));
+        fs::rename(path, &aside).with_context(|| format!("cannot put {} aside", path.display()))?;
+        println!("{} put aside", path.display());
+    }
+    Ok(())
+}
+
+// ---------------------------------------------------------------- probe
+
+fn probe(run_dir: &Path, alive: bool) -> Result<Exit> {
+    let socket = run_dir.join(admin::SOCKET);
+    let mut client = Client::connect(&socket).with_context(|| socket.display().to_string())?;
+    client.set_timeout(Some(TIMEOUT))?;
+    match client.request(&Request::Status).context("the agent does not answer")? {
+        Response::Status(status) if alive || status.ready => Ok(Exit::Ok),
+        Response::Status(status) => {
+            let waiting = status.inputs.iter().filter(|input| !input.complete);
+            let mut reasons: Vec<String> =
+                waiting.map(|input| format!("no {} yet", input.kind)).collect();
+            reasons.extend(status.problems);
+            println!("not ready: {}", reasons.join("; "));
+            Ok(Exit::No)
+        }
+        Response::Error(error) => bail!("the agent: {error}"),
+        _ => bail!("the agent gave an answer of another kind"),
+    }
+}
+
+// ---------------------------------------------------------------- clean
+
+/// The configuration first, so that no pod is begun that cannot be finished.
+fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
+    remove(fs::remove_file(cni.cni_conf_dir.join(CONFLIST)), CONFLIST)?;
+    for entry in fs::read_dir(&cni.cni_conf_dir)?.flatten() {
+        let path = entry.path();
+        if path.extension() == Some(OsStr::new(ASIDE)) {
+            fs::rename(&path, path.with_extension(""))
+                .with_context(|| format!("cannot put {} back", path.display()))?;
+        }
+    }
+    remove(fs::remove_file(cni.cni_bin_dir.join(PLUGIN)), PLUGIN)?;
+    for directory in directories {
+        remove(fs::remove_dir_all(directory), &directory.display().to_string())?;
+    }
+    Ok(())
+}
+
+fn remove(outcome: io::Result<()>, what: &str) -> Result<()> {
+    match outcome {
+        Ok(()) => println!("{what} removed"),
+        Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        Err(error) => return Err(error).with_context(|| format!("cannot remove {what}")),
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    struct Directory(PathBuf);
+
+    impl Directory {
+        fn new(name: &str) -> Self {
+            let path = std::env::temp_dir().join(format!("palisade-{name}-{}", std::process::id()));
+            fs::create_dir_all(path.join("bin")).unwrap();
+            fs::create_dir_all(path.join("conf")).unwrap();
+            fs::write(path.join("plugin"), "program").unwrap();
+            fs::write(path.join("conflist"), "{}").unwrap();
+            Self(path)
+        }
+
+        fn cni(&self) -> CniDirectories {
+            CniDirectories { cni_bin_dir: self.0.join("bin"), cni_conf_dir: self.0.join("conf") }
+        }
+
+        fn files(&self) -> Vec<String> {
+            let mut names: Vec<_> = ["bin", "conf"]
+                .iter()
+                .flat_map(|name| fs::read_dir(self.0.join(name)).unwrap())
+                .map(|entry| entry.unwrap().file_name().into_string().unwrap())
+                .collect();
+            names.sort();
+            names
+        }
+    }
+
+    impl Drop for Directory {
+        fn drop(&mut self) {
+            let _ = fs::remove_dir_all(&self.0);
+        }
+    }
+
+    #[test]
+    fn another_network_is_named_and_nothing_is_changed() {
+        let directory = Directory::new("refuse");
+        let cni = directory.cni();
+        fs::write(cni.cni_conf_dir.join("10-flannel.conflist"), "{}").unwrap();
+        fs::write(cni.cni_conf_dir.join("README"), "").unwrap();
+        let others = other_networks(&cni.cni_conf_dir).unwrap();
+        let error = refuse_others(&cni.cni_conf_dir, &others).unwrap_err().to_string();
+        assert!(error.ends_with(": 10-flannel.conflist"), "{error}");
+    }
+
+    #[test]
+    fn what_is_installed_and_put_aside_is_undone() {
+        let directory = Directory::new("install");
+        let cni = directory.cni();
+        fs::write(cni.cni_conf_dir.join("10-flannel.conflist"), "other").unwrap();
+        for _ in 0..2 {
+            let others = other_networks(&cni.cni_conf_dir).unwrap();
+            install(&cni, &directory.0.join("plugin"), &directory.0.join("conflist")).unwrap();
+            put_aside(&others).unwrap();
+            assert_eq!(
+                directory.files(),
+                ["05-palisade.conflist", "10-flannel.conflist.palisade-aside", "palisade-cni"]
+            );
+        }
+        let plugin = fs::metadata(cni.cni_bin_dir.join(PLUGIN)).unwrap();
+        assert_eq!(plugin.permissions().mode() & 0o777, 0o755);
+        let state = directory.0.join("state");
+        fs::create_dir(&state).unwrap();
+        for _ in 0..2 {
+            clean(&cni, std::slice::from_ref(&state)).unwrap();
+            assert_eq!(directory.files(), ["10-flannel.conflist"]);
+            assert!(!state.exists());
+        }
+    }
+}

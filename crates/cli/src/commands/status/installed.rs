@@ -1,0 +1,312 @@
+//! The status of an installation, from what the API server says of its pods.
+
+use std::{collections::BTreeMap, fmt::Write};
+
+use serde_json::{Value, json};
+
+use super::report::{DISABLED, LOGO};
+use crate::cluster::{Cluster, Container, Installation, PodState, Replicas};
+
+const AGENTS: &str = "palisade";
+const OPERATORS: &str = "palisade-operator";
+
+/// Something that somebody should look at.
+struct Remark {
+    component: &'static str,
+    /// The pod or object that it comes from.
+    from: String,
+    text: String,
+}
+
+/// Everything that is known.
+pub(super) struct Installed {
+    cluster: Box<Cluster>,
+    installation: Installation,
+    errors: Vec<Remark>,
+    warnings: Vec<Remark>,
+}
+
+impl Installed {
+    /// Of a cluster that has an installation; others come back.
+    pub(super) fn of(mut cluster: Cluster) -> Result<Self, Box<Cluster>> {
+        let Some(installation) = cluster.installation.take() else {
+            return Err(Box::new(cluster));
+        };
+        let errors = errors(&cluster, &installation);
+        let warnings = warnings(&cluster, &installation);
+        Ok(Self { cluster: Box::new(cluster), installation, errors, warnings })
+    }
+
+    /// Agents on every node of the newest version, an operator, and no errors.
+    pub(super) fn ok(&self) -> bool {
+        let agents = self.installation.agents;
+        agents.current
+            && agents.desired > 0
+            && agents.ready == agents.desired
+            && self.installation.operators.is_some_and(|it| it.available > 0)
+            && self.errors.is_empty()
+    }
+
+    fn managed(&self) -> usize {
+        self.cluster.pods.intersection(&self.cluster.endpoints).count()
+    }
+
+    fn state(&self, component: &str, replicas: Replicas) -> String {
+        let of = |remarks: &[Remark]| remarks.iter().filter(|it| it.component == component).count();
+        match (of(&self.errors), of(&self.warnings), replicas.desired - replicas.ready) {
+            (0, 0, 0) if replicas.desired > 0 => "OK".to_owned(),
+            (0, 0, 0) => "on no node".to_owned(),
+            (0, 0, missing) => format!("{missing} not ready"),
+            (errors, warnings, _) => format!("{errors} errors, {warnings} warnings"),
+        }
+    }
+
+    fn proxy(&self) -> String {
+        if !self.installation.proxy {
+            return DISABLED.to_owned();
+        }
+        let containers = self.installation.pods.iter().flat_map(|pod| &pod.containers);
+        let running = containers.filter(|it| it.name == "proxy" && it.running).count();
+        let desired = self.installation.agents.desired;
+        match desired - i32::try_from(running).unwrap_or_default() {
+            ..=0 if desired > 0 => "OK".to_owned(),
+            ..=0 => "on no node".to_owned(),
+            missing => format!("{missing} not running"),
+        }
+    }
+
+    /// For people.
+    pub(super) fn text(&self, verbose: bool) -> String {
+        let mut text = String::new();
+        self.write(&mut text, verbose).map_or_else(|_| String::new(), |()| text)
+    }
+
+    fn write(&self, out: &mut String, verbose: bool) -> std::fmt::Result {
+        let Installation { agents, operators, .. } = &self.installation;
+        let operator = operators.map_or_else(
+            || "not installed".to_owned(),
+            |operators| self.state(OPERATORS, operators),
+        );
+        let components = [
+            ("Palisade:", self.state(AGENTS, *agents)),
+            ("Operator:", operator),
+            ("L7 proxy:", self.proxy()),
+            ("Hubble Relay:", DISABLED.to_owned()),
+            ("ClusterMesh:", DISABLED.to_owned()),
+        ];
+        for (picture, (name, state)) in LOGO.iter().zip(components) {
+            writeln!(out, "{picture}{name:<20}{state}")?;
+        }
+        writeln!(out)?;
+        replicas(out, "DaemonSet", AGENTS, *agents)?;
+        if let Some(operators) = operators {
+            replicas(out, "Deployment", OPERATORS, *operators)?;
+        }
+        let running = |component: &str| self.running(component);
+        let counts = [AGENTS, OPERATORS].map(|it| (it, format!("Running: {}", running(it))));
+        lines(out, "Containers:", counts.iter().map(|(name, text)| (*name, text.as_str())))?;
+        let (managed, pods) = (self.managed(), self.cluster.pods.len());
+        writeln!(out, "{:<23}{managed}/{pods} managed by Palisade", "Cluster Pods:")?;
+        if !self.installation.version.is_empty() {
+            writeln!(out, "{:<23}{}", "Helm chart version:", self.installation.version)?;
+        }
+        writeln!(out, "{:<23}{}", "Kubernetes version:", self.cluster.version)?;
+        let images = self.installation.images();
+        let images: Vec<(&str, String)> = images
+            .iter()
+            .flat_map(|(component, images)| images.iter().map(move |image| (component, image)))
+            .map(|(component, (image, count))| (component.as_str(), format!("{image}: {count}")))
+            .collect();
+        lines(out, "Image versions", images.iter().map(|(name, text)| (*name, text.as_str())))?;
+        remarks(out, "Errors:", &self.errors)?;
+        remarks(out, "Warnings:", &self.warnings)?;
+        if verbose { self.pods(out) } else { Ok(()) }
+    }
+
+    fn pods(&self, out: &mut String) -> std::fmt::Result {
+        writeln!(out)?;
+        for pod in &self.installation.pods {
+            let node = pod.node.as_deref().unwrap_or("on no node");
+            writeln!(out, "{:<40} {:<20} {}", pod.name, node, pod.phase)?;
+            for it in &pod.containers {
+                let state = it.problem.as_deref().unwrap_or(match (it.running, it.ready) {
+                    (true, true) => "ready",
+                    (true, false) => "running",
+                    (false, _) => "beginning",
+                });
+                let Container { name, restarts, image, .. } = it;
+                writeln!(out, "  {name:<12} {state}, {restarts} restarts, {image}")?;
+            }
+        }
+        Ok(())
+    }
+
+    fn running(&self, component: &str) -> usize {
+        let pods = self.installation.pods.iter();
+        pods.filter(|pod| pod.component == component && pod.phase == "Running").count()
+    }
+
+    /// For programs; the keys are those that scripts for such clusters know.
+    pub(super) fn json(&self) -> Value {
+        let mut phases: BTreeMap<&str, BTreeMap<&str, usize>> = BTreeMap::new();
+        for pod in &self.installation.pods {
+            let of_component = phases.entry(&pod.component).or_default();
+            *of_component.entry(&pod.phase).or_default() += 1;
+        }
+        let mut state = BTreeMap::from([(AGENTS, counts("DaemonSet", self.installation.agents))]);
+        if let Some(operators) = self.installation.operators {
+            state.insert(OPERATORS, counts("Deployment", operators));
+        }
+        let mut errors: BTreeMap<&str, BTreeMap<&str, [Vec<&str>; 2]>> = BTreeMap::new();
+        for (index, remarks) in [&self.errors, &self.warnings].into_iter().enumerate() {
+            for remark in remarks {
+                let of_component = errors.entry(remark.component).or_default();
+                of_component.entry(&remark.from).or_default()[index].push(&remark.text);
+            }
+        }
+        let errors: BTreeMap<_, BTreeMap<_, _>> = errors
+            .into_iter()
+            .map(|(component, all)| {
+                let all = all.into_iter().map(|(from, [errors, warnings])| {
+                    (from, json!({ "Errors": errors, "Warnings": warnings, "Disabled": false }))
+                });
+                (component, all.collect())
+            })
+            .collect();
+        json!({
+            "image_count": self.installation.images(),
+            "phase_count": phases,
+            "pod_state": state,
+            "pods_count": { "all": self.cluster.pods.len(), "by_cilium": self.managed() },
+            "cilium_status": {},
+            "cilium_endpoints": {},
+            "errors": errors,
+            "collection_errors": [],
+            "config_errors": [],
+            "helm_chart_version": self.installation.version,
+            "kubernetes_version": self.cluster.version,
+        })
+    }
+}
+
+fn counts(kind: &str, replicas: Replicas) -> Value {
+    json!({
+        "Type": kind,
+        "Desired": replicas.desired,
+        "Ready": replicas.ready,
+        "Available": replicas.available,
+        "Unavailable": replicas.desired - replicas.available,
+    })
+}
+
+fn errors(cluster: &Cluster, installation: &Installation) -> Vec<Remark> {
+    let mut errors = Vec::new();
+    for pod in &installation.pods {
+        for container in &pod.containers {
+            let Some(problem) = &container.problem else { continue };
+            errors.push(Remark {
+                component: component(pod),
+                from: pod.name.clone(),
+                text: format!("container {}: {problem}", container.name),
+            });
+        }
+        if let (Some(why), AGENTS) = (&pod.unschedulable, component(pod)) {
+            errors.push(Remark { component: AGENTS, from: pod.name.clone(), text: why.clone() });
+        }
+    }
+    errors.extend(cluster.without_network.iter().map(|node| {
+        Remark {
+            component: AGENTS,
+            from: node.clone(),
+            text: "the node has no pod network (Node.spec.podCIDRs): start the controller manager \
+               with --allocate-node-cidrs, or: palisade config set ipam=cluster-pool"
+                .to_owned(),
+        }
+    }));
+    if installation.operators.is_none() {
+        errors.push(Remark {
+            component: OPERATORS,
+            from: OPERATORS.to_owned(),
+            text: "the Deployment is not there: palisade upgrade puts it back".to_owned(),
+        });
+    }
+    errors
+}
+
+fn warnings(cluster: &Cluster, installation: &Installation) -> Vec<Remark> {
+    let mut warnings = Vec::new();
+    if !installation.agents.current {
+        warnings.push(Remark {
+            component: AGENTS,
+            from: AGENTS.to_owned(),
+            text: "not every node has the newest version yet".to_owned(),
+        });
+    }
+    for pod in &installation.pods {
+        if let (Some(why), OPERATORS) = (&pod.unschedulable, component(pod)) {
+            warnings.push(Remark {
+                component: OPERATORS,
+                from: pod.name.clone(),
+                text: format!("waits for a node of its own: {why}"),
+            });
+        }
+        for container in pod.containers.iter().filter(|it| it.running && it.restarts > 0) {
+            warnings.push(Remark {
+                component: component(pod),
+                from: pod.name.clone(),
+                text: format!("container {}: {} restarts", container.name, container.restarts),
+            });
+        }
+    }
+    let unmanaged = cluster.running.difference(&cluster.endpoints).count();
+    if unmanaged > 0 {
+        warnings.push(Remark {
+            component: AGENTS,
+            from: AGENTS.to_owned(),
+            text: format!(
+                "{unmanaged} pods have an address that Palisade did not give them, and no policy: \
+                 delete them, and what manages them starts them anew"
+            ),
+        });
+    }
+    warnings
+}
+
+fn component(pod: &PodState) -> &'static str {
+    if pod.component == OPERATORS { OPERATORS } else { AGENTS }
+}
+
+fn replicas(out: &mut String, kind: &str, name: &str, it: Replicas) -> std::fmt::Result {
+    let Replicas { desired, ready, available, .. } = it;
+    write!(
+        out,
+        "{kind:<23}{name:<21}Desired: {desired}, Ready: {ready}/{desired}, \
+         Available: {available}/{desired}"
+    )?;
+    if available < desired {
+        write!(out, ", Unavailable: {}/{desired}", desired - available)?;
+    }
+    writeln!(out)
+}
+
+fn lines<'a>(
+    out: &mut String,
+    title: &str,
+    entries: impl Iterator<Item = (&'a str, &'a str)>,
+) -> std::fmt::Result {
+    let mut title = title;
+    for (name, text) in entries {
+        writeln!(out, "{title:<23}{name:<21}{text}")?;
+        title = "";
+    }
+    Ok(())
+}
+
+fn remarks(out: &mut String, title: &str, remarks: &[Remark]) -> std::fmt::Result {
+    let mut title = title;
+    for Remark { component, from, text } in remarks {
+        writeln!(out, "{title:<23}{component:<21}{from}    {text}")?;
+        title = "";
+    }
+    Ok(())
+}

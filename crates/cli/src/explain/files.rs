@@ -1,0 +1,278 @@
+//! The ends and the policies from files: pods, workloads that would make pods, namespaces.
+
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    path::PathBuf,
+};
+
+use anyhow::{Context, Result, anyhow};
+use palisade_api::{
+    admin::{Explain, Explanation},
+    convert::convert,
+    explain::{self, NamedEnd},
+};
+use palisade_policy::{
+    evaluate::End,
+    identity::{PodLabels, endpoint_labels, reserved},
+    model::{NamedPort, Policy, PolicyKind},
+};
+use serde_json::Value;
+
+use crate::{
+    check::{documents, objects, read},
+    exit::Failure,
+};
+
+/// The cluster's name where nobody gave it one.
+const CLUSTER: &str = "default";
+/// Any identity that a pod can have: the labels are what counts.
+const POD: u32 = 256;
+
+/// Identities of addresses that are no pod's: in the world.
+const WORLD_IPV4: u32 = 9;
+const WORLD_IPV6: u32 = 10;
+
+#[derive(Default)]
+struct Objects {
+    policies: Vec<Policy>,
+    /// Labels by namespace.
+    namespaces: BTreeMap<String, BTreeMap<String, String>>,
+    pods: Vec<Pod>,
+}
+
+struct Pod {
+    namespace: String,
+    name: String,
+    labels: BTreeMap<String, String>,
+    service_account: String,
+    addresses: Vec<IpAddr>,
+    ports: Vec<NamedPort>,
+}
+
+pub(super) fn explain(files: &[PathBuf], asked: &Explain) -> Result<Explanation> {
+    let mut objects = Objects::default();
+    for file in files {
+        let text = read(file)?;
+        for (line, document) in documents(&text) {
+            let document: Value = serde_saphyr::from_str(document)
+                .with_context(|| format!("{}:{line}", file.display()))?;
+            for (_, object) in self::objects(&document) {
+                objects.add(object);
+            }
+        }
+    }
+    let policies: Vec<&Policy> = objects.policies.iter().collect();
+    let from = objects.find(&asked.from)?;
+    let to = objects.find(&asked.to)?;
+    Ok(explain::explain(&policies, &from, &to, asked))
+}
+
+impl Objects {
+    fn add(&mut self, object: &Value) {
+        let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
+        let kind = match text("/kind").unwrap_or_default() {
+            "NetworkPolicy" => PolicyKind::NetworkPolicy,
+            "CiliumNetworkPolicy" => PolicyKind::CiliumNetworkPolicy,
+            "CiliumClusterwideNetworkPolicy" => PolicyKind::CiliumClusterwideNetworkPolicy,
+            "Namespace" => {
+                let name = text("/metadata/name").unwrap_or_default().to_owned();
+                self.namespaces.insert(name, strings(object.pointer("/metadata/labels")));
+                return;
+            }
+            "Pod" => {
+                self.pods.push(Pod::read(object, &object["metadata"], object));
+                return;
+            }
+            _ => {
+                if let Some(template) = object.pointer("/spec/template") {
+                    self.pods.push(Pod::read(object, &template["metadata"], template));
+                }
+                return;
+            }
+        };
+        let mut object = object.clone();
+        // The API server would put it there.
+        if kind != PolicyKind::CiliumClusterwideNetworkPolicy
+            && object.pointer("/metadata/namespace").is_none()
+        {
+            object["metadata"]["namespace"] = "default".into();
+        }
+        self.policies.push(match convert(kind, &object, CLUSTER) {
+            Ok(policy) => policy,
+            Err(refusal) => {
+                eprintln!("warning: refused, its subject is locked down: {refusal}");
+                refusal.lockdown()
+            }
+        });
+    }
+
+    fn find(&self, text: &str) -> Result<NamedEnd> {
+        let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+        if let Ok(address) = text.parse::<IpAddr>() {
+            let owner = self.pods.iter().find(|pod| pod.addresses.contains(&address));
+            return Ok(owner.map_or_else(|| outside(address), |pod| self.end(pod)));
+        }
+        let inside = || self.pods.iter().filter(|pod| pod.namespace == namespace);
+        let found = inside()
+            .find(|pod| pod.name == name)
+            .or_else(|| inside().find(|pod| pod.name.starts_with(name)))
+            .ok_or_else(|| {
+                anyhow!(Failure::not_found(format!(
+                    "the files have no pod {namespace}/{name}, and nothing that makes pods of \
+                     that name"
+                )))
+            })?;
+        Ok(self.end(found))
+    }
+
+    fn end(&self, pod: &Pod) -> NamedEnd {
+        let mut team = self.namespaces.get(&pod.namespace).cloned().unwrap_or_default();
+        team.insert("kubernetes.io/metadata.name".into(), pod.namespace.clone());
+        let labels = endpoint_labels(&PodLabels {
+            namespace: &pod.namespace,
+            namespace_labels: Some(&team),
+            pod_labels: Some(&pod.labels),
+            service_account: &pod.service_account,
+            cluster: CLUSTER,
+        });
+        let end = End {
+            identity: POD,
+            labels,
+            address: pod.addresses.first().copied().unwrap_or([0, 0, 0, 0].into()),
+            named_ports: pod.ports.clone(),
+            names: BTreeSet::new(),
+        };
+        NamedEnd { name: format!("{}/{}", pod.namespace, pod.name), end }
+    }
+}
+
+fn outside(address: IpAddr) -> NamedEnd {
+    let identity = if address.is_ipv4() { WORLD_IPV4 } else { WORLD_IPV6 };
+    let labels = reserved(identity).unwrap_or_default();
+    let end = End { identity, labels, address, named_ports: Vec::new(), names: BTreeSet::new() };
+    NamedEnd { name: address.to_string(), end }
+}
+
+impl Pod {
+    /// `object` has the name; `metadata` and `pod` may be those of its template.
+    fn read(object: &Value, metadata: &Value, pod: &Value) -> Self {
+        let text = |value: &Value, pointer: &str| {
+            value.pointer(pointer).and_then(Value::as_str).map(str::to_owned)
+        };
+        let addresses = pod.pointer("/status/podIPs").and_then(Value::as_array);
+        let containers = pod.pointer("/spec/containers").and_then(Value::as_array);
+        Self {
+            namespace: text(object, "/metadata/namespace").unwrap_or_else(|| "default".into()),
+            name: text(object, "/metadata/name").unwrap_or_default(),
+            labels: strings(metadata.get("labels")),
+            service_account: text(pod, "/spec/serviceAccountName")
+                .unwrap_or_else(|| "default".into()),
+            addresses: addresses
+                .into_iter()
+                .flatten()
+                .filter_map(|one| one["ip"].as_str()?.parse().ok())
+                .collect(),
+            ports: containers
+                .into_iter()
+                .flatten()
+                .flat_map(|container| container["ports"].as_array().into_iter().flatten())
+                .filter_map(named_port)
+                .collect(),
+        }
+    }
+}
+
+fn named_port(port: &Value) -> Option<NamedPort> {
+    Some(NamedPort {
+        name: port["name"].as_str()?.to_owned(),
+        protocol: match port["protocol"].as_str().unwrap_or("TCP") {
+            "UDP" => 17,
+            "SCTP" => 132,
+            _ => 6,
+        },
+        port: u16::try_from(port["containerPort"].as_u64()?).ok()?,
+    })
+}
+
+fn strings(map: Option<&Value>) -> BTreeMap<String, String> {
+    map.and_then(Value::as_object)
+        .into_iter()
+        .flatten()
+        .filter_map(|(key, value)| Some((key.clone(), value.as_str()?.to_owned())))
+        .collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use palisade_api::admin::Inside;
+
+    use super::*;
+
+    const WORLD: &str = r#"
+apiVersion: v1
+kind: Pod
+metadata: {name: ship, labels: {org: empire}}
+---
+apiVersion: v1
+kind: Pod
+metadata: {name: rebel, labels: {org: alliance}}
+---
+apiVersion: apps/v1
+kind: Deployment
+metadata: {name: star}
+spec:
+  template:
+    metadata: {labels: {class: star}}
+    spec: {containers: [{ports: [{name: web, containerPort: 80}]}]}
+---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: rule1}
+spec:
+  endpointSelector: {matchLabels: {class: star}}
+  ingress:
+  - fromEndpoints: [{matchLabels: {org: empire}}]
+    toPorts:
+    - ports: [{port: "80", protocol: TCP}]
+      rules: {http: [{method: POST, path: /v1/land}]}
+"#;
+
+    fn ask(from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
+        let file = std::env::temp_dir().join(format!("explain-{}.yaml", std::process::id()));
+        fs::write(&file, WORLD).unwrap();
+        let inside = inside.map(|(method, target)| Inside::Http {
+            method: method.into(),
+            target: target.into(),
+            host: String::new(),
+        });
+        let asked = Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside };
+        explain(&[file], &asked).unwrap()
+    }
+
+    #[test]
+    fn files_answer_as_the_cluster_would() {
+        let land = ask("ship", 80, Some(("POST", "/v1/land")));
+        assert!(land.allowed);
+        let end = land.ends.iter().find(|end| end.direction == "ingress").unwrap();
+        assert_eq!(end.rules[0].path, "spec.ingress[0].toPorts[0].rules.http");
+        assert_eq!(end.rules[0].policy, "CiliumNetworkPolicy default/rule1");
+
+        let rows = [
+            ("ship", 80, Some(("PUT", "/v1/exhaust")), "allows HTTP requests: POST /v1/land"),
+            ("ship", 81, None, "allows this peer, on TCP/80"),
+            ("rebel", 80, Some(("POST", "/v1/land")), "allows this port, for other peers"),
+            ("192.0.2.1", 80, None, "allows this port, for other peers"),
+        ];
+        for (from, port, inside, nearest) in rows {
+            let denied = ask(from, port, inside);
+            assert!(!denied.allowed, "{from} {port}");
+            let end = denied.ends.iter().find(|end| end.direction == "ingress").unwrap();
+            assert!(end.nearest.as_ref().unwrap().contains(nearest), "{end:?}");
+        }
+        let connection = ask("ship", 80, None);
+        assert!(connection.allowed && connection.ends.iter().any(|end| end.proxied));
+    }
+}

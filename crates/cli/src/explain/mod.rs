@@ -1,0 +1,111 @@
+//! `palisade policy explain`: would this pass, and why?
+
+mod files;
+
+use std::io::{self, Write};
+
+use anyhow::{Result, bail};
+use palisade_api::admin::{Explain, Explanation, Inside, Request, Response};
+
+use crate::{
+    agents::{self, mismatch},
+    cli::{ExplainArgs, Global},
+    exit::Exit,
+    output::{self, Format},
+};
+
+pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
+    let asked = asked(args)?;
+    let explanation = if args.file.is_empty() {
+        let agents = agents::require(&global.socket)?;
+        match agents::ask_until_known(&agents, &Request::Explain(asked))? {
+            Response::Explanation(explanation) => *explanation,
+            _ => return Err(mismatch("of this machine")),
+        }
+    } else {
+        files::explain(&args.file, &asked)?
+    };
+    match global.output {
+        Format::Json => output::json(&explanation)?,
+        Format::Table => print(&explanation)?,
+    }
+    Ok(if explanation.allowed { Exit::Ok } else { Exit::No })
+}
+
+fn asked(args: &ExplainArgs) -> Result<Explain> {
+    let inside = match (&args.http, &args.dns, &args.server_name) {
+        (Some(request), ..) => Some(http(request)?),
+        (_, Some(name), _) => Some(Inside::Dns(name.clone())),
+        (.., Some(name)) => Some(Inside::Tls(name.clone())),
+        _ => None,
+    };
+    let default = if args.dns.is_some() { "udp" } else { "tcp" };
+    let protocol = match args.protocol.as_deref().unwrap_or(default).to_lowercase().as_str() {
+        "udp" => 17,
+        "sctp" => 132,
+        "icmp" => 1,
+        "icmpv6" => 58,
+        _ => 6,
+    };
+    let (from, to) = (args.from.clone(), args.to.clone());
+    Ok(Explain { from, to, protocol, port: args.port, inside })
+}
+
+/// `METHOD TARGET`; the target may be a whole URL, whose host then counts.
+fn http(text: &str) -> Result<Inside> {
+    let mut words = text.split_whitespace();
+    let (Some(method), Some(target), None) = (words.next(), words.next(), words.next()) else {
+        bail!("--http {text:?}: write a method and a path, such as 'PUT /v1/exhaust-port'");
+    };
+    let (host, target) = match target.strip_prefix("http://") {
+        None => (String::new(), target.to_owned()),
+        Some(url) => {
+            let (host, path) = url.split_once('/').unwrap_or((url, ""));
+            (host.to_owned(), format!("/{path}"))
+        }
+    };
+    if !target.starts_with('/') && target != "*" {
+        bail!("--http {text:?}: the path has to begin with a slash");
+    }
+    Ok(Inside::Http { method: method.to_owned(), target, host })
+}
+
+fn print(explanation: &Explanation) -> io::Result<()> {
+    let mut out = io::stdout().lock();
+    let Explanation { from, to, allowed, ends } = explanation;
+    let word = if *allowed { "ALLOWED" } else { "DENIED" };
+    writeln!(out, "{word}  {from} -> {to}")?;
+    for end in ends {
+        writeln!(out, "  {}", end.verdict)?;
+        for rule in &end.rules {
+            writeln!(out, "    {:<6} {} {}", rule.action, rule.policy, rule.path)?;
+        }
+        if let Some(nearest) = &end.nearest {
+            writeln!(out, "    nearest: {nearest}")?;
+        }
+    }
+    if ends.is_empty() {
+        writeln!(out, "  neither end is a pod: no policy is asked")?;
+    }
+    Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_request_is_a_method_and_a_path_or_an_url() {
+        let of = |method: &str, target: &str, host: &str| Inside::Http {
+            method: method.into(),
+            target: target.into(),
+            host: host.into(),
+        };
+        assert_eq!(http("PUT /v1/exhaust-port").unwrap(), of("PUT", "/v1/exhaust-port", ""));
+        assert_eq!(http("GET http://a.io:80/x?y").unwrap(), of("GET", "/x?y", "a.io:80"));
+        assert_eq!(http("GET http://a.io").unwrap(), of("GET", "/", "a.io"));
+        for wrong in ["PUT", "", "GET x", "GET /a b"] {
+            assert!(http(wrong).is_err(), "{wrong}");
+        }
+    }
+}

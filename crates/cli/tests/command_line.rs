@@ -1,0 +1,46 @@
+//! The command as shells see it; no cluster is needed.
+
+use std::process::{Command, Output, Stdio};
+
+fn palisade(arguments: &[&str]) -> Command {
+    let mut command = Command::new(env!("CARGO_BIN_EXE_palisade"));
+    command.args(arguments).env("PALISADE_SOCKET", "/nonexistent/admin.sock");
+    command.env("KUBECONFIG", "/nonexistent/kubeconfig");
+    command
+}
+
+fn text(output: &Output) -> String {
+    let (out, err) = (&output.stdout, &output.stderr);
+    format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
+}
+
+#[test]
+fn exit_codes_mean_what_the_help_says() {
+    let cases: [(&[&str], i32, &str); 8] = [
+        (&["version", "--client"], 0, "palisade:"),
+        (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
+        (&["nosuch"], 2, "unrecognized subcommand"),
+        (&["observe", "--protocol", "nosuch"], 2, "possible values: tcp, udp"),
+        (&["observe", "--verdict", "nosuch"], 2, "possible values"),
+        (&["status"], 3, "$KUBECONFIG names /nonexistent/kubeconfig, which does not exist"),
+        (&["endpoint", "list"], 3, "/nonexistent/admin.sock"),
+        (&["get", "pods"], 3, "/nonexistent/admin.sock"),
+    ];
+    for (arguments, code, says) in cases {
+        let output = palisade(arguments).output().unwrap();
+        assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", text(&output));
+        assert!(text(&output).contains(says), "{arguments:?}: {}", text(&output));
+    }
+}
+
+#[test]
+fn a_reader_that_goes_away_ends_the_command_quietly() {
+    for arguments in [&["version", "--client"][..], &["version", "--client", "-o", "json"]] {
+        let (reader, writer) = std::io::pipe().unwrap();
+        drop(reader);
+        let mut command = palisade(arguments);
+        let output = command.stdout(writer).stderr(Stdio::piped()).output().unwrap();
+        assert_eq!(output.status.code(), Some(0), "{}", text(&output));
+        assert!(output.stderr.is_empty(), "{}", text(&output));
+    }
+}
