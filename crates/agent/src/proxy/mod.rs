@@ -19,7 +19,7 @@ use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream, unix::OwnedReadHalf},
-    sync::{broadcast, mpsc},
+    sync::{broadcast, mpsc, watch},
 };
 use tracing::{info, warn};
 
@@ -50,6 +50,9 @@ struct State {
 pub struct ProxyLink {
     book: Mutex<RuleBook>,
     deltas: broadcast::Sender<Arc<RulesDelta>>,
+    /// The engine has seen all of its inputs. Before, a proxy that outlived an earlier agent goes
+    /// on with what it has.
+    complete: watch::Sender<bool>,
     state: Mutex<State>,
     changed: Condvar,
 }
@@ -59,6 +62,7 @@ impl Default for ProxyLink {
         Self {
             book: Mutex::default(),
             deltas: broadcast::channel(BEHIND).0,
+            complete: watch::Sender::new(false),
             state: Mutex::default(),
             changed: Condvar::new(),
         }
@@ -81,6 +85,7 @@ impl ProxyLink {
         }
         let (version, asked) = (book.rules().version, !book.rules().tables.is_empty());
         drop(book);
+        self.complete.send_if_modified(|complete| !std::mem::replace(complete, true));
         let state = guard(&self.state);
         if state.connection.is_none() {
             return asked.then(|| "no L7 proxy is connected: what needs it is closed".into());
@@ -196,6 +201,8 @@ async fn converse(desk: &Arc<Desk>, number: u64, stream: UnixStream) -> io::Resu
     let (answers, mut answered) = mpsc::channel(ANSWERS);
     let hear = hear(desk, number, read, answers);
     let tell = async {
+        let mut complete = desk.link.complete.subscribe();
+        complete.wait_for(|complete| *complete).await.map_err(io::Error::other)?;
         let mut deltas = snapshot(desk, &mut write).await?;
         loop {
             tokio::select! {

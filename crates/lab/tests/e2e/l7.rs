@@ -176,6 +176,31 @@ fn without_the_proxy_what_needs_it_is_closed_and_nothing_else() {
     assert_eq!((interrupted, words > 10), (0, true));
 }
 
+#[test]
+fn without_the_agent_requests_are_judged_as_before() {
+    let lab = Lab::up(1);
+    let [server, near] = lab.pods([("server", 1), ("near", 1)]);
+    let origin = Origin::start(&server, PORT);
+    lab.apply_cilium_policy("default", "l7", INGRESS);
+    let mut clients =
+        server.addresses.map(|to| Client::connect(&near, SocketAddr::new(to, PORT)).unwrap());
+    for round in 0..5 {
+        lab.kill(1, Program::Agent);
+        let killed = Instant::now();
+        let mut ready = false;
+        // Without a pause until the next agent is ready, and a while longer.
+        while !ready || killed.elapsed() < Duration::from_secs(2) {
+            ready |= lab.statuses().iter().flatten().any(|status| status.ready);
+            for (client, to) in clients.iter_mut().zip(server.addresses) {
+                assert_eq!(client.ask("GET", "/public").unwrap(), 200, "round {round}");
+                assert_eq!(client.ask("GET", "/secret").unwrap(), 403, "round {round}");
+                assert_eq!(ask(&near, to, "GET", "/public"), Some(200), "round {round}");
+            }
+        }
+    }
+    assert!(origin.take().iter().all(|(_, line)| line == "GET /public HTTP/1.1"));
+}
+
 /// Requests that every version of a policy denies, over new connections and old ones, while the
 /// versions follow one another and the proxy and the agent are killed.
 #[test]
