@@ -10,10 +10,13 @@ use std::{
 };
 
 const PALISADE: &str = env!("CARGO_BIN_EXE_palisade");
-/// Admits everybody to everything.
-const OPEN: &str = r#"{"apiVersion": "networking.k8s.io/v1", "kind": "NetworkPolicy",
+/// Lets everybody land, and closes nothing.
+const OPEN: &str = r#"{"apiVersion": "cilium.io/v2", "kind": "CiliumNetworkPolicy",
     "metadata": {"name": "open", "namespace": "default"},
-    "spec": {"podSelector": {}, "ingress": [{}]}}"#;
+    "spec": {"endpointSelector": {}, "enableDefaultDeny": {"ingress": false},
+        "ingress": [{"fromEntities": ["all"], "toPorts": [{
+            "ports": [{"port": "80", "protocol": "TCP"}],
+            "rules": {"http": [{"method": "POST", "path": "/v1/request-landing"}]}}]}]}}"#;
 
 /// Held while a test has a lab: a machine has room for one.
 fn only_lab() -> File {
@@ -42,7 +45,9 @@ fn passes(nodes: &str) {
     assert!(output.status.success(), "{text}");
     assert!(!text.contains("FAIL"), "{text}");
     // Both ships nine times without a policy, then the tiefighter nine times under each.
-    assert_eq!(text.matches("Ship landed").count(), 36, "{text}");
+    assert_eq!(text.matches("Ship landed").count(), 45, "{text}");
+    // And nine times what it may not.
+    assert_eq!(text.matches("Access denied").count(), 9, "{text}");
 }
 
 #[test]
@@ -76,8 +81,9 @@ fn fails_where_the_rebels_can_land() {
     assert_eq!(refused.status.code(), Some(1), "{}", text(&refused));
     assert!(text(&refused).contains("a lab is running already"), "{}", text(&refused));
     assert_eq!(demo.status.code(), Some(1), "{}", text(&demo));
-    // The rebel's own step and eight ways to land, once with each policy.
-    assert_eq!(text(&demo).matches("FAIL").count(), 18, "{}", text(&demo));
+    // The rebel's own step and eight ways to land, once with each policy; and with the last one
+    // eight ways to be told of what may not be asked.
+    assert_eq!(text(&demo).matches("FAIL").count(), 35, "{}", text(&demo));
     assert!(down.status.success(), "{}", text(&down));
 }
 

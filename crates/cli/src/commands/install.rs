@@ -63,6 +63,7 @@ pub(crate) struct Patience {
 #[derive(Debug, Subcommand)]
 pub(crate) enum ConfigCommand {
     /// The values in force: what was chosen, over what the chart says.
+    #[command(after_help = "Examples:\n  palisade config view\n  palisade config view -o json")]
     View {
         #[command(flatten)]
         place: Place,
