@@ -8,6 +8,7 @@ use std::{fs, io};
 
 use anyhow::Context;
 use futures::TryStreamExt;
+use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use crate::layout::{API_PORT, FABRIC_NETNS, FABRIC_V4, FABRIC_V6, MTU, NodePlan};
@@ -34,7 +35,7 @@ async fn build_bridge() -> anyhow::Result<()> {
     handle.link().add(LinkBridge::new(BRIDGE).mtu(MTU).up().build()).execute().await?;
     let bridge = index(&handle, BRIDGE).await?;
     for (address, length) in [(IpAddr::from(FABRIC_V4), 24), (FABRIC_V6.into(), 64)] {
-        handle.address().add(bridge, address, length).execute().await?;
+        add_address(&handle, bridge, address, length).await?;
     }
     Ok(())
 }
@@ -80,7 +81,7 @@ fn add_node(fabric: &Path, node: &NodePlan) -> anyhow::Result<()> {
             .execute()
             .await?;
         for (address, length) in [(IpAddr::from(plan.v4()), 24), (plan.v6().into(), 64)] {
-            handle.address().add(uplink, address, length).execute().await?;
+            add_address(&handle, uplink, address, length).await?;
         }
         Ok(())
     })
@@ -115,6 +116,21 @@ fn connect() -> io::Result<Handle> {
 async fn up(handle: &Handle, name: &str) -> anyhow::Result<()> {
     let link = LinkUnspec::new_with_index(index(handle, name).await?).up().build();
     handle.link().set(link).execute().await.with_context(|| format!("setting {name} up"))
+}
+
+/// Without duplicate detection: even one that is switched off leaves the address unusable until the
+/// kernel gets round to it.
+async fn add_address(
+    handle: &Handle,
+    interface: u32,
+    address: IpAddr,
+    length: u8,
+) -> anyhow::Result<()> {
+    let mut request = handle.address().add(interface, address, length);
+    let message = request.message_mut();
+    message.header.flags = AddressHeaderFlags::Nodad;
+    message.attributes.push(AddressAttribute::Flags(AddressFlags::Nodad));
+    Ok(request.execute().await?)
 }
 
 async fn index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
