@@ -234,6 +234,16 @@ mod tests {
     }
 
     #[test]
+    fn runtimes_old_and_new_can_read_the_network_configuration() {
+        let objects = chart(&[]).objects().unwrap();
+        let config = objects.into_iter().find(|it| it["kind"] == "ConfigMap").unwrap();
+        let conflist = config["data"]["cni.conflist"].as_str().unwrap();
+        let conflist: Value = serde_json::from_str(conflist).unwrap();
+        assert_eq!(conflist["cniVersion"], "1.0.0", "all that containerd 1.6 and 1.7 read");
+        assert_eq!(conflist["cniVersions"], json!(["1.0.0", "1.1.0"]));
+    }
+
+    #[test]
     fn a_changed_setting_is_a_new_version_of_the_pods() {
         let version = |sets: &[&str]| {
             let objects = chart(sets).objects().unwrap();
