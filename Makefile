@@ -8,10 +8,10 @@ CARGO ?= cargo
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 
-.PHONY: help setup build release demo test lint bench image clean
+.PHONY: help setup build release demo test test-cluster lint bench image clean
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo NODES=3 runs the walk-through across three nodes."
 
@@ -30,6 +30,10 @@ demo: build ## Bring up a cluster, run the Star Wars walk-through, take it down 
 test: build ## Run every test, those that need root and the kernel included
 	@scripts/setup.sh test
 	@scripts/test.sh
+
+test-cluster: build ## Run the connectivity tests in the cluster that KUBECONFIG leads to
+	@test -n "$$KUBECONFIG" || { echo "set KUBECONFIG to the file that leads to the cluster" >&2; exit 2; }
+	@$(TARGET_DIR)/debug/palisade connectivity test
 
 lint: setup ## Check formatting and run clippy with warnings denied
 	@$(CARGO) fmt --all --check
