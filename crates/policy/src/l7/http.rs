@@ -2,7 +2,7 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::{Case, Compiled, Pattern, PatternError};
+use super::pattern::{Case, Compiled, Pattern, PatternError, Patterns};
 
 /// Matches a request if all that it says is true of it; the default matches every request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -210,14 +210,16 @@ pub struct L7Error {
 #[derive(Clone, Debug)]
 pub struct HttpMatcher {
     rules: Vec<Ready>,
+    /// Their paths: most of what tells many rules apart.
+    paths: Patterns,
     /// Whether any rule may change a request: then all of them have to be asked.
     edits: bool,
 }
 
+/// A rule but for its path.
 #[derive(Clone, Debug)]
 struct Ready {
     method: Option<Compiled>,
-    path: Option<Compiled>,
     host: Option<Compiled>,
     headers: Vec<ReadyHeader>,
 }
@@ -254,8 +256,11 @@ impl HttpMatcher {
             .enumerate()
             .map(|(n, rule)| Ready::new(rule, secrets).map_err(|error| L7Error { rule: n, error }));
         let edits = |header: &HeaderRule| header.mismatch != Mismatch::Fail;
+        let paths = Patterns::new(rules.iter().map(|rule| rule.path.as_ref()))
+            .map_err(|(rule, error)| L7Error { rule, error })?;
         Ok(Self {
             rules: ready.collect::<Result<_, _>>()?,
+            paths,
             edits: rules.iter().flat_map(|rule| &rule.headers).any(edits),
         })
     }
@@ -264,7 +269,8 @@ impl HttpMatcher {
     #[must_use]
     pub fn judge(&self, request: &HttpRequest<'_>) -> Option<Match> {
         let mut found: Option<Match> = None;
-        for (rule, ready) in self.rules.iter().enumerate() {
+        let paths = self.paths.matching(request.target.as_bytes());
+        for (rule, ready) in self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule]) {
             let Some(edits) = ready.judge(request) else { continue };
             let found = found.get_or_insert_with(|| Match { rule, edits: Vec::new() });
             if !self.edits {
@@ -298,19 +304,17 @@ impl Ready {
         };
         Ok(Self {
             method: compile(&rule.method, Case::Sensitive)?,
-            path: compile(&rule.path, Case::Sensitive)?,
             host: compile(&rule.host, Case::Ignored)?,
             headers: rule.headers.iter().map(header).collect(),
         })
     }
 
-    /// What has to be done to a request that matches.
+    /// What has to be done to a request that matches, and whose path does.
     fn judge(&self, request: &HttpRequest<'_>) -> Option<Vec<HeaderEdit>> {
         let matches = |pattern: &Option<Compiled>, text: &str| {
             pattern.as_ref().is_none_or(|pattern| pattern.matches(text.as_bytes()))
         };
         let plain = matches(&self.method, request.method)
-            && matches(&self.path, request.target)
             && (matches(&self.host, request.host)
                 || matches(&self.host, without_port(request.host)));
         if !plain {
@@ -363,5 +367,132 @@ fn without_port(host: &str) -> &str {
     match host.rsplit_once(':') {
         Some((name, port)) if port.bytes().all(|byte| byte.is_ascii_digit()) => name,
         _ => host,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::arbitrary::Random;
+
+    /// A rule whose path is matched by itself.
+    struct Alone(Option<Compiled>, Ready);
+
+    impl Alone {
+        fn new(rule: &HttpRule) -> Self {
+            let path = rule.path.as_ref().map(|path| {
+                Compiled::new(path.as_str(), Case::Sensitive).expect("a pattern compiles")
+            });
+            Self(path, Ready::new(rule, &Secrets::default()).expect("patterns compile"))
+        }
+    }
+
+    /// Rule after rule: what [`HttpMatcher::judge`] has to come to.
+    fn one_by_one(rules: &[Alone], request: &HttpRequest<'_>) -> Option<Match> {
+        let mut found: Option<Match> = None;
+        for (n, Alone(path, rest)) in rules.iter().enumerate() {
+            if !path.as_ref().is_none_or(|path| path.matches(request.target.as_bytes())) {
+                continue;
+            }
+            let Some(edits) = rest.judge(request) else { continue };
+            let found = found.get_or_insert_with(|| Match { rule: n, edits: Vec::new() });
+            for edit in edits {
+                if !found.edits.contains(&edit) {
+                    found.edits.push(edit);
+                }
+            }
+        }
+        found
+    }
+
+    fn pattern(random: &mut Random) -> Option<Pattern> {
+        const PIECES: [&str; 16] = [
+            "/a",
+            "/b",
+            "/ab",
+            "a",
+            ".*",
+            "[ab]+",
+            "(/b)?",
+            "(a|/)",
+            "a{1,3}",
+            "(?i:B)",
+            "^",
+            "$",
+            "\\d",
+            "|",
+            "[^a]",
+            "(/[ab]{40,80})?",
+        ];
+        if random.once_in(6) {
+            return None;
+        }
+        let text: String = (0..random.below(5)).map(|_| *random.pick(&PIECES)).collect();
+        Pattern::new(&text).ok()
+    }
+
+    fn rule(random: &mut Random) -> HttpRule {
+        let word = |random: &mut Random, words: &[&str]| {
+            random.once_in(3).then(|| Pattern::new(*random.pick(words)).expect("a pattern"))
+        };
+        let header = |random: &mut Random| HeaderRule {
+            name: "x".into(),
+            value: random.once_in(2).then(|| HeaderValue::Text("1".into())),
+            mismatch: *random.pick(&[Mismatch::Fail, Mismatch::Log, Mismatch::Replace]),
+        };
+        HttpRule {
+            method: word(random, &["GET", "GET|PUT", "PUT"]),
+            path: pattern(random),
+            host: word(random, &["a", "A.*", "b:80"]),
+            headers: (0..random.below(4) / 3).map(|_| header(random)).collect(),
+        }
+    }
+
+    #[test]
+    fn all_paths_at_once_say_what_each_says() {
+        const PIECES: [&str; 8] = ["/a", "/b", "a", "b", "/", "B", "1", "\n"];
+        let mut random = Random::new(7);
+        let (mut allowed, mut denied) = (0, 0);
+        for _ in 0..100 {
+            let count = random.below(30);
+            let rules: Vec<HttpRule> = (0..count).map(|_| rule(&mut random)).collect();
+            let matcher = HttpMatcher::new(&rules, &Secrets::default()).expect("each compiles");
+            let alone: Vec<Alone> = rules.iter().map(Alone::new).collect();
+            for _ in 0..30 {
+                let target: String = (0..random.below(5)).map(|_| *random.pick(&PIECES)).collect();
+                let headers: [(&str, &[u8]); 1] = [("x", *random.pick(&[b"1", b"2"]))];
+                let request = HttpRequest {
+                    method: *random.pick(&["GET", "PUT"]),
+                    target: &target,
+                    host: *random.pick(&["a", "a:80", "b:80", "c"]),
+                    headers: if random.once_in(2) { &headers } else { &[] },
+                };
+                let found = matcher.judge(&request);
+                assert_eq!(found, one_by_one(&alone, &request), "{rules:?} {request:?}");
+                *if found.is_some() { &mut allowed } else { &mut denied } += 1;
+            }
+        }
+        assert!(allowed > 300 && denied > 300, "{allowed} {denied}");
+    }
+
+    #[test]
+    fn what_is_too_large_for_one_pass_takes_several() {
+        let rule = |n| HttpRule {
+            path: Some(Pattern::new(&format!("/{n}/([a-z]{{90}})+|/all")).expect("a pattern")),
+            ..HttpRule::default()
+        };
+        let rules: Vec<HttpRule> = (0..100).map(rule).collect();
+        let matcher = HttpMatcher::new(&rules, &Secrets::default()).expect("each fits");
+        assert!(matcher.paths.passes() > 1);
+        let word = "w".repeat(90);
+        let judge = |target: &str| {
+            let request = HttpRequest { method: "GET", target, host: "a", headers: &[] };
+            matcher.judge(&request).map(|found| found.rule)
+        };
+        for n in 0..100 {
+            assert_eq!(judge(&format!("/{n}/{word}")), Some(n));
+            assert_eq!(judge(&format!("/{n}/{word}w")), None);
+        }
+        assert_eq!(judge("/all"), Some(0));
     }
 }

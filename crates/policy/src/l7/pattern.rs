@@ -1,6 +1,8 @@
-use std::{fmt, sync::Arc};
+use std::{collections::HashMap, fmt, sync::Arc};
 
-use regex_automata::{meta::Regex, util::syntax};
+use regex_automata::{
+    Input, MatchKind, PatternSet, meta::Regex, nfa::thompson::WhichCaptures, util::syntax,
+};
 use regex_syntax::hir::{Hir, HirKind, Look};
 use serde::{Deserialize, Serialize};
 
@@ -80,25 +82,13 @@ pub(super) enum Compiled {
 
 impl Compiled {
     pub(super) fn new(text: &str, case: Case) -> Result<Self, PatternError> {
-        if text.len() > LENGTH_LIMIT {
-            let message = format!("{} characters, at most {LENGTH_LIMIT} are allowed", text.len());
-            return Err(PatternError::TooLarge(message));
-        }
-        let config = syntax::Config::new()
-            .unicode(false)
-            .utf8(false)
-            .case_insensitive(case == Case::Ignored)
-            .nest_limit(100);
-        let hir = syntax::parse_with(text, &config)
-            .map_err(|error| PatternError::Syntax(one_line(&error.to_string())))?;
+        let hir = parse(text, case)?;
         if let Some(word) = literal(&hir) {
             return Ok(Self::Literal(word, case));
         }
-        // Built from the parsed form: no text can break out of the anchors.
-        let whole = Hir::concat(vec![Hir::look(Look::Start), hir, Hir::look(Look::End)]);
         Regex::builder()
             .configure(Regex::config().nfa_size_limit(Some(SIZE_LIMIT)).utf8_empty(false))
-            .build_from_hir(&whole)
+            .build_from_hir(&whole(hir))
             .map(|regex| Self::Regex(Arc::new(regex)))
             .map_err(|error| PatternError::TooLarge(one_line(&error.to_string())))
     }
@@ -110,6 +100,111 @@ impl Compiled {
             Self::Regex(regex) => regex.is_match(text),
         }
     }
+}
+
+/// Patterns of many rules, asked in one pass over the text. A rule may have none.
+#[derive(Clone, Debug)]
+pub(super) struct Patterns {
+    /// Of each rule, whether it has no pattern: it matches every text.
+    free: Vec<bool>,
+    /// The rules whose pattern is a plain word.
+    words: HashMap<Box<[u8]>, Vec<usize>>,
+    sets: Vec<Set>,
+}
+
+/// Regular expressions in one automaton, and the rules that they belong to.
+#[derive(Clone, Debug)]
+struct Set {
+    regex: Regex,
+    rules: Vec<usize>,
+}
+
+impl Patterns {
+    /// # Errors
+    /// The rule whose pattern does not compile.
+    pub(super) fn new<'p>(
+        patterns: impl Iterator<Item = Option<&'p Pattern>>,
+    ) -> Result<Self, (usize, PatternError)> {
+        let mut own = Self { free: Vec::new(), words: HashMap::new(), sets: Vec::new() };
+        let (mut rules, mut regexes) = (Vec::new(), Vec::new());
+        for (rule, pattern) in patterns.enumerate() {
+            own.free.push(pattern.is_none());
+            let Some(pattern) = pattern else { continue };
+            let hir = parse(&pattern.0, Case::Sensitive).map_err(|error| (rule, error))?;
+            match literal(&hir) {
+                Some(word) => own.words.entry(word).or_default().push(rule),
+                None => {
+                    rules.push(rule);
+                    regexes.push(whole(hir));
+                }
+            }
+        }
+        own.add(&rules, &regexes)?;
+        Ok(own)
+    }
+
+    /// No set takes more than a single pattern may: what does not fit is halved until it does.
+    fn add(&mut self, rules: &[usize], regexes: &[Hir]) -> Result<(), (usize, PatternError)> {
+        let [first, others @ ..] = rules else { return Ok(()) };
+        let config = Regex::config()
+            .match_kind(MatchKind::All)
+            .which_captures(WhichCaptures::None)
+            .nfa_size_limit(Some(SIZE_LIMIT))
+            .utf8_empty(false);
+        match Regex::builder().configure(config).build_many_from_hir(regexes) {
+            Ok(regex) => self.sets.push(Set { regex, rules: rules.to_vec() }),
+            Err(error) if others.is_empty() => {
+                return Err((*first, PatternError::TooLarge(one_line(&error.to_string()))));
+            }
+            Err(_) => {
+                let half = rules.len() / 2;
+                self.add(&rules[..half], &regexes[..half])?;
+                self.add(&rules[half..], &regexes[half..])?;
+            }
+        }
+        Ok(())
+    }
+
+    /// Passes that a text takes.
+    #[cfg(test)]
+    pub(super) fn passes(&self) -> usize {
+        self.sets.len()
+    }
+
+    /// Of each rule, whether its pattern matches.
+    pub(super) fn matching(&self, text: &[u8]) -> Vec<bool> {
+        let mut matching = self.free.clone();
+        for rule in self.words.get(text).into_iter().flatten() {
+            matching[*rule] = true;
+        }
+        for Set { regex, rules } in &self.sets {
+            let mut found = PatternSet::new(rules.len());
+            regex.which_overlapping_matches(&Input::new(text), &mut found);
+            for pattern in found.iter() {
+                matching[rules[pattern.as_usize()]] = true;
+            }
+        }
+        matching
+    }
+}
+
+fn parse(text: &str, case: Case) -> Result<Hir, PatternError> {
+    if text.len() > LENGTH_LIMIT {
+        let message = format!("{} characters, at most {LENGTH_LIMIT} are allowed", text.len());
+        return Err(PatternError::TooLarge(message));
+    }
+    let config = syntax::Config::new()
+        .unicode(false)
+        .utf8(false)
+        .case_insensitive(case == Case::Ignored)
+        .nest_limit(100);
+    syntax::parse_with(text, &config)
+        .map_err(|error| PatternError::Syntax(one_line(&error.to_string())))
+}
+
+/// Built from the parsed form: no text can break out of the anchors.
+fn whole(hir: Hir) -> Hir {
+    Hir::concat(vec![Hir::look(Look::Start), hir, Hir::look(Look::End)])
 }
 
 /// Without a regular expression, the text that alone matches.
