@@ -375,23 +375,23 @@ impl World {
             assert!(message.contains(field), "{message:?} does not name {field}");
         };
         let [(_, good)] = to_a!("ingress: [{fromEndpoints: [{matchLabels: {pod: b}}]}]");
-        let [(_, http)] = to_a!(
+        let [(_, tls)] = to_a!(
             "ingress: [{fromEndpoints: [{}], toPorts: [{ports: [{port: '80', protocol: TCP}], \
-            rules: {http: [{method: GET}]}}]}]"
+            terminatingTLS: {secret: {name: s}}}]}]"
         );
-        let [(_, names)] = to_a!("egress: [{toFQDNs: [{matchName: example.org}]}]");
+        let [(_, nodes)] = to_a!("egress: [{toNodes: [{matchLabels: {rack: '1'}}]}]");
 
-        self.apply("x/p", http);
-        refused("spec.ingress[0].toPorts[0].rules.http");
-        expect("layer 7 from the beginning", |q| !into_a(q));
+        self.apply("x/p", tls);
+        refused("spec.ingress[0].toPorts[0].terminatingTLS");
+        expect("terminated TLS from the beginning", |q| !into_a(q));
         self.apply("x/p", good);
         assert_eq!(self.condition().0, "True");
         expect("then something good", |q| !into_a(q) || q.from == "x/b");
-        self.apply("x/p", http);
-        refused("spec.ingress[0].toPorts[0].rules.http");
+        self.apply("x/p", tls);
+        refused("spec.ingress[0].toPorts[0].terminatingTLS");
         expect("the last good version stands", |q| !into_a(q) || q.from == "x/b");
-        self.apply("x/p", names);
-        refused("spec.egress[0].toFQDNs");
+        self.apply("x/p", nodes);
+        refused("spec.egress[0].toNodes");
         expect("and egress is closed", |q| (!into_a(q) || q.from == "x/b") && !out_of_a(q));
         self.reset();
         expect("deleted", |_| true);

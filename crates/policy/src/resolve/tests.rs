@@ -484,6 +484,7 @@ fn a_policy_of_very_many_networks_is_a_matter_of_seconds() {
     let mut policy = arbitrary::policy(&mut Random::new(1), 0);
     policy.rules.truncate(1);
     policy.rules[0].subject = Selector::default();
+    policy.rules[0].egress = Section::default();
     policy.rules[0].ingress = Section {
         default_deny: true,
         entries: vec![Entry {
