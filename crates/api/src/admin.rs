@@ -157,12 +157,23 @@ pub struct FlowFilter {
     pub label: Vec<String>,
     /// The receiver's port is one of these.
     pub port: Vec<u16>,
-    /// The protocol's name is one of these, in any case.
+    /// The protocol's name, or that of the one inside (`http`, `dns`, `tls`), is one of these, in
+    /// any case.
     pub protocol: Vec<String>,
-    /// The verdict is one of these: `forwarded`, `dropped`.
+    /// The verdict is one of these: `forwarded`, `dropped`, `redirected`.
     pub verdict: Vec<String>,
-    /// The kind is one of these: `open`, `close`, `drop`.
+    /// The kind is one of these: `open`, `close`, `drop`, `request`.
     pub kind: Vec<String>,
+    /// A request of HTTP with one of these methods, in any case.
+    pub http_method: Vec<String>,
+    /// A request of HTTP for one of these paths, without the query; `*` stands for any text.
+    pub http_path: Vec<String>,
+    /// A request of HTTP with one of these statuses; `x` stands for any digit, as in `5xx`.
+    pub http_status: Vec<String>,
+    /// A question of DNS for one of these names, in any case; `*` stands for any text.
+    pub dns_name: Vec<String>,
+    /// TLS for one of these server names, in any case; `*` stands for any text.
+    pub server_name: Vec<String>,
 }
 
 /// An answer.

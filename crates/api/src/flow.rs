@@ -65,6 +65,18 @@ pub enum L7 {
     },
 }
 
+impl L7 {
+    /// Name of the protocol, as people write it.
+    #[must_use]
+    pub const fn protocol(&self) -> &'static str {
+        match self {
+            Self::Http(_) => "HTTP",
+            Self::Dns(_) => "DNS",
+            Self::Tls { .. } => "TLS",
+        }
+    }
+}
+
 /// A request over HTTP, and the answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Http {
@@ -130,13 +142,11 @@ pub enum FlowKind {
     Close,
     /// A packet was dropped.
     Drop,
-    /// A request was judged inside a connection.
+    /// A request was judged inside a connection, and answered by the server or the proxy.
     Request,
-    /// A request was answered.
-    Response,
 }
 
-/// Whether the packet went on.
+/// Whether the packet, or the request, went on.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "UPPERCASE")]
 pub enum Verdict {
@@ -144,6 +154,8 @@ pub enum Verdict {
     Forwarded,
     /// It did not.
     Dropped,
+    /// It went to the L7 proxy, which judges what is asked for inside.
+    Redirected,
 }
 
 impl Verdict {
@@ -153,6 +165,7 @@ impl Verdict {
         match self {
             Self::Forwarded => "FORWARDED",
             Self::Dropped => "DROPPED",
+            Self::Redirected => "REDIRECTED",
         }
     }
 }

@@ -97,9 +97,9 @@ pub(crate) enum Command {
         after_help = "Examples:\n  palisade policy get\n  palisade policy check policies/*.yaml"
     )]
     Policy(PolicyCommand),
-    /// Flows: who talks to whom, what was dropped, and by which rule.
+    /// Flows and requests: who talks to whom, what was dropped, and by which rule.
     #[command(
-        after_help = "Examples:\n  palisade observe\n  palisade observe --follow --verdict dropped\n  palisade observe --from-pod default/xwing --port 80\n  palisade observe --last 100 -o json"
+        after_help = "Examples:\n  palisade observe\n  palisade observe --follow --verdict dropped\n  palisade observe --from-pod default/xwing --port 80\n  palisade observe --last 100 -o json\n  palisade observe --type request --http-status 4xx\n  palisade observe --http-method PUT --http-path '/v1/*' --follow\n  palisade observe --protocol dns --dns-name '*.example.com'"
     )]
     Observe(ObserveArgs),
     /// A table of the agents, as it is; without a name, the names.
@@ -299,18 +299,51 @@ pub(crate) struct ObserveArgs {
     /// The receiver's port.
     #[arg(long, value_name = "PORT")]
     pub(crate) port: Vec<u16>,
-    /// tcp, udp, sctp, icmp, icmpv6.
-    #[arg(long, value_parser = ["tcp", "udp", "sctp", "icmp", "icmpv6"], ignore_case = true)]
+    /// Protocol of the connection, or of what is asked for inside.
+    #[arg(
+        long,
+        value_parser = ["tcp", "udp", "sctp", "icmp", "icmpv6", "http", "dns", "tls"],
+        ignore_case = true
+    )]
     pub(crate) protocol: Vec<String>,
-    /// forwarded or dropped.
-    #[arg(long, value_parser = ["forwarded", "dropped"], ignore_case = true)]
+    /// Whether it went on; redirected: to the proxy, which tells of each request.
+    #[arg(long, value_parser = ["forwarded", "dropped", "redirected"], ignore_case = true)]
     pub(crate) verdict: Vec<String>,
-    /// open, close or drop.
-    #[arg(short = 't', long = "type", value_parser = ["open", "close", "drop"])]
+    /// What happened; request: something was asked for inside a connection, and answered.
+    #[arg(
+        short = 't',
+        long = "type",
+        visible_alias = "kind",
+        value_parser = ["open", "close", "drop", "request"]
+    )]
     pub(crate) kind: Vec<String>,
+    /// A request of HTTP with this method.
+    #[arg(long, value_name = "METHOD")]
+    pub(crate) http_method: Vec<String>,
+    /// A request of HTTP for this path, without the query; `*` stands for any text.
+    #[arg(long, value_name = "PATH")]
+    pub(crate) http_path: Vec<String>,
+    /// A request of HTTP with this status; `x` stands for any digit, as in 5xx.
+    #[arg(long, value_name = "STATUS", value_parser = http_status)]
+    pub(crate) http_status: Vec<String>,
+    /// A question of DNS for this name; `*` stands for any text.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) dns_name: Vec<String>,
+    /// TLS for this server name; `*` stands for any text.
+    #[arg(long, value_name = "NAME")]
+    pub(crate) server_name: Vec<String>,
     /// Only what this node saw.
     #[arg(long, value_name = "NODE")]
     pub(crate) node: Option<String>,
+}
+
+/// A status, or a class of them.
+fn http_status(text: &str) -> Result<String, String> {
+    let is_place = |byte: u8| byte.is_ascii_digit() || byte.eq_ignore_ascii_case(&b'x');
+    match text.len() == 3 && text.bytes().all(is_place) {
+        true => Ok(text.to_owned()),
+        false => Err("write three digits, such as 403, or 5xx for all of a class".to_owned()),
+    }
 }
 
 #[derive(Debug, Subcommand)]

@@ -68,6 +68,7 @@ impl Namer {
             kind,
             verdict: match kind {
                 FlowKind::Drop => Verdict::Dropped,
+                _ if has(event_flags::PROXIED) => Verdict::Redirected,
                 _ => Verdict::Forwarded,
             },
             drop_reason: DropReason::from_u8(event.reason).map(|reason| reason.as_str().into()),
@@ -101,10 +102,17 @@ impl Namer {
     /// The flows of requests, each told once it was answered.
     pub fn name_requests(&self, records: &[AccessRecord]) -> Vec<Flow> {
         let tables = self.tables.read();
-        records.iter().map(|record| self.name_request(record, &tables)).collect()
+        let progress = self.progress.borrow();
+        records.iter().map(|record| self.name_request(record, &tables, &progress)).collect()
     }
 
-    fn name_request(&self, record: &AccessRecord, tables: &Tables) -> Flow {
+    fn name_request(&self, record: &AccessRecord, tables: &Tables, progress: &Progress) -> Flow {
+        let local = |address: SocketAddr| {
+            let entry = tables.addresses.get(&address.ip())?;
+            progress.endpoints.get(&entry.row)
+        };
+        let egress_table = || local(record.client).map(|row| row.egress_table);
+        let ingress_table = || local(record.server).map(|row| row.ingress_table);
         let end = |address: SocketAddr| {
             let bytes = address_bytes(address.ip());
             let entry = tables.addresses.get(&address.ip());
@@ -129,8 +137,8 @@ impl Namer {
             tcp_flags: String::new(),
             source: end(record.client),
             destination: end(record.server),
-            egress: record.egress.as_ref().map(request_judgement),
-            ingress: record.ingress.as_ref().map(request_judgement),
+            egress: request_judgement(progress, record.egress.as_ref(), egress_table),
+            ingress: request_judgement(progress, record.ingress.as_ref(), ingress_table),
             counters: None,
             l7: Some(record.l7.clone()),
         }
@@ -204,14 +212,27 @@ fn judgement(progress: &Progress, table: u32, rule: u32) -> Option<Judgement> {
     Some(Judgement { rule: Some(rule_name(&rule.source)), ..plain(outcome) })
 }
 
-fn request_judgement(end: &EndRecord) -> Judgement {
-    let outcome = match (end.allowed, &end.rule) {
+/// What one end said to a request. The proxy names the rule that decided; that none did is for the
+/// endpoint's `table` of now to explain.
+fn request_judgement(
+    progress: &Progress,
+    end: Option<&EndRecord>,
+    table: impl FnOnce() -> Option<u32>,
+) -> Option<Judgement> {
+    let end = end?;
+    let plain = |outcome| Judgement { outcome, rule: None, default_deny_by: Vec::new() };
+    let ground = match (end.allowed, &end.rule) {
         (true, Some(_)) => Outcome::AllowedByRule,
         (true, None) => Outcome::NoPolicy,
         (false, Some(_)) => Outcome::DeniedByRule,
-        (false, None) => Outcome::DefaultDeny,
+        (false, None) => {
+            let policy = table().and_then(|table| progress.compiled.get(&table));
+            let by = policy.map(|policy| policy.default_deny_by.iter().map(ToString::to_string));
+            let by = by.into_iter().flatten().collect();
+            return Some(Judgement { default_deny_by: by, ..plain(Outcome::DefaultDeny) });
+        }
     };
-    Judgement { outcome, rule: end.rule.as_ref().map(rule_name), default_deny_by: Vec::new() }
+    Some(Judgement { rule: end.rule.as_ref().map(rule_name), ..plain(ground) })
 }
 
 /// A rule's policy and field.
@@ -251,5 +272,123 @@ impl Clock {
         let age = self.monotonic.saturating_sub(Duration::from_nanos(nanos));
         let wall = self.wall.checked_sub(age).unwrap_or(self.wall);
         format!("{wall:.9}")
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::{collections::BTreeMap, sync::Arc};
+
+    use palisade_api::flow::L7;
+    use palisade_policy::{
+        CompiledPolicy,
+        model::{PolicyKind, PolicyRef},
+    };
+
+    use super::*;
+    use crate::{
+        engine::InForce,
+        tables::{TablesWriter, identities::AddressEntry},
+    };
+
+    const ROW: u32 = 7;
+
+    fn closed_by(name: &str) -> Arc<CompiledPolicy> {
+        let kind = PolicyKind::CiliumNetworkPolicy;
+        let id = PolicyRef { kind, namespace: Some("default".into()), name: name.into() };
+        Arc::new(CompiledPolicy { default_deny_by: vec![id], ..CompiledPolicy::default() })
+    }
+
+    /// Names for a node whose one pod is `10.0.0.7`.
+    fn namer() -> Namer {
+        let mut tables = TablesWriter::default();
+        let address = [10, 0, 0, 7].into();
+        let entry = AddressEntry { address, identity: 300, prefix: 0, row: ROW, node: 0 };
+        tables.write().addresses.put(entry);
+        let row =
+            InForce { identity: 300, ifindex: 1, ingress_table: 11, egress_table: 12, revision: 1 };
+        let compiled = BTreeMap::from([(11, closed_by("in")), (12, closed_by("out"))]);
+        let progress = Progress {
+            endpoints: BTreeMap::from([(ROW, row)]),
+            compiled: Arc::new(compiled),
+            ..Progress::default()
+        };
+        Namer::new("node1".into(), tables.reader(), watch::channel(progress).1)
+    }
+
+    fn record(egress: Option<EndRecord>, ingress: Option<EndRecord>) -> AccessRecord {
+        let (client, server) = ("10.0.0.7:4000", "10.0.0.7:80");
+        AccessRecord {
+            time: 1,
+            protocol: protocol::TCP,
+            client: client.parse().unwrap(),
+            server: server.parse().unwrap(),
+            allowed: false,
+            egress,
+            ingress,
+            l7: L7::Tls { server_name: None },
+        }
+    }
+
+    #[test]
+    fn a_request_that_no_rule_matches_names_what_closes_the_end() {
+        let unmatched = || Some(EndRecord { allowed: false, rule: None });
+        let by = |end: Option<Judgement>| end.map(|end| (end.outcome, end.default_deny_by));
+        let closed = |name: &str| {
+            let policy = format!("CiliumNetworkPolicy default/{name}");
+            Some((Outcome::DefaultDeny, vec![policy]))
+        };
+        let namer = namer();
+        let mut flows = namer.name_requests(&[
+            record(unmatched(), None),
+            record(None, unmatched()),
+            AccessRecord { server: "10.0.0.8:80".parse().unwrap(), ..record(None, unmatched()) },
+        ]);
+        let strange = flows.pop().unwrap();
+        assert_eq!(by(strange.ingress), Some((Outcome::DefaultDeny, Vec::new())));
+        let ingress = flows.pop().unwrap();
+        assert_eq!((by(ingress.egress), by(ingress.ingress)), (None, closed("in")));
+        let egress = flows.pop().unwrap();
+        assert_eq!((by(egress.egress), by(egress.ingress)), (closed("out"), None));
+    }
+
+    #[test]
+    fn what_goes_to_the_proxy_is_redirected_unless_it_is_dropped() {
+        let event = |kind: EventKind, flags| Event {
+            time: 1,
+            source: [0; 16],
+            destination: [0; 16],
+            source_port: 4000,
+            destination_port: 80,
+            protocol: protocol::TCP,
+            kind: kind as u8,
+            reason: 0,
+            flags,
+            source_identity: 300,
+            destination_identity: 300,
+            source_row: ROW_NONE,
+            destination_row: ROW,
+            egress_table: TABLE_NONE,
+            egress_rule: RULE_NONE,
+            ingress_table: 11,
+            ingress_rule: RULE_NONE,
+            tcp_flags: 2,
+            reserved: [0; 7],
+            packets: 1,
+            bytes: 60,
+            reply_packets: 0,
+            reply_bytes: 0,
+        };
+        let events = [
+            event(EventKind::Open, 0),
+            event(EventKind::Open, event_flags::PROXIED),
+            event(EventKind::Close, event_flags::PROXIED),
+            event(EventKind::Drop, event_flags::PROXIED),
+        ];
+        let verdicts: Vec<Verdict> =
+            namer().name_all(&events).into_iter().map(|flow| flow.verdict).collect();
+        let [plain, open, close, drop] = verdicts[..] else { panic!("{verdicts:?}") };
+        assert_eq!((plain, drop), (Verdict::Forwarded, Verdict::Dropped));
+        assert_eq!((open, close), (Verdict::Redirected, Verdict::Redirected));
     }
 }

@@ -36,8 +36,8 @@ pub(super) async fn report(
     };
     let status = json!({ "status": { "conditions": [{
         "type": "Valid",
-        "status": if condition.valid { "True" } else { "False" },
-        "reason": if condition.valid { "Accepted" } else { "Refused" },
+        "status": if condition.finding.is_valid() { "True" } else { "False" },
+        "reason": condition.finding.as_str(),
         "message": condition.message,
         "observedGeneration": condition.generation,
         "lastTransitionTime": Timestamp::now(),

@@ -8,7 +8,7 @@ use serde_json::{Value, json};
 use super::Parse;
 use crate::tables::{
     Change, Intent,
-    policies::{Condition, PolicyContent, PolicyObject},
+    policies::{Condition, Finding, PolicyContent, PolicyObject},
 };
 
 /// Policies of a kind to rows.
@@ -52,10 +52,13 @@ impl Parse for Reflect {
     }
 }
 
+/// What the status says; nothing where it is not what any agent writes.
 fn reported(conditions: &Value) -> Option<Condition> {
     let valid = conditions.as_array()?.iter().find(|condition| condition["type"] == "Valid")?;
-    Some(Condition {
-        valid: valid["status"] == "True",
+    let finding = Finding::read(valid["reason"].as_str()?)?;
+    let status = if finding.is_valid() { "True" } else { "False" };
+    (valid["status"] == status).then(|| Condition {
+        finding,
         message: valid["message"].as_str().unwrap_or_default().into(),
         generation: valid["observedGeneration"].as_i64(),
     })

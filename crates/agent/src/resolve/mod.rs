@@ -70,6 +70,8 @@ pub struct Resolver {
     /// Nodes by address.
     node_addresses: BTreeMap<IpAddr, String>,
     last_good: LastGood,
+    /// All Secrets were read at least once, and nothing is in the way of hearing of changes.
+    secrets_known: bool,
 }
 
 /// What a round has to look at again.
@@ -96,6 +98,7 @@ impl Resolver {
             local: HashMap::new(),
             node_addresses: BTreeMap::new(),
             last_good: LastGood::default(),
+            secrets_known: false,
         }
     }
 

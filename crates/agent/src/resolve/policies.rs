@@ -3,6 +3,7 @@
 use std::sync::Arc;
 
 use palisade_policy::{
+    l7::Secrets,
     model::{Policy, PolicyKind},
     resolve::{Changes, GroupDirection},
 };
@@ -10,12 +11,14 @@ use palisade_policy::{
 use super::{Outcome, Resolver};
 use crate::tables::{
     POLICY_KINDS, Tables,
-    policies::{Condition, Enforcement, PolicyContent, PolicyEntry, PolicyObject},
+    policies::{Condition, Enforcement, Finding, PolicyContent, PolicyEntry, PolicyObject},
+    secrets,
 };
 
 impl Resolver {
     /// Takes over changed policy objects.
     pub(super) fn note_policies(&mut self, tables: &mut Tables, outcome: &mut Outcome) {
+        let known = self.note_secrets(tables, outcome);
         for kind in POLICY_KINDS {
             for delta in tables.policies.of_mut(kind).take_changes() {
                 let Some(after) = delta.after else {
@@ -32,11 +35,29 @@ impl Resolver {
                     let policy = self.policy_in_force(&after);
                     self.repository.upsert_policy(policy);
                 }
-                if let Some(condition) = condition_to_report(kind, &after) {
+                if let Some(condition) = condition_to_report(&after, known.as_ref()) {
                     outcome.conditions.push((after, condition));
                 }
             }
         }
+    }
+
+    /// Takes over changed Secrets: what is said of the policies that use them may be wrong now.
+    /// Returns what is known for sure; without that nothing is said of such policies, lest agents
+    /// contradict each other.
+    fn note_secrets(&mut self, tables: &mut Tables, outcome: &mut Outcome) -> Option<Secrets> {
+        let changed = !tables.secrets.take_changes().is_empty();
+        let known = tables.secrets.is_complete() && tables.secrets.error().is_none();
+        let again = !std::mem::replace(&mut self.secrets_known, known);
+        let known = known.then(|| secrets::values(&tables.secrets));
+        if changed || again {
+            for policy in tables.policies.rows().filter(|policy| uses_secrets(policy)) {
+                if let Some(condition) = condition_to_report(policy, known.as_ref()) {
+                    outcome.conditions.push((policy.clone(), condition));
+                }
+            }
+        }
+        known
     }
 
     /// Objects that were deleted while no agent ran have no last good version.
@@ -95,23 +116,29 @@ fn enforcement(direction: &GroupDirection) -> Enforcement {
     }
 }
 
+fn uses_secrets(object: &PolicyObject) -> bool {
+    matches!(&object.content, PolicyContent::Accepted(policy) if secrets::are_used_by(policy))
+}
+
 /// The condition that the object's status should have and has not. The status of a
 /// `NetworkPolicy` has no conditions: only what is wrong with it is worth an event.
-fn condition_to_report(kind: PolicyKind, object: &PolicyObject) -> Option<Condition> {
-    let condition = match &object.content {
-        PolicyContent::Accepted(_) => Condition {
-            valid: true,
-            message: "Policy validation succeeded".into(),
-            generation: Some(object.generation),
-        },
-        PolicyContent::Refused { message, .. } => Condition {
-            valid: false,
-            message: message.clone(),
-            generation: Some(object.generation),
-        },
+fn condition_to_report(object: &PolicyObject, known: Option<&Secrets>) -> Option<Condition> {
+    let (finding, message) = match &object.content {
+        PolicyContent::Refused { message, .. } => (Finding::Refused, message.clone()),
+        PolicyContent::Accepted(policy) => {
+            let missing = match secrets::are_used_by(policy) {
+                true => secrets::missing(policy, known?),
+                false => None,
+            };
+            missing.map_or_else(
+                || (Finding::Accepted, "Policy validation succeeded".to_owned()),
+                |missing| (Finding::SecretMissing, missing),
+            )
+        }
     };
-    if kind == PolicyKind::NetworkPolicy && condition.valid {
+    if object.id.kind == PolicyKind::NetworkPolicy && finding.is_valid() {
         return None;
     }
+    let condition = Condition { finding, message, generation: Some(object.generation) };
     (object.reported.as_ref() != Some(&condition)).then_some(condition)
 }

@@ -1,6 +1,10 @@
-//! Who an address is taken for, when objects contradict each other.
+//! Who an address is taken for, when objects contradict each other; what is said of policies whose
+//! Secrets come and go.
 
 use palisade_abi::{ROW_HOST, identity as number};
+use palisade_api::convert::convert;
+use palisade_policy::model::{PolicyKind, PolicyRef};
+use serde_json::json;
 
 use super::*;
 use crate::tables::{
@@ -8,6 +12,8 @@ use crate::tables::{
     identities::AddressEntry,
     nodes::{Node, NodeSource},
     pods::{Endpoint, Pod},
+    policies::{Finding, PolicyContent},
+    secrets::Secret,
 };
 
 const OWN: &str = "node1";
@@ -113,4 +119,67 @@ fn an_address_of_a_pod_and_of_another_node_is_nobodys() {
         let forged = owner_of("10.0.2.5", intents);
         assert_eq!(forged.map(|entry| entry.identity), Some(number::UNKNOWN));
     }
+}
+
+/// A policy that compares a header with a Secret, as it is after its status says `reported`.
+fn secretive(reported: Option<Condition>) -> Intent {
+    let kind = PolicyKind::CiliumNetworkPolicy;
+    let secret = json!({ "name": "x-token", "secret": { "name": "token" } });
+    let ports = json!({
+        "ports": [{ "port": "80", "protocol": "TCP" }],
+        "rules": { "http": [{}, { "headerMatches": [secret] }] },
+    });
+    let object = json!({
+        "metadata": { "name": "a", "namespace": "default" },
+        "spec": { "endpointSelector": {}, "ingress": [{ "toPorts": [ports] }] },
+    });
+    let content = PolicyContent::Accepted(convert(kind, &object, "default").expect("a policy"));
+    let id = PolicyRef { kind, namespace: Some("default".into()), name: "a".into() };
+    let object = PolicyObject { id, uid: "a".into(), generation: 3, content, reported };
+    Intent::Policy(kind, Change::Put(object))
+}
+
+fn token(data: &[(&str, &[u8])]) -> Secret {
+    let data = data.iter().map(|(key, value)| ((*key).to_owned(), value.to_vec())).collect();
+    Secret { name: ObjectName::new("palisade-secrets", "default.token"), data }
+}
+
+#[test]
+fn a_policy_without_its_secret_says_so_until_it_is_there() {
+    let scope = Scope { node: OWN.into(), cluster: "default".into() };
+    let mut resolver = Resolver::new(scope, []);
+    let mut tables = Tables::default();
+    let mut after = |intent: Intent| {
+        tables.apply(intent);
+        let conditions = resolver.resolve(&mut tables).conditions;
+        conditions.into_iter().map(|(_, condition)| condition).next_back()
+    };
+    let finding = |found: Option<Condition>| found.map(|condition| condition.finding);
+
+    assert_eq!(after(secretive(None)), None, "nobody knows yet which Secrets there are");
+    let missing = after(Intent::Secret(Change::Replace(Vec::new()))).expect("a condition");
+    assert_eq!((missing.finding, missing.generation), (Finding::SecretMissing, Some(3)));
+    let path = "spec.ingress[0].toPorts[0].rules.http[1].headerMatches: ";
+    assert!(missing.message.starts_with(path), "{}", missing.message);
+    for word in
+        ["`x-token`", "`default.token`", "`palisade-secrets`", "copy Secret `default/token`"]
+    {
+        assert!(missing.message.contains(word), "{word}: {}", missing.message);
+    }
+    assert_eq!(after(secretive(Some(missing))), None, "it is said already");
+
+    for useless in [token(&[("a", b"1"), ("b", b"2")]), token(&[("a", b"\xff")])] {
+        assert_eq!(after(Intent::Secret(Change::Put(useless))), None, "no value either");
+    }
+    let found = after(Intent::Secret(Change::Put(token(&[("a", b"1")])))).expect("a condition");
+    assert_eq!(found.finding, Finding::Accepted);
+    assert_eq!(after(secretive(Some(found))), None);
+
+    let gone = Change::Delete(ObjectName::new("palisade-secrets", "default.token"));
+    assert_eq!(finding(after(Intent::Secret(gone))), Some(Finding::SecretMissing));
+    let failed = Change::Failed("away".into());
+    assert_eq!(after(Intent::Secret(failed)), None);
+    assert_eq!(after(secretive(None)), None, "what is known may be old");
+    let again = Change::Replace(vec![token(&[("a", b"1")])]);
+    assert_eq!(finding(after(Intent::Secret(again))), Some(Finding::Accepted));
 }

@@ -39,11 +39,44 @@ pub enum PolicyContent {
     },
 }
 
+/// What was found of a policy object: the reason of its condition `Valid`.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Finding {
+    /// It is in force as it stands.
+    Accepted,
+    /// It is in force, and a header rule of it refers to a Secret that is not there.
+    SecretMissing,
+    /// It closes its subjects.
+    Refused,
+}
+
+impl Finding {
+    /// Status of the condition.
+    pub const fn is_valid(self) -> bool {
+        matches!(self, Self::Accepted)
+    }
+
+    /// The reason, in the API's way of writing.
+    pub const fn as_str(self) -> &'static str {
+        match self {
+            Self::Accepted => "Accepted",
+            Self::SecretMissing => "SecretMissing",
+            Self::Refused => "Refused",
+        }
+    }
+
+    /// The finding with this reason.
+    pub fn read(reason: &str) -> Option<Self> {
+        let all = [Self::Accepted, Self::SecretMissing, Self::Refused];
+        all.into_iter().find(|finding| finding.as_str() == reason)
+    }
+}
+
 /// The condition `Valid` of a policy object.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Condition {
-    /// Status of the condition.
-    pub valid: bool,
+    /// Status and reason.
+    pub finding: Finding,
     /// For people.
     pub message: String,
     /// Generation that it speaks of, where it says so.

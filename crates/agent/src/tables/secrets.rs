@@ -2,9 +2,13 @@
 
 use std::{collections::BTreeMap, fmt};
 
-use palisade_policy::l7::{SecretRef, Secrets};
+use palisade_policy::{
+    l7::{HeaderValue, SecretRef, Secrets},
+    model::{Application, Direction, Policy},
+};
 
 use super::{ObjectName, Row, Table, join};
+use crate::reflect::SECRETS_NAMESPACE;
 
 /// A `v1 Secret`.
 #[derive(Clone, PartialEq, Eq)]
@@ -58,4 +62,54 @@ pub fn values(secrets: &Table<Secret>) -> Secrets {
         }
     }
     values.into()
+}
+
+/// Whether a header rule of the policy refers to a Secret.
+pub fn are_used_by(policy: &Policy) -> bool {
+    used_by(policy).next().is_some()
+}
+
+/// What a policy lacks for its header rules: the field, what is missing, and how to bring it.
+pub fn missing(policy: &Policy, secrets: &Secrets) -> Option<String> {
+    let missing = used_by(policy).filter(|(_, _, secret)| secrets.get(secret).is_none());
+    let problems = missing.map(|(path, header, secret)| {
+        let SecretRef { namespace, name, key } = secret;
+        let copy = format!("{namespace}.{name}");
+        let which = match key {
+            Some(key) => format!("with text under the key `{key}`"),
+            None => "with one key and text under it".to_owned(),
+        };
+        format!(
+            "{path}: no value of header `{header}` is right, because there is no Secret `{copy}` \
+             in namespace `{SECRETS_NAMESPACE}` {which}; copy Secret `{namespace}/{name}` there \
+             under the name `{copy}`"
+        )
+    });
+    let problems: Vec<String> = problems.collect();
+    (!problems.is_empty()).then(|| problems.join("; "))
+}
+
+/// Fields, headers, and what these are compared with.
+fn used_by(policy: &Policy) -> impl Iterator<Item = (String, &str, &SecretRef)> {
+    let sections = policy
+        .rules
+        .iter()
+        .flat_map(|rule| Direction::BOTH.map(|direction| rule.section(direction)));
+    let http = sections.flat_map(|section| &section.entries).filter_map(|entry| {
+        match &entry.application {
+            Application::Http(rules) => Some((entry.path.as_str(), rules)),
+            _ => None,
+        }
+    });
+    let rules = http.flat_map(|(path, rules)| {
+        (0..).zip(rules).map(move |(n, rule): (usize, _)| (format!("{path}[{n}]"), rule))
+    });
+    rules.flat_map(|(path, rule)| {
+        rule.headers.iter().filter_map(move |header| match &header.value {
+            Some(HeaderValue::Secret(secret)) => {
+                Some((format!("{path}.headerMatches"), header.name.as_str(), secret))
+            }
+            _ => None,
+        })
+    })
 }

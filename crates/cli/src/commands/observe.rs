@@ -52,6 +52,11 @@ fn filter(args: ObserveArgs) -> FlowFilter {
         protocol: args.protocol,
         verdict: args.verdict,
         kind: args.kind,
+        http_method: args.http_method,
+        http_path: args.http_path,
+        http_status: args.http_status,
+        dns_name: args.dns_name,
+        server_name: args.server_name,
     }
 }
 

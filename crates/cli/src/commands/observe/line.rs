@@ -1,7 +1,9 @@
 //! A flow on one line.
 
 use jiff::{Timestamp, tz::TimeZone};
-use palisade_api::flow::{Direction, Flow, FlowEnd, FlowKind, Judgement, Outcome, Verdict};
+use palisade_api::flow::{
+    Direction, Dns, Flow, FlowEnd, FlowKind, Http, Judgement, L7, Outcome, Verdict,
+};
 
 /// Identities below this have names instead of numbers.
 const FIRST_CLUSTER_IDENTITY: u32 = 256;
@@ -65,16 +67,15 @@ fn what(flow: &Flow) -> String {
         Direction::Ingress => "ingress",
         Direction::Egress => "egress",
     };
-    match (flow.kind, flow.verdict) {
-        (FlowKind::Drop, _) | (_, Verdict::Dropped) => {
+    match flow.kind {
+        FlowKind::Drop => {
             let reason = flow.drop_reason.as_deref().unwrap_or("reason unknown");
             format!("{direction} {reason}")
         }
-        (FlowKind::Open, _) if flow.rejudged => format!("{direction} open (judged again)"),
-        (FlowKind::Open, _) => format!("{direction} open"),
-        (FlowKind::Close, _) => format!("{direction} close"),
-        (FlowKind::Request, _) => format!("{direction} request"),
-        (FlowKind::Response, _) => format!("{direction} response"),
+        FlowKind::Open if flow.rejudged => format!("{direction} open (judged again)"),
+        FlowKind::Open => format!("{direction} open"),
+        FlowKind::Close => format!("{direction} close"),
+        FlowKind::Request => format!("{direction} request"),
     }
 }
 
@@ -110,6 +111,13 @@ fn said(judgement: &Judgement) -> Option<String> {
 }
 
 fn summary(flow: &Flow) -> String {
+    match &flow.l7 {
+        Some(L7::Http(http)) => return http_summary(http),
+        Some(L7::Dns(dns)) => return dns_summary(dns),
+        Some(L7::Tls { server_name: Some(name) }) => return format!("TLS for {name}"),
+        Some(L7::Tls { server_name: None }) => return "TLS for no server name".to_owned(),
+        None => {}
+    }
     let mut summary = match flow.tcp_flags.as_str() {
         "" => flow.protocol.clone(),
         flags => format!("TCP Flags: {}", flags.replace(',', ", ")),
@@ -124,6 +132,41 @@ fn summary(flow: &Flow) -> String {
         );
     }
     summary
+}
+
+/// `HTTP/1.1 GET http://host/path: 200, 1.3 ms`.
+fn http_summary(http: &Http) -> String {
+    let asked = match http.method.as_str() {
+        "" => "that cannot be read".to_owned(),
+        method => format!("{method} {}", http.url),
+    };
+    let status = http.status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
+    let mut text = format!("{} {asked}: {status}, {}", http.version, millis(http.latency_ns));
+    if let Some(error) = &http.error {
+        text += &format!("; {error}");
+    }
+    if !http.mismatches.is_empty() {
+        text += &format!("; not as the rule wants: {}", http.mismatches.join(", "));
+    }
+    text
+}
+
+/// `DNS AAAA host: NOERROR fd00::1, ttl 30 s, 1.3 ms`.
+fn dns_summary(dns: &Dns) -> String {
+    let mut text = format!("DNS {} {}: ", dns.qtype, dns.query);
+    text += dns.rcode.as_deref().unwrap_or("no answer");
+    for address in &dns.addresses {
+        text += &format!(" {address}");
+    }
+    if let Some(ttl) = dns.ttl {
+        text += &format!(", ttl {ttl} s");
+    }
+    text + ", " + &millis(dns.latency_ns)
+}
+
+#[expect(clippy::cast_precision_loss, reason = "for people")]
+fn millis(nanos: u64) -> String {
+    format!("{:.1} ms", nanos as f64 / 1e6)
 }
 
 #[cfg(test)]
@@ -230,5 +273,79 @@ mod tests {
             endpoint: None,
         };
         assert!(compact(&flow, false).contains(": [fd31::9]:4000 (world-ipv4) -> "));
+    }
+
+    fn request(verdict: Verdict, l7: L7) -> Flow {
+        let (kind, tcp_flags) = (FlowKind::Request, String::new());
+        Flow { kind, verdict, drop_reason: None, tcp_flags, l7: Some(l7), ..flow() }
+    }
+
+    fn http(status: Option<u16>) -> Http {
+        Http {
+            method: "PUT".to_owned(),
+            url: "http://deathstar/v1/exhaust-port".to_owned(),
+            version: "HTTP/1.1".to_owned(),
+            status,
+            latency_ns: 1_340_000,
+            mismatches: Vec::new(),
+            error: None,
+        }
+    }
+
+    #[test]
+    fn a_denied_request_says_what_was_asked_for_and_what_closes_the_end() {
+        let flow = request(Verdict::Dropped, L7::Http(http(Some(403))));
+        assert_eq!(
+            without_time(&compact(&flow, false)),
+            ": default/xwing:40000 (ID:1234) -> default/deathstar-1:80 (ID:5678) ingress request \
+             DROPPED [ingress denied by default: no rule of NetworkPolicy default/policy allows \
+             it] (HTTP/1.1 PUT http://deathstar/v1/exhaust-port: 403, 1.3 ms)"
+        );
+    }
+
+    #[test]
+    fn what_became_of_a_request_is_told() {
+        let ends = |l7: L7, end: &str| {
+            let line = compact(&request(Verdict::Forwarded, l7), false);
+            assert!(line.ends_with(end), "{line}");
+        };
+        let error = Some("the server closed the connection".to_owned());
+        ends(
+            L7::Http(Http { error, mismatches: vec!["x-token".to_owned()], ..http(None) }),
+            "exhaust-port: no answer, 1.3 ms; the server closed the connection; not as the rule \
+             wants: x-token)",
+        );
+        ends(
+            L7::Http(Http { method: String::new(), url: String::new(), ..http(Some(400)) }),
+            "(HTTP/1.1 that cannot be read: 400, 1.3 ms)",
+        );
+        let dns = Dns {
+            query: "api.example.com".to_owned(),
+            qtype: "A".to_owned(),
+            rcode: Some("NOERROR".to_owned()),
+            addresses: vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()],
+            ttl: Some(30),
+            latency_ns: 250_000,
+        };
+        ends(
+            L7::Dns(dns.clone()),
+            "(DNS A api.example.com: NOERROR 192.0.2.1 192.0.2.2, ttl 30 s, 0.2 ms)",
+        );
+        let (rcode, addresses, ttl) = (None, Vec::new(), None);
+        ends(
+            L7::Dns(Dns { rcode, addresses, ttl, ..dns }),
+            "(DNS A api.example.com: no answer, 0.2 ms)",
+        );
+        let server_name = Some("api.example.com".to_owned());
+        ends(L7::Tls { server_name }, "(TLS for api.example.com)");
+        ends(L7::Tls { server_name: None }, "(TLS for no server name)");
+    }
+
+    #[test]
+    fn a_connection_that_the_proxy_looks_into_is_redirected() {
+        let mut flow = flow();
+        (flow.kind, flow.drop_reason) = (FlowKind::Open, None);
+        flow.verdict = Verdict::Redirected;
+        assert!(compact(&flow, false).contains("ingress open REDIRECTED ["));
     }
 }
