@@ -21,7 +21,8 @@ use crate::{Proxy, connection, net, runtime};
 const MOST_CONNECTIONS: usize = 50_000;
 /// Descriptors for everything but connections.
 const OTHER_DESCRIPTORS: usize = 256;
-/// One client may have this share of all connections.
+/// A client may have no more than this share of the connections that are left: a few greedy ones
+/// do not leave the others without.
 const CLIENT_SHARE: usize = 4;
 
 /// A thread for each core, each with a runtime of its own.
@@ -153,7 +154,8 @@ impl Limits {
     fn admit(self: &Arc<Self>, client: IpAddr) -> Option<Permit> {
         let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
         let of_client = open.clients.get(&client).copied().unwrap_or(0);
-        if open.total >= self.most || of_client >= self.most.div_ceil(CLIENT_SHARE) {
+        let free = self.most.saturating_sub(open.total);
+        if of_client * CLIENT_SHARE >= free {
             return None;
         }
         open.total += 1;
@@ -196,6 +198,16 @@ mod tests {
         drop(held);
         assert!(limits.admit(one).is_some());
         assert!(limits.open.lock().unwrap().clients.is_empty());
+    }
+
+    #[test]
+    fn greedy_clients_leave_something() {
+        let limits = Arc::new(Limits { most: 1000, open: Mutex::default() });
+        let client = |n| IpAddr::from([10, 0, 1, n]);
+        let take = |n| std::iter::from_fn(|| limits.admit(client(n))).collect::<Vec<_>>();
+        let held: Vec<_> = (0..10).map(take).collect();
+        assert!(held[0].len() > 100);
+        assert!(limits.admit(client(101)).is_some());
     }
 
     #[test]
