@@ -188,6 +188,14 @@ impl CompiledPolicy {
         })
     }
 
+    /// Whether the rule that decides sends a connection through the proxy.
+    #[must_use]
+    pub fn redirects(&self, identity: u32, prefix: u32, protocol: u8, port: u16) -> bool {
+        let Some(rule) = self.lookup(identity, prefix, protocol, port) else { return false };
+        let chunk = self.chunks.get((rule / CHUNK_RULES) as usize);
+        chunk.is_some_and(|chunk| chunk.redirect >> (rule % CHUNK_RULES) & 1 != 0)
+    }
+
     /// Whether some rule needs the proxy.
     #[must_use]
     pub fn has_redirects(&self) -> bool {

@@ -19,6 +19,9 @@ pub(crate) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, client: SocketA
     _ = stream.set_nodelay(true);
     net::keep_alive(&stream);
     let gate = Gate::new(proxy, protocol::TCP, client, server);
+    if !gate.is_redirected() {
+        return net::reset(&stream);
+    }
     match gate.application() {
         Application::Http => http::serve(&gate, stream).await,
         Application::Anything => pass(&gate, stream).await,

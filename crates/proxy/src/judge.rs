@@ -12,7 +12,7 @@ use arc_swap::ArcSwap;
 use http::{HeaderMap, HeaderName, HeaderValue};
 use palisade_api::{
     flow::{Http, L7, escaped},
-    proxy::{AccessRecord, EndRecord, Rules, TableId},
+    proxy::{AccessRecord, EndRecord, Peer, Rules, TableId},
 };
 use palisade_policy::{
     RuleSource,
@@ -183,29 +183,33 @@ struct Ends {
     ingress: Option<Arc<End>>,
     /// One of them is an endpoint of this node.
     known: bool,
+    /// One of them has the connection sent here.
+    redirected: bool,
 }
 
 impl Ends {
     fn find(snapshot: &Snapshot, protocol: u8, client: SocketAddr, server: SocketAddr) -> Self {
         let rules = &snapshot.rules;
         let (from, to) = (rules.endpoints.get(&client.ip()), rules.endpoints.get(&server.ip()));
-        let ask = |table: Option<TableId>, peer: SocketAddr| {
+        let port = server.port();
+        let mut redirected = false;
+        let mut ask = |table: Option<TableId>, peer: SocketAddr| {
             let table = table?;
-            let peer = snapshot.peer(peer.ip());
-            let question = Question {
-                table,
-                identity: peer.identity,
-                prefix: peer.prefix,
-                protocol,
-                port: server.port(),
-            };
+            let Peer { identity, prefix, .. } = snapshot.peer(peer.ip());
+            let policy = rules.tables.get(&table);
+            redirected |=
+                policy.is_some_and(|policy| policy.redirects(identity, prefix, protocol, port));
+            let question = Question { table, identity, prefix, protocol, port };
             Some(snapshot.demands.ask(rules, question))
         };
+        let egress = ask(from.and_then(|endpoint| endpoint.egress), server);
+        let ingress = ask(to.and_then(|endpoint| endpoint.ingress), client);
         Self {
             generation: snapshot.generation,
-            egress: ask(from.and_then(|endpoint| endpoint.egress), server),
-            ingress: ask(to.and_then(|endpoint| endpoint.ingress), client),
+            egress,
+            ingress,
             known: from.is_some() || to.is_some(),
+            redirected,
         }
     }
 
@@ -358,6 +362,14 @@ impl Gate {
     #[must_use]
     pub fn application(&self) -> Application {
         self.ends().application()
+    }
+
+    /// Whether the newest rules send such a connection here. Where they do not, the kernel judges
+    /// by others: an end may be a pod that has its address since, with a policy that nobody here
+    /// knows.
+    #[must_use]
+    pub fn is_redirected(&self) -> bool {
+        self.ends().redirected
     }
 
     fn ends(&self) -> Arc<Ends> {

@@ -101,6 +101,28 @@ fn who_is_unknown_gets_nothing() {
     assert_eq!(origin.text().matches("GET").count(), 1);
 }
 
+/// The kernel is a step ahead: it knows the policy of a pod whose address was nobody's, or another
+/// pod's, in the rules at hand.
+#[test]
+fn what_the_rules_at_hand_would_not_send_here_gets_nothing() {
+    let open = Endpoint { id: 8, identity: 301, ingress: None, egress: None };
+    let mut rules = rules(1, &[http(&["GET /public"])]);
+    let before = std::mem::take(&mut rules.endpoints);
+    rules.endpoints = [(CLIENT4, open)].into();
+    let world = World::new(rules.clone());
+    let origin = Origin::ok(&world.server);
+    assert_eq!(world.ask(REQUEST), b"", "to an unknown pod");
+    rules.version = 2;
+    rules.endpoints.insert(SERVER4, open);
+    world.agent.put(rules.clone());
+    assert_eq!(world.ask(REQUEST), b"", "to a pod that had no policy");
+    assert_eq!(origin.seen().connections, 0);
+    rules.version = 3;
+    rules.endpoints.insert(SERVER4, before[&SERVER4]);
+    world.agent.put(rules);
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+}
+
 #[test]
 fn deltas_are_taken_and_a_wrong_one_ends_the_link() {
     let world = World::new(rules(1, &[http(&["GET /public"])]));
