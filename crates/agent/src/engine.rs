@@ -203,25 +203,18 @@ impl Engine {
         let mut problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
         let changed_policy = !outcome.changes.groups.is_empty();
         let conditions = std::mem::take(&mut outcome.conditions);
+        // Whoever sees the tables may rely on what is in them, requests included.
+        problems.extend(tell_proxy(&self.outputs.proxy, &mut self.reconciler, &tables));
         drop(tables);
         self.revision += u64::from(changed_policy);
         for problem in &report.problems {
             warn!(%problem, "not everything is in force");
         }
-        problems.extend(self.tell_proxy());
         self.tell(&outcome, &report, problems);
         for (policy, condition) in conditions {
             self.publish(Publication::Condition(policy, condition));
         }
         report.problems.is_empty()
-    }
-
-    /// The kernel first: what it hands to a proxy that does not know yet what to do with it is
-    /// denied. What the proxy lacks is not a reason to try again; it says when it has it.
-    fn tell_proxy(&mut self) -> Option<String> {
-        let tables = self.reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
-        let secrets = secrets::values(&self.tables.read().secrets);
-        self.outputs.proxy.update(self.reconciler.mirror_mut(), tables, &secrets)
     }
 
     fn tell(&mut self, outcome: &Outcome, report: &Report, problems: Vec<String>) {
@@ -317,4 +310,12 @@ impl Engine {
     pub fn reconciler(&self) -> &Reconciler {
         &self.reconciler
     }
+}
+
+/// The kernel first: what it hands to a proxy that does not know yet what to do with it is denied.
+/// What the proxy lacks is not a reason to try again; it says when it has it.
+fn tell_proxy(proxy: &ProxyLink, reconciler: &mut Reconciler, tables: &Tables) -> Option<String> {
+    let live = reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
+    let secrets = secrets::values(&tables.secrets);
+    proxy.update(reconciler.mirror_mut(), live, &secrets)
 }

@@ -1,9 +1,7 @@
 //! A flow on one line.
 
 use jiff::{Timestamp, tz::TimeZone};
-use palisade_api::flow::{
-    Direction, Dns, Flow, FlowEnd, FlowKind, Http, Judgement, L7, Outcome, Verdict,
-};
+use palisade_api::flow::{Direction, Dns, Flow, FlowEnd, FlowKind, Http, Judgement, L7, Outcome};
 
 /// Identities below this have names instead of numbers.
 const FIRST_CLUSTER_IDENTITY: u32 = 256;
@@ -172,6 +170,8 @@ fn millis(nanos: u64) -> String {
 #[cfg(test)]
 mod tests {
     use palisade_api::flow::RuleName;
+
+    use palisade_api::flow::Verdict;
 
     use super::*;
 
