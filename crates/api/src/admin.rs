@@ -22,6 +22,7 @@ pub const SOCKET: &str = "admin.sock";
 /// A question.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(tag = "request", rename_all = "kebab-case")]
+#[expect(clippy::large_enum_variant, reason = "one request lives for one question")]
 pub enum Request {
     /// How the agent is: [`Response::Status`].
     Status,

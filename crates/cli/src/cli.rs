@@ -64,6 +64,7 @@ pub(crate) struct Global {
 }
 
 #[derive(Debug, Subcommand)]
+#[expect(clippy::large_enum_variant, reason = "one command lives for one run")]
 pub(crate) enum Command {
     /// Versions of this command, of the agents and of the API server.
     #[command(after_help = "Examples:\n  palisade version\n  palisade version --client -o json")]
