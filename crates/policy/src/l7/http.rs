@@ -433,7 +433,7 @@ mod tests {
 
     fn rule(random: &mut Random) -> HttpRule {
         let word = |random: &mut Random, words: &[&str]| {
-            random.once_in(3).then(|| Pattern::new(random.pick(words)).expect("a pattern"))
+            random.once_in(3).then(|| Pattern::new(random.pick::<&str>(words)).expect("a pattern"))
         };
         let header = |random: &mut Random| HeaderRule {
             name: "x".into(),
@@ -462,9 +462,9 @@ mod tests {
                 let target: String = (0..random.below(5)).map(|_| *random.pick(&PIECES)).collect();
                 let headers: [(&str, &[u8]); 1] = [("x", *random.pick(&[b"1", b"2"]))];
                 let request = HttpRequest {
-                    method: random.pick(&["GET", "PUT"]),
+                    method: random.pick::<&str>(&["GET", "PUT"]),
                     target: &target,
-                    host: random.pick(&["a", "a:80", "b:80", "c"]),
+                    host: random.pick::<&str>(&["a", "a:80", "b:80", "c"]),
                     headers: if random.once_in(2) { &headers } else { &[] },
                 };
                 let found = matcher.judge(&request);
