@@ -20,7 +20,7 @@ use crate::{
     admin::{self, Admin, Readiness},
     cni::{self, Attachments, Endpoints, NewEndpoint, Phase, Server, Settings},
     endpoints::{self, Lifecycle, NodeLinks, ProgramHealth},
-    engine::{Engine, Outputs, Progress},
+    engine::{Engine, Outputs, Progress, Rounds},
     fqdn::Names,
     ipam::Ipam,
     observer::{Namer, Observer},
@@ -105,11 +105,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (publications, publication_queue) = mpsc::unbounded_channel();
     let health = Arc::new(ProgramHealth::default());
     let proxy = Arc::new(ProxyLink::default());
+    let rounds = Arc::new(Rounds::default());
     let outputs = Outputs {
         progress: progress_sender,
         routes: route_sender,
         publications: publications.clone(),
         proxy: proxy.clone(),
+        rounds: rounds.clone(),
     };
     let engine = Engine::new(tables, resolver, reconciler, outputs);
     let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
@@ -180,6 +182,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         begun,
         tables: reader.clone(),
         progress: progress.clone(),
+        rounds,
         observer,
         datapath,
         health,

@@ -6,11 +6,11 @@
 
 use std::{
     collections::{BTreeMap, BTreeSet, VecDeque},
-    sync::Arc,
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use palisade_policy::CompiledPolicy;
+use palisade_policy::{CompiledPolicy, l7::Secrets};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, watch},
@@ -86,6 +86,25 @@ pub struct Outputs {
     pub publications: mpsc::UnboundedSender<Publication>,
     /// What the L7 proxy judges by.
     pub proxy: Arc<ProxyLink>,
+    /// Whether a round is under way.
+    pub rounds: Arc<Rounds>,
+}
+
+/// Lets others wait for the end of the round that is under way: what the tables say then is in
+/// force, in the proxy too.
+#[derive(Debug, Default)]
+pub struct Rounds(Mutex<()>);
+
+impl Rounds {
+    fn begin(&self) -> MutexGuard<'_, ()> {
+        self.0.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Does something while no round is under way; blocks until then.
+    pub fn between<T>(&self, work: impl FnOnce() -> T) -> T {
+        let _no_round = self.begin();
+        work()
+    }
 }
 
 /// See the module.
@@ -190,6 +209,8 @@ impl Engine {
     }
 
     fn steady_round(&mut self, intents: Vec<Intent>) -> bool {
+        let rounds = self.outputs.rounds.clone();
+        let _round = rounds.begin();
         let mut tables = self.tables.write();
         for intent in intents {
             tables.apply(intent);
@@ -203,9 +224,10 @@ impl Engine {
         let mut problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
         let changed_policy = !outcome.changes.groups.is_empty();
         let conditions = std::mem::take(&mut outcome.conditions);
-        // Whoever sees the tables may rely on what is in them, requests included.
-        problems.extend(tell_proxy(&self.outputs.proxy, &mut self.reconciler, &tables));
+        let secrets = secrets::values(&tables.secrets);
         drop(tables);
+        // Not under the tables' lock: who hears the proxy's answer may be waiting for it.
+        problems.extend(self.tell_proxy(&secrets));
         self.revision += u64::from(changed_policy);
         for problem in &report.problems {
             warn!(%problem, "not everything is in force");
@@ -215,6 +237,13 @@ impl Engine {
             self.publish(Publication::Condition(policy, condition));
         }
         report.problems.is_empty()
+    }
+
+    /// The kernel first: what it hands to a proxy that does not know yet what to do with it is
+    /// denied. What the proxy lacks is not a reason to try again; it says when it has it.
+    fn tell_proxy(&mut self, secrets: &Secrets) -> Option<String> {
+        let live = self.reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
+        self.outputs.proxy.update(self.reconciler.mirror_mut(), live, secrets)
     }
 
     fn tell(&mut self, outcome: &Outcome, report: &Report, problems: Vec<String>) {
@@ -310,12 +339,4 @@ impl Engine {
     pub fn reconciler(&self) -> &Reconciler {
         &self.reconciler
     }
-}
-
-/// The kernel first: what it hands to a proxy that does not know yet what to do with it is denied.
-/// What the proxy lacks is not a reason to try again; it says when it has it.
-fn tell_proxy(proxy: &ProxyLink, reconciler: &mut Reconciler, tables: &Tables) -> Option<String> {
-    let live = reconciler.live_tables().map(|(n, policy)| (n, policy.clone())).collect();
-    let secrets = secrets::values(&tables.secrets);
-    proxy.update(reconciler.mirror_mut(), live, &secrets)
 }

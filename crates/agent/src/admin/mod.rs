@@ -22,7 +22,7 @@ use tracing::warn;
 use crate::{
     cni::Attachments,
     endpoints::ProgramHealth,
-    engine::Progress,
+    engine::{Progress, Rounds},
     observer::{Observer, matches},
     resolve::Scope,
     tables::TablesReader,
@@ -71,6 +71,8 @@ pub struct Admin {
     pub tables: TablesReader,
     /// What is in force.
     pub progress: watch::Receiver<Progress>,
+    /// Whether a round of the engine is under way.
+    pub rounds: Arc<Rounds>,
     /// The flows.
     pub observer: Arc<Observer>,
     /// The kernel's counters.
@@ -116,6 +118,12 @@ async fn converse(admin: &Admin, stream: UnixStream) -> io::Result<()> {
     while let Some(line) = lines.next_line().await? {
         match serde_json::from_str::<Request>(&line) {
             Ok(Request::Observe(observe)) => stream_flows(admin, &observe, &mut write).await?,
+            Ok(request @ Request::TableGet { .. }) => {
+                // A table is shown between rounds only, when what is in it is in force.
+                let ask = || admin.rounds.between(|| answers::answer(admin, &request));
+                let answer = tokio::task::block_in_place(ask);
+                send(&mut write, &answer).await?;
+            }
             Ok(request) => send(&mut write, &answers::answer(admin, &request)).await?,
             Err(error) => {
                 let text = format!("this agent does not understand the request: {error}");

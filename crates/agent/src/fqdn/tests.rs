@@ -99,6 +99,7 @@ impl Bench {
             routes: watch::channel(Vec::new()).0,
             publications: mpsc::unbounded_channel().0,
             proxy: Arc::default(),
+            rounds: Arc::default(),
         };
         let engine = Engine::new(tables, Resolver::new(scope, prefixes), reconciler, outputs);
         let (commands, queue) = mpsc::channel(64);
