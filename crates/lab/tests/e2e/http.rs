@@ -110,6 +110,11 @@ impl Client {
         answer
     }
 
+    /// Ends the connection at once, with what it has not delivered.
+    pub(crate) fn abort(self) {
+        socket2::SockRef::from(&self.stream).set_linger(Some(Duration::ZERO)).unwrap();
+    }
+
     fn status(&mut self) -> io::Result<u16> {
         loop {
             if let Some((status, length)) = answer(&self.received) {
