@@ -94,10 +94,16 @@ pub(crate) struct World {
 /// The process; killed when it is dropped.
 pub(crate) struct Proxy(pub(crate) Child);
 
-impl Drop for Proxy {
-    fn drop(&mut self) {
+impl Proxy {
+    fn end(&mut self) {
         _ = self.0.kill();
         _ = self.0.wait();
+    }
+}
+
+impl Drop for Proxy {
+    fn drop(&mut self) {
+        self.end();
     }
 }
 
@@ -151,8 +157,10 @@ impl World {
         Self { client, node, server, directory, agent, proxy }
     }
 
-    /// A new process, under the rules that the old one left.
+    /// A new process, under the rules that the old one left; that is gone first, since both want
+    /// the same port.
     pub(crate) fn restart(&mut self) {
+        self.proxy.end();
         self.proxy = start(&self.node, &self.directory);
     }
 
