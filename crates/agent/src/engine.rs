@@ -13,7 +13,7 @@ use std::{
 use palisade_policy::{CompiledPolicy, l7::Secrets};
 use tokio::{
     runtime::Handle,
-    sync::{mpsc, watch},
+    sync::{mpsc, oneshot, watch},
 };
 use tracing::{info, warn};
 
@@ -39,6 +39,8 @@ pub enum Command {
     Intent(Box<Intent>),
     /// Try again what failed.
     Retry,
+    /// Compare what the kernel holds of an endpoint with what was written.
+    Check(u32, oneshot::Sender<Result<(), String>>),
 }
 
 /// What is in force.
@@ -148,11 +150,21 @@ impl Engine {
     ) {
         let mut batch = Vec::new();
         while commands.blocking_recv_many(&mut batch, BATCH) > 0 {
-            let intents = batch.drain(..).filter_map(|command| match command {
-                Command::Intent(intent) => Some(*intent),
-                Command::Retry => None,
-            });
-            if self.round(intents.collect()) {
+            let mut intents = Vec::new();
+            let mut checks = Vec::new();
+            for command in batch.drain(..) {
+                match command {
+                    Command::Intent(intent) => intents.push(*intent),
+                    Command::Retry => {}
+                    Command::Check(endpoint, answer) => checks.push((endpoint, answer)),
+                }
+            }
+            let all_in_force = self.round(intents);
+            for (endpoint, answer) in checks {
+                // Who asked may have given up waiting.
+                let _ = answer.send(self.check(endpoint));
+            }
+            if all_in_force {
                 self.pause = PAUSE.0;
                 continue;
             }
@@ -206,6 +218,17 @@ impl Engine {
             }
         }
         released
+    }
+
+    fn check(&self, endpoint: u32) -> Result<(), String> {
+        match self.reconciler.damaged_table(endpoint) {
+            Ok(None) => Ok(()),
+            Ok(Some(table)) => Err(format!(
+                "the kernel's table {table} does not hold what the agent wrote for endpoint \
+                 {endpoint}; restart the agent to have it written again"
+            )),
+            Err(error) => Err(format!("endpoint {endpoint} cannot be compared: {error}")),
+        }
     }
 
     fn steady_round(&mut self, intents: Vec<Intent>) -> bool {

@@ -284,6 +284,26 @@ impl Tables {
         }
     }
 
+    fn holds(&self, entry: &Entry) -> Result<bool, MapError> {
+        match entry {
+            Entry::Endpoint(key, value) => is(&self.endpoints, key, value),
+            Entry::Row(number, row) => {
+                let Wire(found) = self.rows.get(number, 0)?;
+                Ok(EndpointRow { revision: row.revision, ..found } == *row)
+            }
+            Entry::Interface(key, value) => is(&self.interfaces, key, value),
+            Entry::Ipcache(key, value) => {
+                let found = self.ipcache.get(&LpmKey::new(key.prefix_len, key.address), 0)?;
+                Ok(found.0 == *value)
+            }
+            Entry::Chunk(key, value) => is(&self.chunks, key, value),
+            Entry::Peer(key, value) => is(&self.peers, key, value),
+            Entry::Port(key, value) => is(&self.ports, key, value),
+            Entry::Service(key, value) => is(&self.services, key, value),
+            Entry::Backend(key, value) => is(&self.backends, key, value),
+        }
+    }
+
     fn delete(&mut self, key: &Key) -> Result<(), MapError> {
         let removed = match key {
             Key::Endpoint(key) => self.endpoints.remove(&Wire(*key)),
@@ -330,15 +350,16 @@ fn is_missing(error: &MapError) -> bool {
 
 fn table_of(step: &Step) -> &'static str {
     match step {
-        Step::Put(Entry::Endpoint(..)) | Step::Delete(Key::Endpoint(_)) => map::ENDPOINTS,
-        Step::Put(Entry::Row(..)) | Step::BumpRow(_) => map::ENDPOINT_ROWS,
-        Step::Put(Entry::Interface(..)) | Step::Delete(Key::Interface(_)) => map::INTERFACES,
-        Step::Put(Entry::Ipcache(..)) | Step::Delete(Key::Ipcache(_)) => map::IPCACHE,
-        Step::Put(Entry::Chunk(..)) | Step::Delete(Key::Chunk(_)) => map::CHUNKS,
-        Step::Put(Entry::Peer(..)) | Step::Delete(Key::Peer(_)) => map::PEERS,
-        Step::Put(Entry::Port(..)) | Step::Delete(Key::Port(_)) => map::PORTS,
-        Step::Put(Entry::Service(..)) | Step::Delete(Key::Service(_)) => map::SERVICES,
-        Step::Put(Entry::Backend(..)) | Step::Delete(Key::Backend(_)) => map::BACKENDS,
+        Step::Put(entry) => entry.table(),
+        Step::Delete(Key::Endpoint(_)) => map::ENDPOINTS,
+        Step::BumpRow(_) => map::ENDPOINT_ROWS,
+        Step::Delete(Key::Interface(_)) => map::INTERFACES,
+        Step::Delete(Key::Ipcache(_)) => map::IPCACHE,
+        Step::Delete(Key::Chunk(_)) => map::CHUNKS,
+        Step::Delete(Key::Peer(_)) => map::PEERS,
+        Step::Delete(Key::Port(_)) => map::PORTS,
+        Step::Delete(Key::Service(_)) => map::SERVICES,
+        Step::Delete(Key::Backend(_)) => map::BACKENDS,
         Step::BumpShard(_) => map::SHARDS,
         Step::FlushFlows(_) => map::FLOWS4,
     }
@@ -386,6 +407,21 @@ impl Kernel for Maps {
         }
         Ok(entries)
     }
+
+    fn holds(&self, entry: &Entry) -> Result<bool, KernelError> {
+        match self.lock().holds(entry) {
+            Err(error) if is_missing(&error) => Ok(false),
+            other => other.map_err(refused(entry.table())),
+        }
+    }
+}
+
+fn is<K, V>(table: &Hash<K, V>, key: &K, value: &V) -> Result<bool, MapError>
+where
+    K: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + 'static,
+    V: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + PartialEq + 'static,
+{
+    table.get(&Wire(*key), 0).map(|Wire(found)| found == *value)
 }
 
 fn dump_hash<K, V>(

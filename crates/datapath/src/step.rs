@@ -4,7 +4,7 @@
 use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, EndpointKey, EndpointRow,
     EndpointValue, IpcacheKey, IpcacheValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey,
-    ServiceValue,
+    ServiceValue, map,
 };
 
 /// A key and its value in one of the kernel's tables.
@@ -23,6 +23,24 @@ pub enum Entry {
     Port(PortKey, PortValue),
     Service(ServiceKey, ServiceValue),
     Backend(BackendKey, BackendValue),
+}
+
+impl Entry {
+    /// The name of its table.
+    #[must_use]
+    pub fn table(&self) -> &'static str {
+        match self {
+            Self::Endpoint(..) => map::ENDPOINTS,
+            Self::Row(..) => map::ENDPOINT_ROWS,
+            Self::Interface(..) => map::INTERFACES,
+            Self::Ipcache(..) => map::IPCACHE,
+            Self::Chunk(..) => map::CHUNKS,
+            Self::Peer(..) => map::PEERS,
+            Self::Port(..) => map::PORTS,
+            Self::Service(..) => map::SERVICES,
+            Self::Backend(..) => map::BACKENDS,
+        }
+    }
 }
 
 /// A key in one of the kernel's tables. Rows are never deleted, only written invalid.
@@ -101,6 +119,20 @@ pub trait Kernel: Send + Sync {
     /// # Errors
     /// The kernel refuses to read.
     fn dump(&self) -> Result<Vec<Entry>, KernelError>;
+
+    /// Whether the entry is there as it is given; of a row, whatever its revision.
+    ///
+    /// # Errors
+    /// The kernel refuses to read.
+    fn holds(&self, entry: &Entry) -> Result<bool, KernelError> {
+        let same = |found: &Entry| match (found, entry) {
+            (Entry::Row(number, found), Entry::Row(wanted, row)) => {
+                number == wanted && EndpointRow { revision: row.revision, ..*found } == *row
+            }
+            _ => found == entry,
+        };
+        Ok(self.dump()?.iter().any(same))
+    }
 }
 
 /// Performs a plan.

@@ -356,8 +356,9 @@ impl Attachments {
         let pod = Netlink::of(Arc::new(NetNs::open(&check.netns).map_err(namespace_error)?))
             .map_err(kernel_error)?;
         self.check_pod_side(&pod, &record, &check).await?;
-        self.check_host_side(&record).await?;
-        Ok(endpoints.check(attachment).await?)
+        // Before the node's side: an interface that cannot be guarded is taken down.
+        endpoints.check(attachment).await?;
+        self.check_host_side(&record).await
     }
 
     async fn check_pod_side(
@@ -435,13 +436,13 @@ impl Attachments {
     }
 
     pub(super) async fn status<E: Endpoints>(&self, endpoints: &E) -> Result<(), Failure> {
-        let free = self.ipam().check_free();
-        free.map_err(|error| self.no_address(Code::NotAvailable, &error))?;
         match endpoints.readiness().await {
-            Readiness::Ready => Ok(()),
-            Readiness::NotReady(why) => Err(Failure::new(Code::NotAvailable, why)),
-            Readiness::Impaired(why) => Err(Failure::new(Code::LimitedConnectivity, why)),
+            Readiness::Ready => {}
+            Readiness::NotReady(why) => return Err(Failure::new(Code::NotAvailable, why)),
+            Readiness::Impaired(why) => return Err(Failure::new(Code::LimitedConnectivity, why)),
         }
+        let free = self.ipam().check_free();
+        free.map_err(|error| self.no_address(Code::NotAvailable, &error))
     }
 
     /// Carries out the deletions that the plugin queued while nobody answered.

@@ -137,16 +137,18 @@ impl<E: Endpoints> Server<E> {
 
     /// Before the node's pod networks are known, pods can only leave.
     async fn answer_closed(&self, operation: Operation) -> Result<Response, Failure> {
-        let why = match self.endpoints.readiness().await {
+        let (status, why) = match self.endpoints.readiness().await {
             Readiness::Ready => {
-                "the Node object of this node has no pod CIDR in spec.podCIDRs".to_owned()
+                let why = "the Node object of this node has no pod CIDR in spec.podCIDRs";
+                (Code::NotAvailable, why.to_owned())
             }
-            Readiness::NotReady(why) | Readiness::Impaired(why) => why,
+            Readiness::NotReady(why) => (Code::NotAvailable, why),
+            Readiness::Impaired(why) => (Code::LimitedConnectivity, why),
         };
         let message = format!("the agent cannot attach pods yet: {why}");
         match operation {
             Operation::Del(attachment) => self.del_closed(&attachment).await,
-            Operation::Status => Err(Failure::new(Code::NotAvailable, message)),
+            Operation::Status => Err(Failure::new(status, message)),
             Operation::Add(_) | Operation::Check(_) | Operation::Gc(_) => {
                 Err(Failure::new(Code::TryAgain, message))
             }

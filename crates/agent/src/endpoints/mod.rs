@@ -14,7 +14,7 @@ use std::{
 
 use palisade_abi::{identity, limits};
 use palisade_api::cni::Attachment;
-use tokio::sync::{mpsc, watch};
+use tokio::sync::{mpsc, oneshot, watch};
 use tracing::{info, warn};
 
 pub use attach::{Attach, LinkState, NodeLinks};
@@ -253,18 +253,17 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
                 endpoint.interface
             )));
         }
-        let progress = self.progress.clone();
-        let known = progress.borrow().endpoints.contains_key(&endpoint.id);
-        match known || !progress.borrow().synced {
-            true => Ok(()),
-            false => Err(EndpointError::Differs(format!(
-                "the row of endpoint {} is not in force",
-                endpoint.id
-            ))),
-        }
+        let stopping = || EndpointError::TryAgain("the agent is stopping".into());
+        let (answer, answered) = oneshot::channel();
+        self.commands.send(Command::Check(endpoint.id, answer)).await.map_err(|_| stopping())?;
+        answered.await.map_err(|_| stopping())?.map_err(EndpointError::Differs)
     }
 
     async fn readiness(&self) -> Readiness {
+        let problems = self.health.problems();
+        if !problems.is_empty() {
+            return Readiness::Impaired(problems.join("; "));
+        }
         if self.progress.borrow().synced {
             return Readiness::Ready;
         }

@@ -103,7 +103,7 @@ impl Bench {
                 Intent::Endpoint(Change::Replace(rows)) => rows.len(),
                 other => panic!("{other:?}"),
             },
-            Command::Retry => panic!("retry"),
+            other => panic!("{other:?}"),
         }
     }
 }

@@ -220,6 +220,29 @@ impl Reconciler {
             && !groups.any(|group| self.policies.awaits(group))
     }
 
+    /// The first of the kernel's tables that does not hold what was written for an endpoint: its
+    /// row, its interface, its addresses, and the policy that its row points to.
+    ///
+    /// # Errors
+    /// The kernel refuses to read.
+    pub fn damaged_table(&self, endpoint: u32) -> Result<Option<&'static str>, Refused> {
+        let Some(row) = self.mirror.rows.get(&endpoint) else {
+            return Ok(Some(palisade_abi::map::ENDPOINT_ROWS));
+        };
+        let mut written = pods::entries(&self.mirror, endpoint, row);
+        for live in self.policies.live() {
+            if [row.ingress_table, row.egress_table].contains(&live.number) {
+                written.extend(policies::entries(&live.policy, live.number).into_values());
+            }
+        }
+        for entry in &written {
+            if !self.kernel.holds(entry)? {
+                return Ok(Some(entry.table()));
+            }
+        }
+        Ok(None)
+    }
+
     /// One round. All inputs are complete: what is not wanted goes.
     pub fn round(&mut self, tables: &mut Tables, changes: &Changes) -> Report {
         self.policies.note(&changes.groups);

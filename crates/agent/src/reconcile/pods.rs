@@ -3,7 +3,7 @@
 use std::collections::BTreeSet;
 
 use palisade_abi::{
-    EndpointRow, ROW_HOST, TABLE_ALLOW_ALL, TABLE_NONE, identity as number, row_flags,
+    EndpointKey, EndpointRow, ROW_HOST, TABLE_ALLOW_ALL, TABLE_NONE, identity as number, row_flags,
 };
 use palisade_datapath::{Entry, Key, Step};
 use palisade_policy::resolve::GroupId;
@@ -136,6 +136,15 @@ fn row(
         ipv6: endpoint.ipv6.map_or([0; 16], |ip| ip.octets()),
         reserved: 0,
     })
+}
+
+/// What was written for an endpoint beside its policy.
+pub(super) fn entries(mirror: &Mirror, id: u32, row: &EndpointRow) -> Vec<Entry> {
+    let addresses = mirror.addresses.iter().filter(|(_, value)| value.row == id);
+    let addresses = addresses.map(|(address, value)| {
+        Entry::Endpoint(EndpointKey { address: address_bytes(*address) }, *value)
+    });
+    [Entry::Row(id, *row), Entry::Interface(row.ifindex, id)].into_iter().chain(addresses).collect()
 }
 
 /// The steps that forget an endpoint, as far as they are not done: nothing passes after the first.

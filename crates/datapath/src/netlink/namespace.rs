@@ -2,7 +2,7 @@
 
 use std::fs::File;
 use std::io;
-use std::os::fd::{AsFd, BorrowedFd};
+use std::os::fd::{AsFd, AsRawFd, BorrowedFd};
 use std::path::{Path, PathBuf};
 use std::thread;
 
@@ -54,7 +54,9 @@ impl NetNs {
             Err(source) => return Err(NamespaceError::Open { path, source }),
         };
         match rustix::fs::fstatfs(&file) {
-            Ok(fs) if u64::try_from(fs.f_type).is_ok_and(|magic| magic == NSFS_MAGIC) => {}
+            Ok(fs)
+                if u64::try_from(fs.f_type).is_ok_and(|magic| magic == NSFS_MAGIC)
+                    && is_network(&file) => {}
             Ok(_) => return Err(NamespaceError::WrongKind(path)),
             Err(errno) => return Err(NamespaceError::Open { path, source: errno.into() }),
         }
@@ -99,6 +101,14 @@ impl AsFd for NetNs {
     fn as_fd(&self) -> BorrowedFd<'_> {
         self.file.as_fd()
     }
+}
+
+/// Mount, PID and other namespaces lie in the same file system.
+#[expect(unsafe_code, reason = "no crate wraps this question; it has no argument")]
+fn is_network(file: &File) -> bool {
+    // SAFETY: the descriptor is open, and the kernel reads and writes no memory of ours.
+    let kind = unsafe { libc::ioctl(file.as_raw_fd(), libc::NS_GET_NSTYPE) };
+    kind == libc::CLONE_NEWNET
 }
 
 fn is_gone(error: &io::Error) -> bool {

@@ -17,7 +17,7 @@ use palisade_lab::{
     nodes::{Program, process},
     sys::{cgroup, mounts, netns},
 };
-use rustix::process::{Signal, kill_process};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::Value;
 use socket2::{Domain, Socket, Type};
 
@@ -47,6 +47,16 @@ pub(crate) struct CniPlace {
     pub(crate) netns: PathBuf,
     pub(crate) records: PathBuf,
     pub(crate) pins: PathBuf,
+    pub(crate) maps: PathBuf,
+}
+
+/// See [`Lab::suspend`].
+pub(crate) struct Suspended(Pid);
+
+impl Drop for Suspended {
+    fn drop(&mut self) {
+        kill_process(self.0, Signal::CONT).unwrap();
+    }
 }
 
 /// How a node gets to see what a socket of a pod does.
@@ -166,11 +176,22 @@ impl Lab {
         assert!(output.status.success(), "{}", text(&output));
     }
 
+    fn pid(&self) -> Pid {
+        let pid = fs::read_to_string(self.layout.pid_file()).unwrap();
+        Pid::from_raw(pid.trim().parse().unwrap()).unwrap()
+    }
+
+    /// Stops the lab's process until the returned value goes: its API server answers nobody, and
+    /// a node's program that dies stays dead.
+    pub(crate) fn suspend(&self) -> Suspended {
+        let pid = self.pid();
+        kill_process(pid, Signal::STOP).unwrap();
+        Suspended(pid)
+    }
+
     /// Kills the lab's process.
     pub(crate) fn crash(&self) {
-        let pid = fs::read_to_string(self.layout.pid_file()).unwrap();
-        let pid = rustix::process::Pid::from_raw(pid.trim().parse().unwrap()).unwrap();
-        rustix::process::kill_process(pid, rustix::process::Signal::KILL).unwrap();
+        kill_process(self.pid(), Signal::KILL).unwrap();
         let status = || program(&["status"]).status.code();
         eventually("the lab's process is gone", || status() == Some(3));
     }
@@ -312,6 +333,7 @@ impl Lab {
             netns: node.netns_path(),
             records: self.layout.node_state(node).join("attachments"),
             pins: self.layout.bpffs(node).join("links"),
+            maps: self.layout.bpffs(node).join("maps"),
         }
     }
 
