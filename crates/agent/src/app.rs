@@ -148,7 +148,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     tasks.spawn(names.clone().keep(datapath.clone()));
 
     let desk = Arc::new(Desk {
-        link: proxy,
+        link: proxy.clone(),
         observer: observer.clone(),
         engine: commands.downgrade(),
         names,
@@ -185,6 +185,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         rounds,
         observer,
         datapath,
+        proxy,
         health,
         readiness,
         attachments: server.attachments(),

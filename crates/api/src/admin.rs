@@ -255,6 +255,9 @@ pub struct Status {
     pub ipam: Vec<String>,
     /// Nodes of the cluster that routes lead to.
     pub remote_nodes: usize,
+    /// The node's L7 proxy is connected to the agent.
+    #[serde(default)]
+    pub l7_proxy: bool,
 }
 
 /// A kind of object that the agent follows.

@@ -208,6 +208,7 @@ pub(crate) enum IdentityCommand {
     #[command(after_help = "Example:\n  palisade identity get 2")]
     Get {
         /// Number.
+        #[arg(value_parser = identity)]
         id: u32,
     },
 }
@@ -367,6 +368,11 @@ pub(crate) struct StarwarsArgs {
     /// Run in the lab that is up, and leave it up.
     #[arg(long)]
     pub(crate) use_running: bool,
+}
+
+fn identity(text: &str) -> Result<u32, String> {
+    let hint = "an identity is a number; palisade identity list shows them";
+    text.parse().map_err(|_| hint.to_owned())
 }
 
 #[cfg(test)]

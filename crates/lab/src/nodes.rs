@@ -1,5 +1,6 @@
 //! Nodes as the cluster sees them: programs that are kept running, and Node objects that tell of it.
 
+use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
 use std::process::Stdio;
@@ -45,9 +46,10 @@ pub struct Keeper {
     pub programs: PathBuf,
 }
 
-/// The process of a node's program, if it runs.
+/// The process of a node's program, if it runs: the one in the node's network.
 pub fn process(layout: &Layout, node: &NodePlan, program: Program) -> Option<Pid> {
     let run = layout.node_run(node);
+    let network = std::fs::metadata(node.netns_path()).ok()?.ino();
     let entries = std::fs::read_dir("/proc").ok()?.map_while(Result::ok);
     let mut pids = entries.filter_map(|entry| entry.file_name().to_str()?.parse().ok());
     let found = pids.find(|pid: &i32| {
@@ -56,6 +58,8 @@ pub fn process(layout: &Layout, node: &NodePlan, program: Program) -> Option<Pid
         let mut words = command.split('\0');
         words.next().is_some_and(|name| name.ends_with(program.file()))
             && words.any(|word| Path::new(word) == run)
+            && std::fs::metadata(format!("/proc/{pid}/ns/net"))
+                .is_ok_and(|entry| entry.ino() == network)
     });
     found.and_then(Pid::from_raw)
 }

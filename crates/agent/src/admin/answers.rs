@@ -32,7 +32,7 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
         }
         Request::EndpointGet { endpoint: text } => match tables.find_endpoint(text) {
             Some(row) => Response::Endpoint(Box::new(endpoint(admin, &tables, &progress, row))),
-            None => no_endpoint(admin, text),
+            None => no_endpoint(text),
         },
         Request::IdentityList => Response::Identities(identities(&tables)),
         Request::IdentityGet { id } => {
@@ -48,7 +48,7 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
             Some(row) => {
                 Response::Policy(Box::new(policy(&tables, &progress, std::iter::once(row))))
             }
-            None => no_endpoint(admin, text),
+            None => no_endpoint(text),
         },
         Request::Explain(asked) => match explain(&admin.scope, &tables, asked) {
             Ok(explanation) => Response::Explanation(Box::new(explanation)),
@@ -60,7 +60,9 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
         Request::TableGet { table } => {
             match dumps(&tables).into_iter().find(|dump| dump.name == *table) {
                 Some(dump) => Response::Table(dump),
-                None => Response::Error(format!("there is no table {table:?}")),
+                None => Response::Error(format!(
+                    "there is no table {table:?}; for the names: palisade get"
+                )),
             }
         }
         Request::Metrics => Response::Metrics(metrics(admin, &tables)),
@@ -68,10 +70,10 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
     }
 }
 
-fn no_endpoint(admin: &Admin, text: &str) -> Response {
+fn no_endpoint(text: &str) -> Response {
     Response::Error(format!(
-        "node {} has no endpoint {text:?}; name it by number, namespace/pod or address",
-        admin.scope.node
+        "there is no endpoint {text:?}; name it by number, namespace/pod or address: \
+         palisade endpoint list"
     ))
 }
 
@@ -117,6 +119,7 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
             .unwrap_or_default(),
         ipam: usage.iter().map(|(used, total)| format!("{used}/{total}")).collect(),
         remote_nodes: tables.nodes.rows().filter(|row| row.name != admin.scope.node).count(),
+        l7_proxy: admin.proxy.acknowledged().is_some(),
     }
 }
 

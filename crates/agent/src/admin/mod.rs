@@ -24,6 +24,7 @@ use crate::{
     endpoints::ProgramHealth,
     engine::{Progress, Rounds},
     observer::{Observer, matches},
+    proxy::ProxyLink,
     resolve::Scope,
     tables::TablesReader,
 };
@@ -77,6 +78,8 @@ pub struct Admin {
     pub observer: Arc<Observer>,
     /// The kernel's counters.
     pub datapath: Arc<Datapath>,
+    /// The way to the L7 proxy.
+    pub proxy: Arc<ProxyLink>,
     /// What is wrong with attached programs.
     pub health: Arc<ProgramHealth>,
     /// When it was ready.

@@ -93,7 +93,7 @@ fn check(file: &Path, first: usize, document: &str, findings: &mut Vec<Finding>)
                 line: first + at.saturating_sub(1),
                 object: "document".to_owned(),
                 field: String::new(),
-                message: error.to_string(),
+                message: without_place(&error.to_string()).to_owned(),
                 suggestion: "write valid YAML".to_owned(),
             });
             return 1;
@@ -124,6 +124,13 @@ fn check(file: &Path, first: usize, document: &str, findings: &mut Vec<Finding>)
     policies
 }
 
+/// What is wrong, without where: `error: line 5 column 2: what`, and below it a picture.
+fn without_place(error: &str) -> &str {
+    let first = error.lines().next().unwrap_or_default();
+    let after = first.split_once(" column ").and_then(|(_, rest)| rest.split_once(": "));
+    after.map_or(first, |(_, what)| what)
+}
+
 /// The object, or the members of a list such as `kubectl get -o yaml` prints, each with the path
 /// to it.
 pub(crate) fn objects(object: &Value) -> Vec<(String, &Value)> {
@@ -139,7 +146,8 @@ pub(crate) fn objects(object: &Value) -> Vec<(String, &Value)> {
 
 fn print(findings: &[Finding], policies: usize) {
     for Finding { file, line, object, field, message, suggestion } in findings {
-        say!("{file}:{line}: {object}: {field}: {message}");
+        let place = if field.is_empty() { String::new() } else { format!(" {field}:") };
+        say!("{file}:{line}: {object}:{place} {message}");
         if !suggestion.is_empty() {
             say!("    {suggestion}");
         }
@@ -147,6 +155,7 @@ fn print(findings: &[Finding], policies: usize) {
     match (policies, findings.len()) {
         (0, _) => say!("no policy found"),
         (_, 0) => say!("{policies} checked, no problem"),
+        (_, 1) => say!("{policies} checked, 1 problem"),
         (_, count) => say!("{policies} checked, {count} problems"),
     }
 }

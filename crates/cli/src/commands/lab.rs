@@ -14,8 +14,6 @@ const PROGRAM: &str = "palisade-lab";
 /// Becomes `palisade-lab`; returns only where that fails.
 pub(crate) fn run(args: &[String], output: Format) -> Result<Exit> {
     let program = beside_this_one()?;
-    let help = ["--help".to_owned()];
-    let args = if args.is_empty() { &help } else { args };
     let mut command = Command::new(&program);
     if let Format::Json = output {
         command.args(["--output", "json"]);

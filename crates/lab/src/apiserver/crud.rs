@@ -633,6 +633,9 @@ pub(super) fn delete(call: &Call) -> Result<Reply, ApiError> {
     Ok(reply::object(200, &status, call.accept.yaml))
 }
 
+/// What every cluster has.
+const LASTING_NAMESPACES: [&str; 3] = ["default", "kube-system", "kube-public"];
+
 /// Deletes an object, or begins to. Returns whether it is gone, and its last state.
 fn remove(
     call: &Call,
@@ -642,6 +645,10 @@ fn remove(
     options: &DeleteOptions,
 ) -> Result<(bool, Arc<Value>), ApiError> {
     let resource = &call.resource;
+    if resource.builtin_key() == "/namespaces" && LASTING_NAMESPACES.contains(&key.name.as_str()) {
+        let why = "this namespace may not be deleted";
+        return Err(ApiError::forbidden("", &resource.plural, &key.name, why));
+    }
     for (wanted, field) in [(&options.uid, "uid"), (&options.revision, "resourceVersion")] {
         if let Some(wanted) = wanted
             && wanted != text(old, field)

@@ -5,7 +5,7 @@ use std::collections::HashSet;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{DeleteParams, Patch, PatchParams};
+use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
 use kube::runtime::reflector::Store;
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
@@ -135,7 +135,13 @@ where
             if !cached(context, owner) && !exists(context, &namespace, owner).await? {
                 let api = Api::<K>::namespaced(context.client.clone(), &namespace);
                 let name = object.name_any();
-                settled(api.delete(&name, &DeleteParams::background()).await)?;
+                // Only what was looked at: its owner may have released it since.
+                let unchanged = Preconditions {
+                    resource_version: object.resource_version(),
+                    uid: object.uid(),
+                };
+                let delete = DeleteParams::background().preconditions(unchanged);
+                settled(api.delete(&name, &delete).await)?;
                 break;
             }
         }

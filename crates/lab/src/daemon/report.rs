@@ -1,7 +1,7 @@
 //! `status`, and whether a lab runs at all.
 
 use std::fs::File;
-use std::io::{ErrorKind, Read};
+use std::io::{self, ErrorKind, Read, Write};
 use std::net::IpAddr;
 use std::os::unix::net::UnixStream;
 use std::path::PathBuf;
@@ -61,9 +61,9 @@ pub fn status(json: bool) -> anyhow::Result<ExitCode> {
     let layout = Layout::default();
     let Some(pid) = running(&layout)? else {
         if json {
-            println!("{}", serde_json::json!({"running": false}));
+            say(&serde_json::json!({"running": false}).to_string())?;
         } else {
-            println!("No lab is running. Start one with: palisade lab up");
+            say("No lab is running. Start one with: palisade lab up")?;
         }
         return Ok(super::NOT_RUNNING.into());
     };
@@ -76,9 +76,9 @@ pub fn status(json: bool) -> anyhow::Result<ExitCode> {
     if json {
         let mut value = serde_json::to_value(&report)?;
         value["running"] = true.into();
-        println!("{value:#}");
+        say(&format!("{value:#}"))?;
     } else {
-        print(&report);
+        say(&table(&report))?;
     }
     if report.nodes.iter().any(|node| !node.ready) {
         bail!("some nodes are not ready; see the agents' logs in {}", report.logs.display());
@@ -86,22 +86,38 @@ pub fn status(json: bool) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-fn print(report: &Report) {
+fn table(report: &Report) -> String {
     let Report { pid, version, uptime_seconds: up, .. } = report;
-    println!("Lab:         running (process {pid}, version {version}, up {up} s)");
-    println!("API server:  {}", report.api);
-    println!("KUBECONFIG:  {}", report.kubeconfig.display());
-    println!("Logs:        {}", report.logs.display());
-    match &report.data {
-        Some(data) => println!("Data:        {}", data.display()),
-        None => println!("Data:        in memory"),
-    }
-    println!("Pods:        {}\n", report.pods);
-    println!("{:8} {:9} {:28} POD CIDRS", "NODE", "STATUS", "ADDRESSES");
+    let data = report.data.as_ref().map_or("in memory".into(), |data| data.to_string_lossy());
+    let mut text = format!(
+        "Lab:         running (process {pid}, version {version}, up {up} s)\n\
+         API server:  {}\n\
+         KUBECONFIG:  {}\n\
+         Logs:        {}\n\
+         Data:        {data}\n\
+         Pods:        {}\n\n\
+         {:8} {:9} {:28} POD CIDRS",
+        report.api,
+        report.kubeconfig.display(),
+        report.logs.display(),
+        report.pods,
+        "NODE",
+        "STATUS",
+        "ADDRESSES",
+    );
     for node in &report.nodes {
         let ready = if node.ready { "Ready" } else { "NotReady" };
         let addresses: Vec<_> = node.addresses.iter().map(IpAddr::to_string).collect();
         let (addresses, cidrs) = (addresses.join(", "), node.pod_cidrs.join(", "));
-        println!("{:8} {ready:9} {addresses:28} {cidrs}", node.name);
+        text.push_str(&format!("\n{:8} {ready:9} {addresses:28} {cidrs}", node.name));
+    }
+    text
+}
+
+/// Who reads no further (`| head`) is no reason to fail.
+fn say(text: &str) -> io::Result<()> {
+    match writeln!(io::stdout(), "{text}") {
+        Err(error) if error.kind() != ErrorKind::BrokenPipe => Err(error),
+        _ => Ok(()),
     }
 }

@@ -30,6 +30,8 @@ const REFUSED: &[(&str, &str)] = &[
     ("get cm -n nosuch nosuch", "\"nosuch\" not found"),
     ("create configmap settings", "configmaps \"settings\" already exists"),
     ("create configmap x -n nosuch", "namespaces \"nosuch\" not found"),
+    // What every cluster has.
+    ("delete namespace default", "this namespace may not be deleted"),
     // Patches.
     ("patch cm settings --type=merge -p []", "the patch would leave no object"),
     ("patch cm settings --type=merge -p {\"data\":{\"k\":5}}", "cannot unmarshal number"),

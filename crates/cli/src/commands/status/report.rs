@@ -174,7 +174,7 @@ impl Report {
         let components = [
             ("Palisade:", self.palisade()),
             ("Operator:", DISABLED.to_owned()),
-            ("L7 proxy:", DISABLED.to_owned()),
+            ("L7 proxy:", self.l7_proxy()),
             ("Hubble Relay:", DISABLED.to_owned()),
             ("ClusterMesh:", DISABLED.to_owned()),
         ];
@@ -210,6 +210,15 @@ impl Report {
             writeln!(out, "{:<23}{error}", "Not collected:")?;
         }
         Ok(())
+    }
+
+    fn l7_proxy(&self) -> String {
+        let missing = self.statuses().filter(|(status, _)| !status.l7_proxy).count();
+        match (missing, self.available()) {
+            (_, 0) => "unknown".to_owned(),
+            (0, _) => "OK".to_owned(),
+            (missing, nodes) => format!("not connected on {missing} of {nodes} nodes"),
+        }
     }
 
     fn palisade(&self) -> String {

@@ -22,6 +22,7 @@ fn status(node: &str) -> Status {
         pod_cidrs: Vec::new(),
         ipam: Vec::new(),
         remote_nodes: 0,
+        l7_proxy: true,
     }
 }
 
