@@ -121,7 +121,7 @@ pub(crate) enum Command {
     Install(InstallArgs),
     /// Bring an installation to this version, with the values of before and those given.
     #[command(
-        after_help = "Examples:\n  palisade upgrade --wait\n  palisade upgrade --set config.logLevel=debug --dry-run"
+        after_help = "Examples:\n  palisade upgrade --wait\n  palisade upgrade --set config.log-level=debug --dry-run"
     )]
     Upgrade(InstallArgs),
     /// Take Palisade out of a cluster, nodes included.

@@ -251,11 +251,19 @@ async fn bounded<T>(
     work: impl Future<Output = anyhow::Result<T>>,
 ) -> anyhow::Result<T> {
     match tokio::time::timeout(limit, work).await {
-        Ok(result) => result.with_context(|| format!("starting {what}")),
+        Ok(result) => result.map_err(plain).with_context(|| format!("starting {what}")),
         Err(_) => {
             let problem = last_problem(layout).unwrap_or_default();
             bail!("{what} did not get ready within {} s{problem}", limit.as_secs())
         }
+    }
+}
+
+/// What the API server said is a sentence; the error around it shows every field of its answer.
+fn plain(error: anyhow::Error) -> anyhow::Error {
+    match error.downcast_ref::<kube::Error>() {
+        Some(kube::Error::Api(status)) => anyhow::anyhow!("{}", status.message),
+        _ => error,
     }
 }
 
