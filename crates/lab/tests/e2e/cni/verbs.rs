@@ -67,6 +67,25 @@ fn a_second_add_is_refused_and_the_first_stays(node: &Node) {
     two.delete();
 }
 
+/// Behind another plugin: what that one made is handed on.
+fn a_chained_add_keeps_what_was_there(node: &Node) {
+    let before = node.traces();
+    let container = Container::new(node, "chained");
+    let first = json!({"name": "other0", "mac": "02:00:00:00:00:09"});
+    let dns = json!({"nameservers": ["192.0.2.1"]});
+    let previous = json!({"cniVersion": "1.1.0", "interfaces": [first], "dns": dns});
+    let outcome = container.run("ADD", json!({"prevResult": previous}));
+    outcome.succeeded();
+    let result = outcome.answer;
+    assert_eq!((&result["interfaces"][0], &result["dns"]), (&first, &dns));
+    assert_eq!(result["interfaces"][2]["name"], "eth0");
+    let ours = |ip: &Value| ip["interface"] == 2;
+    assert!(result["ips"].as_array().unwrap().iter().all(ours), "{result}");
+    container.check(&result).succeeded();
+    container.run("DEL", json!({"prevResult": result})).succeeded();
+    assert_eq!(node.traces(), before);
+}
+
 fn wrong_parameters_change_nothing(node: &Node) {
     let before = node.traces();
     let container = Container::new(node, "wrong");
@@ -240,6 +259,7 @@ fn every_verb_as_runtimes_and_accidents_use_it() {
     let (lab, node) = start();
     every_version_gets_its_own_answer(&node);
     a_second_add_is_refused_and_the_first_stays(&node);
+    a_chained_add_keeps_what_was_there(&node);
     wrong_parameters_change_nothing(&node);
     a_deletion_succeeds_whatever_is_left(&node);
     a_collection_removes_what_it_must_and_nothing_else(&node);
