@@ -20,6 +20,9 @@ use crate::flow::L7;
 
 /// Name of the socket in the run directory.
 pub const SOCKET: &str = "proxy.sock";
+/// User and group that the proxy runs as. Nothing belongs to them but its own directory and the
+/// socket.
+pub const USER: u32 = 14240;
 /// Version of these messages.
 pub const VERSION: u32 = 1;
 /// Longest frame.

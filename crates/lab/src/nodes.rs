@@ -141,7 +141,10 @@ impl Keeper {
             .arg("--run-dir")
             .arg(layout.node_run(node))
             .arg("--state-dir")
-            .arg(layout.node_state(node));
+            .arg(match program {
+                Program::Agent => layout.node_state(node),
+                Program::Proxy => layout.node_state(node).join("proxy"),
+            });
         if program == Program::Agent {
             command
                 .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])

@@ -51,6 +51,16 @@ impl Workers {
         (0..count.get()).map(start).collect::<io::Result<_>>().map(Self)
     }
 
+    /// Returns once each of them has done what it was at: what they judge from then on, they judge
+    /// by the rules that were put before.
+    pub async fn settle(&self) {
+        let turns: Vec<_> = self.0.iter().map(|worker| worker.runtime.spawn(async {})).collect();
+        for turn in turns {
+            // A worker that is gone judges nothing.
+            _ = turn.await;
+        }
+    }
+
     /// The one with the fewest connections.
     fn idlest(&self) -> Option<&Worker> {
         self.0.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed))
@@ -62,11 +72,7 @@ impl Workers {
 /// # Errors
 ///
 /// A listener cannot be used.
-pub async fn serve(
-    listeners: [TcpListener; 2],
-    proxy: Arc<Proxy>,
-    workers: Workers,
-) -> anyhow::Result<()> {
+pub async fn serve(listeners: [TcpListener; 2], proxy: Arc<Proxy>) -> anyhow::Result<()> {
     let limits = Arc::new(Limits::of_the_process());
     let (sender, mut accepted) = mpsc::channel(1);
     for listener in listeners {
@@ -74,7 +80,8 @@ pub async fn serve(
         tokio::spawn(accept(listener, sender.clone()));
     }
     while let Some((stream, client)) = accepted.recv().await {
-        let (Some(permit), Some(worker)) = (limits.admit(client.ip()), workers.idlest()) else {
+        let (Some(permit), Some(worker)) = (limits.admit(client.ip()), proxy.workers.idlest())
+        else {
             net::reset(&stream);
             continue;
         };

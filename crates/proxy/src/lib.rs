@@ -29,7 +29,6 @@ pub mod tls;
 
 use std::{path::PathBuf, sync::Arc};
 
-use anyhow::Context;
 use tokio::runtime::{Builder, Runtime};
 
 use crate::{accept::Workers, dns::Dns, log::Log, rules::Store};
@@ -57,6 +56,8 @@ pub struct Proxy {
     pub log: Log,
     /// What is asked of name servers.
     pub dns: Dns,
+    /// Who serves the connections.
+    pub workers: Workers,
 }
 
 /// Runs until the process is told to end.
@@ -65,22 +66,21 @@ pub struct Proxy {
 ///
 /// The proxy cannot start.
 pub fn run(options: &Options) -> anyhow::Result<()> {
-    std::fs::create_dir_all(&options.state_dir)
-        .with_context(|| format!("creating {}", options.state_dir.display()))?;
+    let cores = std::thread::available_parallelism()?;
+    sandbox::become_nobody(&options.state_dir)?;
     let rules = Store::open(&options.state_dir)?;
     let (agent, link) = agent::link(options.run_dir.join(palisade_api::proxy::SOCKET));
-    let proxy = Arc::new(Proxy { rules, log: Log::default(), dns: Dns::new(agent) });
-    let cores = std::thread::available_parallelism()?;
     let listeners = net::listeners(options.port)?;
     let datagrams = dns::sockets(options.port)?;
     sandbox::raise_descriptors();
     sandbox::enter(&options.state_dir)?;
-    let workers = Workers::start(cores)?;
+    let (log, dns, workers) = (Log::default(), Dns::new(agent), Workers::start(cores)?);
+    let proxy = Arc::new(Proxy { rules, log, dns, workers });
     let main = runtime()?;
     main.block_on(async {
         tokio::spawn(link.run(Arc::clone(&proxy)));
         dns::serve_udp(&proxy, datagrams)?;
-        accept::serve(listeners, proxy, workers).await
+        accept::serve(listeners, proxy).await
     })
 }
 

@@ -2,8 +2,10 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs, io,
+    fs::{self, File},
+    io::{self, Write},
     net::IpAddr,
+    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::Arc,
 };
@@ -12,11 +14,38 @@ use anyhow::Context;
 use arc_swap::{ArcSwap, Guard};
 use ipnet::IpNet;
 use palisade_api::proxy::{Peer, Rules};
+use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::judge::Demands;
 
 const FILE: &str = "rules.json";
+
+/// Another one after each start of the machine.
+const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
+
+/// What the file holds. The kernel's tables do not outlive the machine: addresses and numbers mean
+/// others after it starts again.
+#[derive(Serialize)]
+struct Kept<'a> {
+    boot: &'a str,
+    rules: &'a Rules,
+}
+
+/// The rules in the file, if this machine has not started again since.
+fn read(bytes: &[u8], boot: &str) -> Result<Rules, String> {
+    /// As [`Kept`].
+    #[derive(Deserialize)]
+    struct Found {
+        boot: String,
+        rules: Rules,
+    }
+    let found: Found = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
+    match found.boot == boot {
+        true => Ok(found.rules),
+        false => Err("they are from before the machine started".into()),
+    }
+}
 
 /// One version of the rules, prepared for judging.
 #[derive(Default)]
@@ -73,6 +102,7 @@ pub struct Store {
     current: ArcSwap<Snapshot>,
     generation: watch::Sender<u64>,
     file: PathBuf,
+    boot: String,
 }
 
 impl Store {
@@ -83,9 +113,10 @@ impl Store {
     /// The file is there and cannot be read. What cannot be understood is as good as none.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         let file = directory.join(FILE);
+        let boot = fs::read_to_string(BOOT_ID).with_context(|| format!("reading {BOOT_ID}"))?;
         let rules = match fs::read(&file) {
-            Ok(bytes) => serde_json::from_slice(&bytes).unwrap_or_else(|error| {
-                tracing::warn!(file = %file.display(), %error, "the last rules are no rules");
+            Ok(bytes) => read(&bytes, &boot).unwrap_or_else(|why| {
+                tracing::warn!(file = %file.display(), why, "starting without the last rules");
                 Rules::default()
             }),
             Err(error) if error.kind() == io::ErrorKind::NotFound => Rules::default(),
@@ -93,7 +124,7 @@ impl Store {
         };
         let snapshot = Snapshot::new(rules, &Snapshot::default());
         let generation = watch::Sender::new(snapshot.generation);
-        Ok(Self { current: ArcSwap::from_pointee(snapshot), generation, file })
+        Ok(Self { current: ArcSwap::from_pointee(snapshot), generation, file, boot })
     }
 
     /// The newest rules.
@@ -120,8 +151,13 @@ impl Store {
     ///
     /// They cannot be written.
     pub fn save(&self) -> io::Result<()> {
+        let snapshot = self.load();
+        let kept = Kept { boot: &self.boot, rules: &snapshot.rules };
         let aside = self.file.with_extension("new");
-        fs::write(&aside, serde_json::to_vec(&self.load().rules)?)?;
+        // Secrets are among them.
+        let mut file =
+            File::options().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
+        file.write_all(&serde_json::to_vec(&kept)?)?;
         fs::rename(&aside, &self.file)
     }
 }

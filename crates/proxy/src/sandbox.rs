@@ -1,16 +1,22 @@
 //! What the process gives up once it has started: it reads what strangers say.
 
-use std::{collections::BTreeMap, path::Path};
+use std::{
+    collections::BTreeMap,
+    os::unix::fs::{DirBuilderExt, chown},
+    path::Path,
+};
 
 use anyhow::Context;
 use landlock::{
     ABI, Access, AccessFs, Ruleset, RulesetAttr, RulesetCreatedAttr, path_beneath_rules,
 };
+use palisade_api::proxy::USER;
 use rustix::{
-    process::{Resource, Rlimit, getrlimit, setrlimit},
+    process::{Gid, Resource, Rlimit, Uid, getrlimit, setrlimit},
     thread::{
-        CapabilitySet, CapabilitySets, clear_ambient_capability_set,
-        remove_capability_from_bounding_set, set_capabilities, set_no_new_privs,
+        CapabilitySet, CapabilitySets, capabilities, clear_ambient_capability_set,
+        remove_capability_from_bounding_set, set_capabilities, set_keep_capabilities,
+        set_no_new_privs, set_thread_groups, set_thread_res_gid, set_thread_res_uid,
     },
 };
 use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
@@ -18,14 +24,40 @@ use seccompiler::{BpfProgram, SeccompAction, SeccompFilter};
 /// To speak in the names of others and to mark packets; to take their ports, too.
 const KEPT: CapabilitySet = CapabilitySet::NET_ADMIN.union(CapabilitySet::NET_BIND_SERVICE);
 
-/// Gives up what the process does not need: capabilities, files other than those in `directory`,
-/// system calls. Threads inherit it, so none may run yet.
+/// Becomes a user to whom nothing belongs but the `directory`, which is made, and gives up the
+/// capabilities that the process does not need. Threads inherit it, so none may run yet.
+///
+/// # Errors
+///
+/// The process may not: it takes `CAP_CHOWN`, `CAP_SETGID` and `CAP_SETUID`.
+pub(crate) fn become_nobody(directory: &Path) -> anyhow::Result<()> {
+    let name = directory.display();
+    std::fs::DirBuilder::new()
+        .recursive(true)
+        .mode(0o755)
+        .create(directory)
+        .with_context(|| format!("creating {name}"))?;
+    chown(directory, Some(USER), Some(USER)).with_context(|| format!("owning {name}"))?;
+    change_user().with_context(|| format!("becoming user {USER}"))?;
+    drop_capabilities().context("dropping capabilities")
+}
+
+fn change_user() -> rustix::io::Result<()> {
+    // Else the kernel takes all of them from whoever stops being root.
+    set_keep_capabilities(true)?;
+    let (user, group) = (Uid::from_raw(USER), Gid::from_raw(USER));
+    set_thread_groups(&[])?;
+    set_thread_res_gid(group, group, group)?;
+    set_thread_res_uid(user, user, user)
+}
+
+/// Gives up files other than those in `directory`, and system calls. Threads inherit it, so none
+/// may run yet.
 ///
 /// # Errors
 ///
 /// The kernel refuses. Where it knows no Landlock, files stay guarded by their permissions.
 pub(crate) fn enter(directory: &Path) -> anyhow::Result<()> {
-    drop_capabilities().context("dropping capabilities")?;
     set_no_new_privs(true).context("giving up new privileges")?;
     restrict_files(directory).context("restricting files")?;
     let filter = filter().context("building the filter of system calls")?;
@@ -40,13 +72,14 @@ pub(crate) fn raise_descriptors() {
 
 fn drop_capabilities() -> rustix::io::Result<()> {
     clear_ambient_capability_set()?;
+    let CapabilitySets { permitted, .. } = capabilities(None)?;
+    let inheritable = CapabilitySet::empty();
+    set_capabilities(None, CapabilitySets { effective: permitted, permitted, inheritable })?;
     // Capabilities that the kernel does not know are not there to be dropped.
     for capability in CapabilitySet::all().difference(KEPT).iter() {
         _ = remove_capability_from_bounding_set(capability);
     }
-    let sets =
-        CapabilitySets { effective: KEPT, permitted: KEPT, inheritable: CapabilitySet::empty() };
-    set_capabilities(None, sets)
+    set_capabilities(None, CapabilitySets { effective: KEPT, permitted: KEPT, inheritable })
 }
 
 fn restrict_files(directory: &Path) -> anyhow::Result<()> {

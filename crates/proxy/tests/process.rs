@@ -8,6 +8,7 @@ use std::{
     fs,
     io::Write,
     net::Shutdown,
+    os::unix::fs::MetadataExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
@@ -18,7 +19,7 @@ use std::{
 
 use palisade_api::{
     flow::L7,
-    proxy::{Endpoint, Peer, Rules, RulesDelta, ToProxy},
+    proxy::{Endpoint, Peer, Rules, RulesDelta, ToProxy, USER},
 };
 use palisade_policy::{
     l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, SecretRef},
@@ -48,12 +49,47 @@ fn the_process_keeps_no_more_than_it_needs() {
         for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
             assert_eq!(u64::from_str_radix(&value(set), 16).unwrap(), kept, "{set}");
         }
-        assert_eq!(value("CapInh:"), "0000000000000000");
+        for set in ["CapInh:", "CapAmb:"] {
+            assert_eq!(value(set), "0000000000000000", "{set}");
+        }
+        // Real, effective, saved, of the file system.
+        for id in ["Uid:", "Gid:"] {
+            assert_eq!(value(id), ["14240"; 4].join("\t"), "{id}");
+        }
+        assert_eq!(value("Groups:"), "");
         assert_eq!(value("NoNewPrivs:"), "1");
         assert_eq!(value("Seccomp:"), "2");
         count += 1;
     }
     assert!(count > 1, "the workers are meant, too");
+    let kept = fs::metadata(world.directory.join("state/rules.json")).unwrap();
+    assert_eq!((kept.uid(), kept.mode() & 0o777), (USER, 0o600), "secrets are in it");
+}
+
+#[test]
+fn rules_from_before_the_machine_started_are_none() {
+    let mut world = World::new(rules(1, &[http(&["GET /public"])]));
+    let origin = Origin::ok(&world.server);
+    world.agent.hang_up();
+    world.restart();
+    world.await_listener();
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+    let file = world.directory.join("state/rules.json");
+    let kept = fs::read_to_string(&file).unwrap();
+    let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id").unwrap();
+    let other = kept.replacen(boot.trim(), "another", 1);
+    assert_ne!(kept, other);
+    fs::write(&file, other).unwrap();
+    world.restart();
+    world.await_listener();
+    origin.forget();
+    let mut stream = world.connect(SERVER4);
+    stream.write_all(REQUEST).unwrap();
+    assert_eq!(rest(&mut stream), b"");
+    assert_eq!(origin.seen().connections, 0);
+    world.agent.come_back();
+    world.agent.put(rules(1, &[http(&["GET /public"])]));
+    assert_eq!(status(&world.ask(REQUEST)), 200);
 }
 
 #[test]

@@ -5,6 +5,7 @@ mod book;
 
 use std::{
     io,
+    os::unix::fs::chown,
     path::Path,
     sync::{Arc, Condvar, Mutex, MutexGuard, PoisonError},
     time::Duration,
@@ -12,7 +13,7 @@ use std::{
 
 pub use book::{RuleBook, Tables};
 use palisade_api::proxy::{
-    FromProxy, Hello, MAX_FRAME, RulesDelta, SOCKET, ToProxy, VERSION, encode,
+    FromProxy, Hello, MAX_FRAME, RulesDelta, SOCKET, ToProxy, USER, VERSION, encode,
 };
 use palisade_policy::l7::Secrets;
 use serde::de::DeserializeOwned;
@@ -148,12 +149,15 @@ pub struct Desk {
     pub names: Arc<Names>,
 }
 
-/// Takes the socket, for the owner and the group only.
+/// Takes the socket, for the proxy's user only.
 ///
 /// # Errors
 /// The socket cannot be made.
 pub fn listen(run_dir: &Path) -> io::Result<UnixListener> {
-    crate::sockets::listen(&run_dir.join(SOCKET))
+    let path = run_dir.join(SOCKET);
+    let listener = crate::sockets::listen(&path)?;
+    chown(&path, Some(USER), Some(USER))?;
+    Ok(listener)
 }
 
 /// Serves whatever proxy connects; the newest one counts.

@@ -66,12 +66,14 @@ fn companions() -> anyhow::Result<()> {
 
 fn prepare(layout: &Layout) -> anyhow::Result<()> {
     use std::os::unix::fs::PermissionsExt;
-    for directory in [layout.run_dir().to_owned(), layout.logs(), layout.pods()] {
+    // Keys lie in here. The proxies, which are nobody, find their own directories all the same.
+    let directories =
+        [(layout.run_dir().to_owned(), 0o711), (layout.logs(), 0o700), (layout.pods(), 0o700)];
+    for (directory, mode) in directories {
         fs::create_dir_all(&directory)
+            .and_then(|()| fs::set_permissions(&directory, fs::Permissions::from_mode(mode)))
             .with_context(|| format!("cannot create {}", directory.display()))?;
     }
-    // Keys lie in here.
-    fs::set_permissions(layout.run_dir(), fs::Permissions::from_mode(0o700))?;
     Ok(())
 }
 

@@ -321,8 +321,23 @@ impl Lab {
 
     /// Kills a program of a node; it is started again.
     pub(crate) fn kill(&self, number: usize, program: Program) {
+        self.signal(number, program, Signal::KILL);
+    }
+
+    /// Sends a signal to a program of a node.
+    pub(crate) fn signal(&self, number: usize, program: Program, signal: Signal) {
+        kill_process(self.process(number, program), signal).unwrap();
+    }
+
+    /// As [`Lab::kill`], unless it is dead already; whether it was not.
+    pub(crate) fn try_kill(&self, number: usize, program: Program) -> bool {
         let pid = process(&self.layout, &self.nodes[number - 1], program);
-        kill_process(pid.unwrap(), Signal::KILL).unwrap();
+        pid.is_some_and(|pid| kill_process(pid, Signal::KILL).is_ok())
+    }
+
+    /// The process of a program of a node.
+    pub(crate) fn process(&self, number: usize, program: Program) -> Pid {
+        process(&self.layout, &self.nodes[number - 1], program).unwrap()
     }
 
     /// Where the agent of a node is asked, and where it keeps what it knows of pods.

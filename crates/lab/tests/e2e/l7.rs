@@ -2,6 +2,7 @@
 //! and what happens when the proxy or the agent dies meanwhile.
 
 use std::{
+    fs,
     net::{IpAddr, SocketAddr},
     sync::{
         Arc,
@@ -176,6 +177,27 @@ fn without_the_proxy_what_needs_it_is_closed_and_nothing_else() {
     }
     let (interrupted, words, _) = untouched.end();
     assert_eq!((interrupted, words > 10), (0, true));
+}
+
+/// It reads what strangers say.
+#[test]
+fn the_proxy_is_nobody() {
+    let lab = Lab::up(1);
+    let status = || {
+        let process = lab.process(1, Program::Proxy).as_raw_nonzero();
+        fs::read_to_string(format!("/proc/{process}/status")).unwrap_or_default()
+    };
+    eventually("the proxy gave up what it does not need", || {
+        let status = status();
+        let holds = |line: &str| status.lines().any(|found| found == line);
+        // CAP_NET_BIND_SERVICE is 10, CAP_NET_ADMIN is 12.
+        let capabilities = format!("{:016x}", 1 << 10 | 1 << 12);
+        holds(&format!("CapEff:\t{capabilities}"))
+            && holds(&format!("CapPrm:\t{capabilities}"))
+            && holds(&format!("Uid:\t{}", ["14240"; 4].join("\t")))
+            && holds("Seccomp:\t2")
+            && holds("NoNewPrivs:\t1")
+    });
 }
 
 #[test]

@@ -3,14 +3,18 @@
 use std::{
     io::{Read, Write},
     net::IpAddr,
-    os::unix::net::{UnixListener, UnixStream},
+    os::unix::{
+        fs::chown,
+        net::{UnixListener, UnixStream},
+    },
     path::{Path, PathBuf},
     sync::{Arc, Condvar, Mutex},
     thread,
 };
 
 use palisade_api::proxy::{
-    AccessRecord, Endpoint, FromProxy, Hello, Peer, Rules, SOCKET, ToProxy, VERSION, decode, encode,
+    AccessRecord, Endpoint, FromProxy, Hello, Peer, Rules, SOCKET, ToProxy, USER, VERSION, decode,
+    encode,
 };
 use palisade_policy::{
     Chunk, CompiledPolicy, NamedPorts, RuleInfo, RuleSource,
@@ -47,7 +51,7 @@ pub(crate) struct Learn {
 impl Agent {
     pub(crate) fn listen(directory: &Path) -> Self {
         let path = directory.join(SOCKET);
-        let listener = Mutex::new(UnixListener::bind(&path).unwrap());
+        let listener = Mutex::new(bind(&path));
         Self { listener, path, write: Mutex::default(), heard: Arc::default() }
     }
 
@@ -124,7 +128,7 @@ impl Agent {
 
     /// The agent is there again.
     pub(crate) fn come_back(&self) {
-        *self.listener.lock().unwrap() = UnixListener::bind(&self.path).unwrap();
+        *self.listener.lock().unwrap() = bind(&self.path);
         self.accept();
     }
 
@@ -139,6 +143,12 @@ impl Agent {
             assert!(!late.timed_out(), "the proxy did not say it");
         }
     }
+}
+
+fn bind(path: &Path) -> UnixListener {
+    let listener = UnixListener::bind(path).unwrap();
+    chown(path, Some(USER), Some(USER)).unwrap();
+    listener
 }
 
 fn next<T: serde::de::DeserializeOwned>(read: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<T> {

@@ -164,6 +164,25 @@ impl World {
         self.proxy = start(&self.node, &self.directory);
     }
 
+    /// Waits until a new process takes connections; before, they would go to the origin.
+    pub(crate) fn await_listener(&self) {
+        const LISTEN: &str = "0A";
+        let deadline = std::time::Instant::now() + WAIT;
+        let ready = || {
+            self.node.run(|| {
+                let tables = ["tcp", "tcp6"].map(|table| format!("/proc/thread-self/net/{table}"));
+                tables.into_iter().all(|table| {
+                    let lines = fs::read_to_string(table).unwrap();
+                    lines.lines().any(|line| line.split_whitespace().nth(3) == Some(LISTEN))
+                })
+            })
+        };
+        while !ready() {
+            assert!(std::time::Instant::now() < deadline, "the proxy does not come back");
+            thread::sleep(Duration::from_millis(5));
+        }
+    }
+
     /// A connection from the client to the origin, as the client sees it.
     pub(crate) fn connect(&self, server: IpAddr) -> TcpStream {
         self.connect_to(SocketAddr::new(server, PORT))

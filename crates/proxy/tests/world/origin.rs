@@ -24,6 +24,12 @@ pub(crate) struct Seen {
     pub(crate) ended: usize,
 }
 
+impl Seen {
+    pub(crate) fn text(&self) -> String {
+        String::from_utf8_lossy(&self.bytes).into_owned()
+    }
+}
+
 impl Origin {
     /// Answers every request with `200` and `ok`.
     pub(crate) fn ok(namespace: &Namespace) -> Self {
@@ -72,7 +78,7 @@ impl Origin {
     }
 
     pub(crate) fn text(&self) -> String {
-        String::from_utf8_lossy(&self.seen().bytes).into_owned()
+        self.seen().text()
     }
 
     pub(crate) fn forget(&self) {
