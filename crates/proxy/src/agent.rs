@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use palisade_api::proxy::{FromProxy, Hello, ToProxy, VERSION, decode, encode};
+use palisade_api::proxy::{FromProxy, Hello, Rules, ToProxy, VERSION, decode, encode};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -38,7 +38,7 @@ struct Question {
     name: String,
     addresses: Vec<IpAddr>,
     ttl: u32,
-    answer: oneshot::Sender<Result<(), NotLearned>>,
+    answer: Answer,
 }
 
 impl Agent {
@@ -114,8 +114,12 @@ impl Link {
         loop {
             tokio::select! {
                 message = frames.next() => {
-                    if let Some(ack) = take(message?, proxy, &mut waiting)? {
-                        send(&mut write, &ack).await?;
+                    let mut batch = vec![message?];
+                    while let Some(message) = frames.ready()? {
+                        batch.push(message);
+                    }
+                    if let Some(rules) = take(batch, proxy, &mut waiting)? {
+                        send(&mut write, &put(rules, proxy).await?).await?;
                     }
                 }
                 Some(question) = self.questions.recv() => {
@@ -133,31 +137,37 @@ impl Link {
     }
 }
 
-type Waiting = HashMap<u64, oneshot::Sender<Result<(), NotLearned>>>;
+type Answer = oneshot::Sender<Result<(), NotLearned>>;
+type Waiting = HashMap<u64, Answer>;
 
-/// Does what the agent says, and answers.
-fn take(message: ToProxy, proxy: &Proxy, waiting: &mut Waiting) -> io::Result<Option<FromProxy>> {
-    let rules = match message {
-        ToProxy::Snapshot(rules) => rules,
-        ToProxy::Delta(delta) => {
-            let mut rules = proxy.rules.load().rules.clone();
-            rules.apply(delta).map_err(io::Error::other)?;
-            rules
+/// Does what the agent says; the newest rules, if it speaks of any.
+fn take(batch: Vec<ToProxy>, proxy: &Proxy, waiting: &mut Waiting) -> io::Result<Option<Rules>> {
+    let mut newest: Option<Rules> = None;
+    for message in batch {
+        match message {
+            ToProxy::Snapshot(rules) => newest = Some(rules),
+            ToProxy::Delta(delta) => {
+                let at_hand = || proxy.rules.load().rules.clone();
+                newest.get_or_insert_with(at_hand).apply(delta).map_err(io::Error::other)?;
+            }
+            ToProxy::Learned { id } => _ = waiting.remove(&id).map(|answer| answer.send(Ok(()))),
+            ToProxy::LearnRefused { id } => {
+                let refused = |answer: Answer| answer.send(Err(NotLearned::Refused));
+                _ = waiting.remove(&id).map(refused);
+            }
         }
-        ToProxy::Learned { id } => {
-            waiting.remove(&id).map(|answer| answer.send(Ok(())));
-            return Ok(None);
-        }
-        ToProxy::LearnRefused { id } => {
-            waiting.remove(&id).map(|answer| answer.send(Err(NotLearned::Refused)));
-            return Ok(None);
-        }
-    };
+    }
+    Ok(newest)
+}
+
+/// Puts rules in force, and says so once a process that starts from the file does not go back
+/// behind them, and nothing that was judged before goes on.
+async fn put(rules: Rules, proxy: &Proxy) -> io::Result<FromProxy> {
     let version = rules.version;
     proxy.rules.put(rules);
-    // Before the acknowledgement: a process that starts from the file must not go back behind it.
     proxy.rules.save()?;
-    Ok(Some(FromProxy::Ack { version }))
+    proxy.workers.settle().await;
+    Ok(FromProxy::Ack { version })
 }
 
 async fn send<T: serde::Serialize>(write: &mut OwnedWriteHalf, message: &T) -> io::Result<()> {
@@ -171,11 +181,17 @@ struct Frames {
 }
 
 impl Frames {
+    /// The next message, if it was read already.
+    fn ready<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+        let Some((message, length)) = decode(&self.buffer)? else { return Ok(None) };
+        self.buffer.drain(..length);
+        Ok(Some(message))
+    }
+
     /// The next message. May be dropped at any time: what was read stays in the buffer.
     async fn next<T: DeserializeOwned>(&mut self) -> io::Result<T> {
         loop {
-            if let Some((message, length)) = decode(&self.buffer)? {
-                self.buffer.drain(..length);
+            if let Some(message) = self.ready()? {
                 return Ok(message);
             }
             if self.read.read_buf(&mut self.buffer).await? == 0 {

@@ -36,8 +36,10 @@ async fn pass(gate: &Gate, client: TcpStream) {
     let Ok(server) = gate.connect().await else { return net::reset(&client) };
     let (mut from_client, mut from_server) = (Buffer::default(), Buffer::default());
     let relayed = tokio::select! {
-        relayed = relay::run((&client, &mut from_client), (&server, &mut from_server)) => relayed.is_ok(),
+        // The rules may be others than before the connection was made.
+        biased;
         () = gate.until(gate.generation(), || gate.application() == Application::Anything) => false,
+        relayed = relay::run((&client, &mut from_client), (&server, &mut from_server)) => relayed.is_ok(),
     };
     if !relayed {
         net::reset(&client);

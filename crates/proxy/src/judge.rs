@@ -423,6 +423,19 @@ impl Gate {
         }
     }
 
+    /// Whether the newest rules know neither end any more: no policy of this node asks for a proxy,
+    /// and none denies what a refusal here would deny.
+    #[must_use]
+    pub fn is_forgotten(&self) -> bool {
+        !self.ends().known
+    }
+
+    /// Returns once [`Self::is_forgotten`].
+    pub async fn forgotten(&self) {
+        // No generation is the 0th.
+        self.until(0, || !self.is_forgotten()).await;
+    }
+
     /// The generation of the rules that the connection was last judged by.
     #[must_use]
     pub fn generation(&self) -> u64 {

@@ -34,8 +34,10 @@ pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
     let Ok(server) = gate.connect().await else { return net::reset(&client) };
     let mut from_server = Buffer::default();
     let relayed = tokio::select! {
-        relayed = relay::run((&client, &mut buffer), (&server, &mut from_server)) => relayed.is_ok(),
+        // The rules may be others than before the connection was made.
+        biased;
         () = gate.until(gate.generation(), || allowed(&name).allowed) => false,
+        relayed = relay::run((&client, &mut buffer), (&server, &mut from_server)) => relayed.is_ok(),
     };
     if !relayed {
         net::reset(&client);

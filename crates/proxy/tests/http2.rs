@@ -610,3 +610,23 @@ fn memory(process: u32) -> u64 {
     let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
     line.trim().trim_end_matches(" kB").parse().unwrap()
 }
+
+/// The last policy that asks for a proxy is gone, and the agent knows of none any more.
+#[test]
+fn a_connection_that_no_rule_knows_any_more_ends_without_a_refusal() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        stream.set_nonblocking(true).unwrap();
+        let stream = tokio::net::TcpStream::from_std(stream).unwrap();
+        let (mut send, connection) = h2::client::handshake(stream).await.unwrap();
+        let connection = tokio::spawn(connection);
+        let (response, _) = send.send_request(get("/public"), true).unwrap();
+        assert_eq!(response.await.unwrap().status(), 200);
+        world.agent.put(palisade_api::proxy::Rules { version: 2, ..Default::default() });
+        let ended = tokio::time::timeout(Duration::from_secs(10), connection).await;
+        ended.expect("the connection ends").unwrap().expect("in order");
+    });
+    assert_eq!(origin.asked().len(), 1);
+}

@@ -92,6 +92,18 @@ fn rules_from_before_the_machine_started_are_none() {
     assert_eq!(status(&world.ask(REQUEST)), 200);
 }
 
+/// The last policy that asks for a proxy is gone, and the agent knows of none any more.
+#[test]
+fn a_connection_that_no_rule_knows_any_more_ends_without_a_refusal() {
+    let world = World::new(rules(1, &[http(&["GET /public"])]));
+    let _origin = Origin::ok(&world.server);
+    let mut idle = world.connect(SERVER4);
+    idle.write_all(REQUEST).unwrap();
+    until(&mut idle, "ok");
+    world.agent.put(Rules { version: 2, ..Rules::default() });
+    assert_eq!(rest(&mut idle), b"");
+}
+
 #[test]
 fn what_is_allowed_whole_is_relayed_as_it_is() {
     let world = World::new(rules(1, &[Application::Any]));

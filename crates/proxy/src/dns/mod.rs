@@ -187,7 +187,15 @@ impl Exchange<'_> {
         let Some(_under_way) = self.proxy.dns.limits.admit(self.flow.client.ip()) else {
             return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
         };
-        let (answer, reply) = match timeout(UPSTREAM, self.ask(message)).await {
+        let asked = tokio::select! {
+            // First of all: a question that may no longer be asked does not go on.
+            biased;
+            () = self.gate.until(self.gate.generation(), || self.judge().allowed) => {
+                return Some(self.reply(&self.judge().refused(), Rcode::REFUSED));
+            }
+            asked = timeout(UPSTREAM, self.ask(message)) => asked,
+        };
+        let (answer, reply) = match asked {
             Ok(Ok(answered)) => answered,
             Ok(Err(error)) => {
                 tracing::debug!(%error, server = %self.flow.server, "the server cannot be asked");

@@ -120,6 +120,7 @@ impl Connection<'_> {
             let server = self.server.as_ref().map(|server| &server.stream);
             let more = tokio::select! {
                 biased;
+                () = self.gate.forgotten() => return Ok(None),
                 more = timeout(IDLE_TIME, self.buffer.fill(&self.client)) => more,
                 () = ends(server) => return Ok(None),
             };
@@ -171,20 +172,30 @@ impl Connection<'_> {
             authority: &request.authority,
             begun: std::time::Instant::now(),
         };
-        let judged = self.gate.judge(&asked, &request.fields.iter().collect::<Vec<_>>());
+        let judge = || self.gate.judge(&asked, &request.fields.iter().collect::<Vec<_>>());
+        let mut judged = judge();
+        while judged.allowed && self.server.is_none() {
+            let connected = tokio::select! {
+                biased;
+                () = self.gate.revoked(&asked, &judged, &request.fields) => {
+                    judged = judge();
+                    continue;
+                }
+                connected = timeout(CONNECT_TIME, self.gate.connect()) => connected,
+            };
+            let Ok(Ok(stream)) = connected else {
+                self.gate.log(&asked, &judged, Some(503), Some("the server cannot be reached"));
+                return self.answer_alone(&request, Reply::NO_SERVER).await;
+            };
+            self.server = Some(Server { stream, buffer: Buffer::default() });
+        }
+        if self.gate.is_forgotten() {
+            return Err(Broken);
+        }
         if !judged.allowed {
             return self.deny(&request, &asked, &judged).await;
         }
         judged.edit(&mut request.fields);
-        if self.server.is_none() {
-            match timeout(CONNECT_TIME, self.gate.connect()).await {
-                Ok(Ok(stream)) => self.server = Some(Server { stream, buffer: Buffer::default() }),
-                _ => {
-                    self.gate.log(&asked, &judged, Some(503), Some("the server cannot be reached"));
-                    return self.answer_alone(&request, Reply::NO_SERVER).await;
-                }
-            }
-        }
         self.exchange(&request, &asked, &judged).await
     }
 
@@ -252,14 +263,15 @@ impl Connection<'_> {
             let mut revoked = pin!(self.gate.revoked(asked, judged, &request.fields));
             loop {
                 tokio::select! {
+                    // First of all: what is no longer allowed does not go on.
                     biased;
+                    () = &mut revoked => break Err(Fault::Broken),
                     fault = &mut upload, if uploading => match fault {
                         // The server may have answered before it stopped listening.
                         Ok(()) => uploading = false,
                         Err(fault) => break Err(fault),
                     },
                     outcome = &mut download => break outcome,
-                    () = &mut revoked => break Err(Fault::Broken),
                 }
             }
         };
@@ -311,8 +323,9 @@ impl Connection<'_> {
         let Some(server) = &mut self.server else { return Err(Broken) };
         let client = (&self.client, &mut self.buffer);
         tokio::select! {
-            relayed = relay::run(client, (&server.stream, &mut server.buffer)) => relayed?,
+            biased;
             () = self.gate.revoked(asked, judged, &request.fields) => return Err(Broken),
+            relayed = relay::run(client, (&server.stream, &mut server.buffer)) => relayed?,
         }
         Ok(Next::Close)
     }

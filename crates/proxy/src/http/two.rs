@@ -95,6 +95,7 @@ impl Shared<'_> {
         let mut streams = FuturesUnordered::new();
         let mut resets = Allowance::new();
         let mut idle = pin!(sleep_until(Instant::now() + IDLE_TIME));
+        let (mut forgotten, mut ending) = (pin!(self.gate.forgotten()), false);
         loop {
             tokio::select! {
                 accepted = connection.accept() => match accepted {
@@ -108,6 +109,10 @@ impl Shared<'_> {
                     idle.as_mut().reset(Instant::now() + IDLE_TIME);
                 }
                 () = self.gone.notified() => connection.graceful_shutdown(),
+                () = &mut forgotten, if !ending => {
+                    ending = true;
+                    connection.graceful_shutdown();
+                }
                 () = &mut idle, if streams.is_empty() => connection.graceful_shutdown(),
             }
         }
@@ -140,6 +145,10 @@ impl Shared<'_> {
             begun: std::time::Instant::now(),
         };
         let judged = self.gate.judge(&asked, &asking.fields.iter().collect::<Vec<_>>());
+        if self.gate.is_forgotten() {
+            respond.send_reset(Reason::REFUSED_STREAM);
+            return Ended::Well;
+        }
         if !judged.allowed {
             self.gate.log(&asked, &judged, Some(403), None);
             return deny(&mut respond, &parts);
@@ -149,8 +158,19 @@ impl Shared<'_> {
         };
         judged.edit(forward.headers_mut());
         let exchange = Exchange { shared: self, asked: &asked, judged: &judged };
+        let mut up = None;
         tokio::select! {
-            outcome = exchange.run(forward, body, &mut respond) => match outcome {
+            // First of all: what is no longer allowed does not go on.
+            biased;
+            () = self.gate.revoked(&asked, &judged, &asking.fields) => {
+                // Dropping it would still send what waits to be sent.
+                if let Some(mut up) = up {
+                    up.send_reset(Reason::CANCEL);
+                }
+                respond.send_reset(Reason::CANCEL);
+                Ended::Well
+            }
+            outcome = exchange.run(forward, body, &mut respond, &mut up) => match outcome {
                 Ok(()) => Ended::Well,
                 Err(Break::Client) => Ended::TakenBack,
                 Err(Break::Reset(reason)) => {
@@ -162,10 +182,6 @@ impl Shared<'_> {
                     answer(&mut respond, reply, parts.method == Method::HEAD)
                 }
             },
-            () = self.gate.revoked(&asked, &judged, &asking.fields) => {
-                respond.send_reset(Reason::CANCEL);
-                Ended::Well
-            }
         }
     }
 
@@ -377,17 +393,19 @@ impl Exchange<'_> {
         request: Request<()>,
         body: RecvStream,
         respond: &mut SendResponse<Bytes>,
+        up: &mut Option<SendStream<Bytes>>,
     ) -> Result<(), Break> {
         let unreachable = |_| Break::Reply(Reply::NO_SERVER, "the server cannot be reached");
         let send = self.shared.server().await.map_err(unreachable)?;
         let mut send = send.ready().await.map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
-        let (mut response, mut up) = send
+        let (mut response, sent) = send
             .send_request(request, body.is_end_stream())
             .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
+        let up = up.insert(sent);
         let mut upload = pin!(async {
             match body.is_end_stream() {
                 true => Ok(()),
-                false => pump(body, &mut up, |_| false).await,
+                false => pump(body, up, |_| false).await,
             }
         });
         let mut uploading = true;
