@@ -348,7 +348,10 @@ impl Engine {
                     known.row == endpoint.id && known.identity == entry.identity
                 })
             });
-            (wanted && row.ifindex == endpoint.ifindex).then_some((endpoint.id, now))
+            let was = before.endpoints.get(&endpoint.id);
+            let is_new = was.is_none_or(|was| was.identity != now.identity);
+            let known = !is_new || self.outputs.proxy.knows(endpoint.id);
+            (wanted && known && row.ifindex == endpoint.ifindex).then_some((endpoint.id, now))
         });
         rows.collect()
     }

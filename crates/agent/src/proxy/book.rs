@@ -1,7 +1,7 @@
 //! What the proxy judges by: the same tables that the kernel holds, under the same numbers.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, Ipv4Addr, Ipv6Addr},
     sync::Arc,
 };
@@ -15,11 +15,14 @@ use crate::reconcile::mirror::{Mirror, Touched};
 /// Compiled policies by the number of their table.
 pub type Tables = BTreeMap<TableId, Arc<CompiledPolicy>>;
 
-/// The proxy's rules. They are empty while no policy of this node asks for a proxy: a node
-/// without such policies pays nothing for them.
+/// The proxy's rules. They are empty until a policy of this node asks for a proxy: a node without
+/// such policies pays nothing for them. From then on they are kept, because connections that the
+/// proxy carries outlive the policy that sent them there.
 #[derive(Debug, Default)]
 pub struct RuleBook {
     rules: Rules,
+    /// The version that made an endpoint what it is.
+    since: BTreeMap<u32, u64>,
 }
 
 impl RuleBook {
@@ -36,28 +39,49 @@ impl RuleBook {
         secrets: &Secrets,
     ) -> Option<RulesDelta> {
         let touched = mirror.take_touched();
-        let wanted = tables.values().any(|policy| policy.has_redirects());
-        let had = !self.rules.tables.is_empty();
-        let new = match (had, wanted) {
-            (false, false) => return None,
-            (true, false) => Rules::default(),
-            (false, true) => Rules {
-                addresses: mirror.addresses.iter().map(|(ip, value)| (*ip, peer(value))).collect(),
-                networks: mirror
-                    .prefixes
-                    .iter()
-                    .map(|(net, value)| (*net, network(value)))
-                    .collect(),
-                ..Rules::default()
-            },
-            (true, true) => return self.advance(mirror, &touched, tables, secrets),
-        };
-        let mut new = Rules { version: self.rules.version + 1, ..new };
-        if wanted {
-            new.endpoints = endpoints(mirror);
-            new.tables = tables;
-            new.secrets = secrets.clone();
+        let delta = match self.rules.version {
+            0 => self.begin(mirror, tables, secrets),
+            _ => self.advance(mirror, &touched, tables, secrets),
+        }?;
+        for endpoint in delta.endpoints.values().flatten() {
+            self.since.insert(endpoint.id, delta.version);
         }
+        let known: BTreeSet<u32> = self.rules.endpoints.values().map(|known| known.id).collect();
+        self.since.retain(|id, _| known.contains(id));
+        Some(delta)
+    }
+
+    /// Whether a policy asks for a proxy.
+    pub fn is_needed(&self) -> bool {
+        self.rules.tables.values().any(|policy| policy.has_redirects())
+    }
+
+    /// The version that a proxy must have so that nothing reaches or leaves an endpoint which the
+    /// endpoint's own policy would have it deny; none: its policy asks for no proxy.
+    pub fn needed_by(&self, endpoint: u32) -> Option<u64> {
+        let redirects = |table: Option<TableId>| {
+            let policy = table.and_then(|table| self.rules.tables.get(&table));
+            policy.is_some_and(|policy| policy.has_redirects())
+        };
+        let mut known = self.rules.endpoints.values().filter(|known| known.id == endpoint);
+        let asks = known.any(|known| redirects(known.ingress) || redirects(known.egress));
+        asks.then(|| self.since.get(&endpoint).copied()).flatten()
+    }
+
+    /// The first rules.
+    fn begin(&mut self, mirror: &Mirror, tables: Tables, secrets: &Secrets) -> Option<RulesDelta> {
+        if !tables.values().any(|policy| policy.has_redirects()) {
+            return None;
+        }
+        let networks = mirror.prefixes.iter().map(|(net, value)| (*net, network(value)));
+        let new = Rules {
+            version: 1,
+            endpoints: endpoints(mirror),
+            tables,
+            addresses: mirror.addresses.iter().map(|(ip, value)| (*ip, peer(value))).collect(),
+            networks: networks.collect(),
+            secrets: secrets.clone(),
+        };
         let delta = RulesDelta::between(&self.rules, &new);
         self.rules = new;
         Some(delta)

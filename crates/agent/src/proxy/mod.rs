@@ -42,6 +42,8 @@ struct State {
     connection: Option<u64>,
     /// What it acknowledged last.
     acknowledged: u64,
+    /// What any of them acknowledged last. It is on disk: one that comes after it begins with that.
+    kept: u64,
     /// It was waited for in vain; it is not waited for again before it says something.
     late: bool,
 }
@@ -84,12 +86,12 @@ impl ProxyLink {
             // Without a proxy nobody takes it.
             let _ = self.deltas.send(Arc::new(delta));
         }
-        let (version, asked) = (book.rules().version, !book.rules().tables.is_empty());
+        let (version, needed) = (book.rules().version, book.is_needed());
         drop(book);
         self.complete.send_if_modified(|complete| !std::mem::replace(complete, true));
         let state = guard(&self.state);
         if state.connection.is_none() {
-            return asked.then(|| "no L7 proxy is connected: what needs it is closed".into());
+            return needed.then(|| "no L7 proxy is connected: what needs it is closed".into());
         }
         let waiting = |state: &mut State| {
             state.connection.is_some() && state.acknowledged < version && !state.late
@@ -102,6 +104,14 @@ impl ProxyLink {
         state.late.then(|| format!("the L7 proxy has not taken over version {version} yet"))
     }
 
+    /// Whether an endpoint may be reached and may send: whatever proxy there is knows its policy, if
+    /// that asks for one. A proxy that does not know the endpoint judges by the policy of the other
+    /// end alone.
+    pub fn knows(&self, endpoint: u32) -> bool {
+        let needed = guard(&self.book).needed_by(endpoint);
+        needed.is_none_or(|version| guard(&self.state).kept >= version)
+    }
+
     /// Whether a proxy is connected, and the version of the rules that it has.
     pub fn acknowledged(&self) -> Option<u64> {
         let state = guard(&self.state);
@@ -111,8 +121,13 @@ impl ProxyLink {
     fn connected(&self) -> u64 {
         let mut state = guard(&self.state);
         let number = state.connections + 1;
-        *state =
-            State { connections: number, connection: Some(number), acknowledged: 0, late: true };
+        *state = State {
+            connections: number,
+            connection: Some(number),
+            kept: state.kept,
+            acknowledged: 0,
+            late: true,
+        };
         number
     }
 
@@ -122,6 +137,7 @@ impl ProxyLink {
         let mut late = false;
         if state.connection == Some(connection) {
             state.acknowledged = version;
+            state.kept = version;
             late = std::mem::take(&mut state.late);
         }
         self.changed.notify_all();
@@ -131,7 +147,8 @@ impl ProxyLink {
     fn disconnected(&self, connection: u64) {
         let mut state = guard(&self.state);
         if state.connection == Some(connection) {
-            *state = State { connections: state.connections, ..State::default() };
+            let State { connections, kept, .. } = *state;
+            *state = State { connections, kept, ..State::default() };
         }
         self.changed.notify_all();
     }

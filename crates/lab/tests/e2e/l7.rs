@@ -13,6 +13,7 @@ use std::{
 };
 
 use palisade_lab::nodes::Program;
+use rustix::process::Signal;
 
 use super::{
     harness::{Lab, Pod, eventually},
@@ -177,6 +178,71 @@ fn without_the_proxy_what_needs_it_is_closed_and_nothing_else() {
     }
     let (interrupted, words, _) = untouched.end();
     assert_eq!((interrupted, words > 10), (0, true));
+}
+
+/// A proxy that does not know a pod yet would judge by the other end's policy alone.
+#[test]
+fn a_pod_with_policy_on_requests_starts_when_the_proxy_knows_it() {
+    let lab = Lab::up(1);
+    let [near] = lab.pods([("near", 1)]);
+    lab.apply_cilium_policy("default", "l7", INGRESS);
+    lab.signal(1, Program::Proxy, Signal::STOP);
+    let pod = |name| {
+        format!(
+            "apiVersion: v1\nkind: Pod\nmetadata: {{name: {name}, labels: {{app: {name}}}}}\n\
+             spec: {{nodeName: node1, containers: [{{name: pause, image: registry.k8s.io/pause}}]}}\n"
+        )
+    };
+    lab.apply(&format!("{}---\n{}", pod("server"), pod("bystander")));
+    let ready = ["wait", "--for=condition=Ready", "--timeout=30s", "pod"];
+    lab.kubectl(&[&ready[..], &["bystander"]].concat());
+    let phase = lab.kubectl(&["get", "pod", "server", "-o", "jsonpath={.status.phase}"]);
+    assert_eq!(phase, "Pending", "the proxy has not heard of it");
+    lab.signal(1, Program::Proxy, Signal::CONT);
+    lab.kubectl(&[&ready[..], &["server"]].concat());
+    let server = lab.pod("default", "server");
+    let origin = Origin::start(&server, PORT);
+    for to in server.addresses {
+        assert_eq!(ask(&near, to, "GET", "/public"), Some(200));
+        assert_eq!(ask(&near, to, "GET", "/secret"), Some(403));
+    }
+    assert_eq!(origin.take().len(), 2);
+}
+
+/// Connections that the proxy carries outlive the last policy that sent them there.
+#[test]
+fn the_end_of_the_last_policy_denies_nothing() {
+    let lab = Lab::up(1);
+    let [server, near] = lab.pods([("server", 1), ("near", 1)]);
+    let _origin = Origin::start(&server, PORT);
+    let open =
+        || server.addresses.map(|to| Client::connect(&near, SocketAddr::new(to, PORT)).unwrap());
+    lab.apply_cilium_policy("default", "l7", INGRESS);
+    let mut clients = open();
+    for client in &mut clients {
+        assert_eq!(client.ask("GET", "/public").unwrap(), 200);
+        assert_eq!(client.ask("GET", "/secret").unwrap(), 403);
+    }
+    lab.kubectl(&["delete", "cnp", "l7"]);
+    lab.await_policies(0);
+    for client in clients.iter_mut().chain(&mut open()) {
+        assert_eq!(client.ask("GET", "/secret").unwrap(), 200, "nothing denies it any more");
+    }
+    // The next agent knows of no policy that ever asked for a proxy.
+    let before = lab.process(1, Program::Agent);
+    lab.kill(1, Program::Agent);
+    eventually("the next agent is ready", || {
+        lab.statuses()
+            .iter()
+            .flatten()
+            .any(|now| now.ready && now.pid != before.as_raw_nonzero().get().cast_unsigned())
+    });
+    for client in &mut clients {
+        assert_ne!(client.ask("GET", "/secret").ok(), Some(403), "it may end, but is not refused");
+    }
+    for client in &mut open() {
+        assert_eq!(client.ask("GET", "/secret").unwrap(), 200);
+    }
 }
 
 /// It reads what strangers say.
