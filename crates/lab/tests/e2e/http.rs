@@ -131,7 +131,7 @@ impl Client {
 }
 
 /// The status of a whole answer and how long that is.
-fn answer(bytes: &[u8]) -> Option<(u16, usize)> {
+pub(super) fn answer(bytes: &[u8]) -> Option<(u16, usize)> {
     let end = bytes.windows(4).position(|bytes| bytes == b"\r\n\r\n")? + 4;
     let head = std::str::from_utf8(&bytes[..end]).ok()?;
     let status = head.split(' ').nth(1)?.parse().ok()?;

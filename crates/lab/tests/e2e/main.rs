@@ -21,4 +21,5 @@ mod operator;
 mod probe;
 mod restart;
 mod services;
+mod storm;
 mod traffic;
