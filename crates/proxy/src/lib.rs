@@ -67,11 +67,11 @@ pub struct Proxy {
 /// The proxy cannot start.
 pub fn run(options: &Options) -> anyhow::Result<()> {
     let cores = std::thread::available_parallelism()?;
+    let listeners = net::listeners(options.port)?;
+    let datagrams = dns::sockets(options.port)?;
     sandbox::become_nobody(&options.state_dir)?;
     let rules = Store::open(&options.state_dir)?;
     let (agent, link) = agent::link(options.run_dir.join(palisade_api::proxy::SOCKET));
-    let listeners = net::listeners(options.port)?;
-    let datagrams = dns::sockets(options.port)?;
     sandbox::raise_descriptors();
     sandbox::enter(&options.state_dir)?;
     let (log, dns, workers) = (Log::default(), Dns::new(agent), Workers::start(cores)?);

@@ -11,7 +11,7 @@ mod world;
 
 use std::{
     io::Write,
-    net::{IpAddr, Shutdown, SocketAddr, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv6Addr, Shutdown, SocketAddr, TcpStream, UdpSocket},
     sync::Arc,
     thread,
     time::{Duration, Instant},
@@ -215,6 +215,21 @@ fn questions_and_answers_pass_as_they_are() {
     assert!(record.allowed && record.server.port() == 53);
     assert_eq!(record.egress.unwrap().rule, Some(source(0)));
     recorded(&world, "x.cdn.example.com", Some("NOERROR"));
+}
+
+/// A name server of the node itself has the port at every address.
+#[test]
+fn answers_pass_where_the_node_has_taken_the_port() {
+    let world = world(usual());
+    let _server = NameServer::new(&world.server, plain);
+    let taken = world.node.run(|| UdpSocket::bind((Ipv6Addr::UNSPECIFIED, 53)).unwrap());
+    for server in [SERVER4, SERVER6] {
+        for (name, code) in [("api.example.com", 0), ("evil.example.com", REFUSED)] {
+            assert_eq!(rcode(&ask(&world, server, &query(name))), code, "{name} {server}");
+        }
+    }
+    drop(taken);
+    assert_eq!(rcode(&ask(&world, SERVER4, &query("api.example.com"))), 0);
 }
 
 #[test]

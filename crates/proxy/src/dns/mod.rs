@@ -9,7 +9,7 @@
 //! | `upstream` | what does the server say? |
 //! | `known` | what was the client told before? |
 //! | `limits` | may the client ask one more? |
-//! | `udp`, `tcp` | how do questions come in, and answers go out? |
+//! | `udp`, `raw`, `tcp` | how do questions come in, and answers go out? |
 //!
 //! The client's bytes are passed on as they are, but for the id; so are the server's.
 
@@ -19,6 +19,7 @@ mod limits;
 mod message;
 mod name;
 mod question;
+mod raw;
 mod tcp;
 #[cfg(test)]
 mod tests;
@@ -41,7 +42,7 @@ pub use self::{
     answer::{Answer, MAX_ADDRESSES, Stray},
     name::Name,
     question::{Question, Rcode, Received, Rejected, type_name},
-    udp::sockets,
+    udp::{Sockets, sockets},
 };
 use self::{
     known::{Knowledge, Known, Pod},
@@ -118,10 +119,11 @@ impl Dns {
 ///
 /// # Errors
 /// The sockets are none that tokio can use.
-pub fn serve_udp(proxy: &Arc<Proxy>, sockets: [std::net::UdpSocket; 2]) -> io::Result<()> {
-    for socket in sockets {
+pub fn serve_udp(proxy: &Arc<Proxy>, sockets: Sockets) -> io::Result<()> {
+    let raw = Arc::new(sockets.raw);
+    for socket in sockets.asked {
         let socket = tokio::net::UdpSocket::from_std(socket)?;
-        tokio::spawn(udp::serve(Arc::clone(proxy), socket));
+        tokio::spawn(udp::serve(Arc::clone(proxy), socket, Arc::clone(&raw)));
     }
     Ok(())
 }

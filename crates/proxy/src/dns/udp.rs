@@ -18,7 +18,7 @@ use nix::{
 use socket2::{Protocol, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::{Flow, Transport, exchange};
+use super::{Flow, Transport, exchange, raw::Raw};
 use crate::{Proxy, net};
 
 /// Longest question that is read; real ones have no more than a name and some options.
@@ -26,11 +26,17 @@ const MAX_QUESTION: usize = 4096;
 /// Room for questions that wait to be read.
 const BUFFER: usize = 1 << 20;
 
+/// What questions come in by, and answers go out by.
+pub struct Sockets {
+    pub(super) asked: [std::net::UdpSocket; 2],
+    pub(super) raw: Raw,
+}
+
 /// A socket for each family, on 127.0.0.1 and `::1`.
 ///
 /// # Errors
-/// The port is taken, or the process may not open transparent sockets.
-pub fn sockets(port: u16) -> io::Result<[std::net::UdpSocket; 2]> {
+/// The port is taken, or the process may not open transparent or raw sockets.
+pub fn sockets(port: u16) -> io::Result<Sockets> {
     let open = |address: IpAddr| {
         let address = SocketAddr::new(address, port);
         let socket = net::transparent(address, Type::DGRAM, Protocol::UDP)?;
@@ -42,11 +48,12 @@ pub fn sockets(port: u16) -> io::Result<[std::net::UdpSocket; 2]> {
         socket.bind(&address.into())?;
         Ok::<std::net::UdpSocket, io::Error>(socket.into())
     };
-    Ok([open(Ipv4Addr::LOCALHOST.into())?, open(Ipv6Addr::LOCALHOST.into())?])
+    let asked = [open(Ipv4Addr::LOCALHOST.into())?, open(Ipv6Addr::LOCALHOST.into())?];
+    Ok(Sockets { asked, raw: Raw::open()? })
 }
 
 /// Serves a socket until the process ends.
-pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket) {
+pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket, raw: Arc<Raw>) {
     let mut buffer = vec![0; MAX_QUESTION + 1];
     loop {
         // An error belongs to one datagram, or to an answer that met nobody.
@@ -54,10 +61,11 @@ pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket) {
         if length > MAX_QUESTION {
             continue;
         }
-        let (proxy, message) = (Arc::clone(&proxy), buffer[..length].to_vec());
+        let (proxy, raw) = (Arc::clone(&proxy), Arc::clone(&raw));
+        let message = buffer[..length].to_vec();
         tokio::spawn(async move {
             let Some(reply) = exchange(&proxy, flow, &message).await else { return };
-            if let Err(error) = answer(flow, &reply) {
+            if let Err(error) = answer(flow, &reply, &raw) {
                 tracing::debug!(%error, ?flow, "cannot answer");
             }
         });
@@ -102,11 +110,16 @@ fn v6(address: SockaddrIn6) -> SocketAddr {
 }
 
 /// Sends the answer as if the server did.
-fn answer(flow: Flow, reply: &[u8]) -> io::Result<()> {
+fn answer(flow: Flow, reply: &[u8], raw: &Raw) -> io::Result<()> {
     let socket = net::transparent(flow.server, Type::DGRAM, Protocol::UDP)?;
     // Answers of the same server may be sent at the same time.
     socket.set_reuse_address(true)?;
-    socket.bind(&flow.server.into())?;
+    match socket.bind(&flow.server.into()) {
+        Err(error) if error.kind() == io::ErrorKind::AddrInUse => {
+            return raw.send(flow.server, flow.client, reply);
+        }
+        bound => bound?,
+    }
     socket.send_to(reply, &flow.client.into())?;
     Ok(())
 }
