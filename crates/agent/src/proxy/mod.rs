@@ -101,7 +101,8 @@ impl ProxyLink {
             .wait_timeout_while(state, PATIENCE, waiting)
             .unwrap_or_else(PoisonError::into_inner);
         state.late = state.acknowledged < version;
-        state.late.then(|| format!("the L7 proxy has not taken over version {version} yet"))
+        let lacks = state.late && needed;
+        lacks.then(|| format!("the L7 proxy has not taken over version {version} yet"))
     }
 
     /// Whether an endpoint may be reached and may send: whatever proxy there is knows its policy, if
