@@ -37,8 +37,10 @@ use super::{
 
 /// The policy changes so often.
 const CHANGE: Duration = Duration::from_millis(50);
-/// One change in so many brings a death with it.
-const KILL: u64 = 20;
+/// One change in so many brings a death with it: often, and with time in between for requests.
+const KILL: u64 = 60;
+/// After so many changes it is told how far it is.
+const TELL: u64 = 1000;
 /// An answer that takes longer is none.
 const PATIENCE: Duration = Duration::from_secs(1);
 /// Requests over one connection.
@@ -139,7 +141,6 @@ fn storm(scale: &Scale) {
     assert_eq!(*arrived.others.lock().unwrap(), [""; 0], "what every policy denies arrived");
     assert_eq!(*counts.odd.lock().unwrap(), [0; 0], "answers to what every policy denies");
     assert!(arrived.allowed.load(Relaxed) > 0, "what is allowed arrives meanwhile");
-    assert!(kills.into_iter().all(|kills| kills > 0));
     lab.apply_cilium_policy("default", "l7", INGRESS);
     eventually("what is allowed still passes", || {
         server.addresses.iter().all(|to| ask(&near, *to, "GET", "/public") == Some(200))
@@ -166,6 +167,7 @@ async fn change(lab: &Lab, counts: &Counts, scale: &Scale) -> (u64, [u64; 2]) {
     for spec in specs.iter().cycle() {
         if counts.refused.load(Relaxed) >= scale.refusals
             && counts.connections.load(Relaxed) >= scale.connections
+            && kills.into_iter().all(|kills| kills > 0)
         {
             break;
         }
@@ -174,6 +176,9 @@ async fn change(lab: &Lab, counts: &Counts, scale: &Scale) -> (u64, [u64; 2]) {
         let spec = Patch::Merge(json!({ "spec": spec["spec"] }));
         api.patch("l7", &PatchParams::default(), &spec).await.unwrap();
         changes += 1;
+        if changes % TELL == 0 {
+            println!("{changes} changes, killed {kills:?}: {counts:?}");
+        }
         // Xorshift: deaths at moments that follow no pattern, the same in each run.
         random ^= random << 13;
         random ^= random >> 7;
