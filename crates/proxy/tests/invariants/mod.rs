@@ -1,10 +1,13 @@
 //! What holds for every input, whatever it is: asked by random tests and by the fuzz targets.
 #![allow(dead_code, reason = "a fuzz target asks for one of them")]
 
+mod frames;
+
 use palisade_proxy::{
     http::{
         body::{Framing, Piece, Reader},
         request::Request,
+        response::Response,
         syntax::{MOST_HEAD, Scanner},
         target::Target,
         two::Asking,
@@ -23,10 +26,18 @@ pub(crate) fn target(raw: &[u8]) {
     assert!(path.starts_with('/') && !path.contains("//"), "{text:?}");
     assert!(!path.split('/').any(|part| part == "." || part == ".."), "{text:?}");
     assert!(!path.contains([';', '\\', '#']), "{text:?}");
+    assert!(text.bytes().all(|byte| matches!(byte, b'!'..=b'~')), "{text:?}");
+    let query = |target: &[u8]| {
+        target.iter().position(|byte| *byte == b'?').map(|at| target[at..].to_vec())
+    };
+    assert_eq!(query(raw), query(text.as_bytes()), "of {raw:?}");
 
     let raw_path = raw.split(|byte| *byte == b'?').next().unwrap_or_default();
     assert_eq!(seen_by_server(raw_path), seen_by_server(path.as_bytes()), "of {raw:?}");
-    assert!(!seen_by_server(path.as_bytes()).iter().any(|part| part.contains(&b'/')), "{text:?}");
+    let separates = |byte: &u8| matches!(byte, b'/' | b'\\' | b';') || byte.is_ascii_control();
+    for part in seen_by_server(path.as_bytes()) {
+        assert!(!part.iter().any(separates) && std::str::from_utf8(&part).is_ok(), "{text:?}");
+    }
 }
 
 /// The segments that a plain server sees: split, decoded, empty ones and dots taken away.
@@ -72,6 +83,7 @@ pub(crate) fn http1(bytes: &[u8]) {
     let mut slow = Scanner::default();
     let found = (0..=length).find_map(|length| slow.find(&bytes[..length]).transpose());
     assert_eq!(found, Some(Ok(length)));
+    response(&bytes[..length]);
 
     let Ok(request) = Request::read(&bytes[..length]) else { return };
     let mut written = Vec::new();
@@ -98,6 +110,10 @@ pub(crate) fn http1(bytes: &[u8]) {
     };
     assert_eq!(text(&request), text(&again), "of {:?}", String::from_utf8_lossy(bytes));
     other_reader(&request, &written);
+    for (name, value) in request.fields.iter() {
+        assert!(!is_hop(name) && !name.contains('_') && name != "host", "{name}");
+        assert!(!value.iter().any(|byte| b"\r\n\0".contains(byte)), "{name}");
+    }
     body(request.body, &bytes[length..]);
 }
 
@@ -115,6 +131,50 @@ fn other_reader(request: &Request, written: &[u8]) {
             .any(|name| header.name.eq_ignore_ascii_case(name))
     });
     assert_eq!(framing.count(), usize::from(request.body != Framing::None));
+}
+
+fn is_hop(name: &str) -> bool {
+    [
+        "connection",
+        "content-length",
+        "keep-alive",
+        "proxy-connection",
+        "te",
+        "trailer",
+        "transfer-encoding",
+        "upgrade",
+    ]
+    .contains(&name)
+}
+
+/// What is forwarded of an answer reads as the same answer, by our reader and by another.
+fn response(head: &[u8]) {
+    const ASKED: [&[u8]; 3] = [
+        b"GET / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"HEAD / HTTP/1.1\r\nHost: a\r\n\r\n",
+        b"GET / HTTP/1.1\r\nHost: a\r\nConnection: upgrade\r\nUpgrade: websocket\r\n\r\n",
+    ];
+    for asked in ASKED {
+        let request = Request::read(asked).expect("it is one");
+        let Ok(response) = Response::read(head, &request) else { continue };
+        let mut written = Vec::new();
+        response.write(&mut written, response.body, response.close);
+        let again = Response::read(&written, &request).expect("what is forwarded is an answer");
+        let text = |response: &Response| {
+            let fields: Vec<_> = response
+                .fields
+                .iter()
+                .map(|(name, value)| (name.to_owned(), value.to_owned()))
+                .collect();
+            (response.status, fields, response.body, response.status == 101 || response.close)
+        };
+        assert_eq!(text(&response), text(&again), "of {:?}", String::from_utf8_lossy(head));
+        assert!(response.status != 101 || request.websocket);
+        let mut headers = [httparse::EMPTY_HEADER; 256];
+        let mut other = httparse::Response::new(&mut headers);
+        assert_eq!(other.parse(&written), Ok(httparse::Status::Complete(written.len())));
+        assert_eq!(other.code, Some(response.status));
+    }
 }
 
 /// A body is the same however its bytes come.
@@ -144,17 +204,21 @@ fn read(framing: Framing, bytes: &[u8], step: usize) -> Option<(Vec<u8>, Option<
     }
 }
 
-/// Lines: method, scheme, authority, path, then `name: value`.
+/// Lines: method, scheme, authority, path, then `name: value`. As the parts of a request, and as
+/// the fields of a frame, where the names of the first four may be others too.
 pub(crate) fn http2(bytes: &[u8]) {
-    let mut lines = bytes.split(|byte| *byte == b'\n');
-    let mut next = || lines.next().unwrap_or_default();
-    let (method, scheme, authority, path) = (next(), next(), next(), next());
-    let uri = http::Uri::builder().scheme(scheme).authority(authority).path_and_query(path);
+    let lines: Vec<_> = bytes.split(|byte| *byte == b'\n').collect();
+    frames::check(&lines);
+    parts(&lines);
+}
+
+fn parts(lines: &[&[u8]]) {
+    let line = |at: usize| lines.get(at).copied().unwrap_or_default();
+    let uri = http::Uri::builder().scheme(line(1)).authority(line(2)).path_and_query(line(3));
     let Ok(uri) = uri.build() else { return };
-    let mut request = http::Request::builder().method(method).uri(uri);
-    for line in lines {
-        let mut halves = line.splitn(2, |byte| *byte == b':');
-        let (name, value) = (halves.next().unwrap_or_default(), halves.next().unwrap_or_default());
+    let mut request = http::Request::builder().method(line(0)).uri(uri);
+    for line in lines.iter().skip(4) {
+        let (name, value) = halves(line);
         request = request.header(name, value);
     }
     let Ok(request) = request.body(()) else { return };
@@ -168,6 +232,14 @@ pub(crate) fn http2(bytes: &[u8]) {
     assert_eq!(again.authority, asking.authority);
     assert!(!parts.headers.keys().any(|name| name.as_str().contains('_')));
     assert!(!parts.headers.contains_key("host") && !parts.headers.contains_key("connection"));
+}
+
+/// Name and value of a line. The colon that a name begins with is its own.
+fn halves(line: &[u8]) -> (&[u8], &[u8]) {
+    match line.iter().skip(1).position(|byte| *byte == b':') {
+        Some(at) => (&line[..=at], &line[at + 2..]),
+        None => (line, &[]),
+    }
 }
 
 /// A name is found in a message that is complete, and then more bytes change nothing.
