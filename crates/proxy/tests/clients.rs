@@ -8,15 +8,12 @@ use std::{
     io::Write,
     net::{IpAddr, Ipv6Addr, TcpListener, TcpStream},
     process::Command,
-    sync::Arc,
     thread,
 };
 
-use bytes::{Buf, Bytes, BytesMut};
 use futures::{SinkExt, StreamExt};
-use h2::{RecvStream, client::SendRequest, server::SendResponse};
-use http::{HeaderMap, Request, Response};
-use tokio::{runtime::Runtime, sync::Notify};
+use http::Response;
+use tokio::runtime::Runtime;
 use tokio_tungstenite::{
     accept_async, client_async,
     tungstenite::{Error, Message},
@@ -28,7 +25,7 @@ use world::{
 };
 
 fn world() -> World {
-    World::new(rules(1, &[http(&["GET|POST /public(/.*)?", "POST /x.Greeter/(Say|Count)"])]))
+    World::new(rules(1, &[http(&["GET|POST /public(/.*)?"])]))
 }
 
 fn runtime() -> Runtime {
@@ -149,110 +146,6 @@ fn curl_over_http2() {
         assert_eq!(curl(&world, server, "/admin", &[prior]), says("2 403", DENIED));
         let put = [prior, "-X", "PUT"];
         assert_eq!(curl(&world, server, "/public/a", &put), says("2 403", DENIED));
-    }
-}
-
-/// A message as gRPC puts it into the body: not compressed, its length, its bytes.
-fn framed(message: &str) -> Bytes {
-    let length = u32::try_from(message.len()).unwrap().to_be_bytes();
-    [&[0][..], &length, message.as_bytes()].concat().into()
-}
-
-/// The next message of a body; frames of HTTP/2 end where they like.
-async fn message(body: &mut RecvStream, buffer: &mut BytesMut) -> Option<String> {
-    loop {
-        if let Some((head, rest)) = buffer.split_first_chunk::<5>() {
-            let length = u32::from_be_bytes([head[1], head[2], head[3], head[4]]) as usize;
-            if rest.len() >= length {
-                buffer.advance(5);
-                return Some(String::from_utf8(buffer.split_to(length).to_vec()).unwrap());
-            }
-        }
-        let data = body.data().await?.unwrap();
-        body.flow_control().release_capacity(data.len()).unwrap();
-        buffer.extend_from_slice(&data);
-    }
-}
-
-/// Greets whom a message names; counts to the number that a message is, one message each, and
-/// goes on only when told.
-async fn answer(request: Request<RecvStream>, mut respond: SendResponse<Bytes>, go_on: &Notify) {
-    let (parts, mut body) = request.into_parts();
-    assert_eq!(parts.headers["te"], "trailers");
-    let asked = message(&mut body, &mut BytesMut::new()).await.unwrap();
-    let head = Response::builder().header("content-type", "application/grpc").body(()).unwrap();
-    let mut send = respond.send_response(head, false).unwrap();
-    match parts.uri.path() {
-        "/x.Greeter/Say" => send.send_data(framed(&format!("hello {asked}")), false).unwrap(),
-        "/x.Greeter/Count" => {
-            for n in 0..asked.parse().unwrap() {
-                send.send_data(framed(&n.to_string()), false).unwrap();
-                go_on.notified().await;
-            }
-        }
-        other => panic!("{other} reached the server"),
-    }
-    let mut trailers = HeaderMap::new();
-    trailers.insert("grpc-status", "0".parse().unwrap());
-    send.send_trailers(trailers).unwrap();
-}
-
-/// Calls with one message.
-async fn call(send: &SendRequest<Bytes>, method: &str, asked: &str) -> Response<RecvStream> {
-    let request = Request::post(format!("http://x{method}"))
-        .header("content-type", "application/grpc")
-        .header("te", "trailers")
-        .body(())
-        .unwrap();
-    let (response, mut up) =
-        send.clone().ready().await.unwrap().send_request(request, false).unwrap();
-    up.send_data(framed(asked), true).unwrap();
-    response.await.unwrap()
-}
-
-#[test]
-fn grpc_calls_of_one_and_of_many_messages() {
-    let world = world();
-    let go_on: Arc<Notify> = Arc::default();
-    let own = Arc::clone(&go_on);
-    serve(&world.server, move |stream| {
-        let go_on = Arc::clone(&own);
-        async move {
-            let mut connection = h2::server::handshake(stream).await.unwrap();
-            while let Some(Ok((request, respond))) = connection.accept().await {
-                let go_on = Arc::clone(&go_on);
-                tokio::spawn(async move { answer(request, respond, &go_on).await });
-            }
-        }
-    });
-    for server in [SERVER4, SERVER6] {
-        let stream = world.connect(server);
-        runtime().block_on(async {
-            let (send, connection) = h2::client::handshake(of_tokio(stream)).await.unwrap();
-            tokio::spawn(connection);
-            let mut buffer = BytesMut::new();
-
-            let mut body = call(&send, "/x.Greeter/Say", "world").await.into_body();
-            assert_eq!(message(&mut body, &mut buffer).await.unwrap(), "hello world");
-            assert_eq!(message(&mut body, &mut buffer).await, None);
-            assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "0");
-
-            // Each message arrives before the server is told to say the next.
-            let mut body = call(&send, "/x.Greeter/Count", "5").await.into_body();
-            for n in 0..5 {
-                assert_eq!(message(&mut body, &mut buffer).await.unwrap(), n.to_string());
-                go_on.notify_one();
-            }
-            assert_eq!(message(&mut body, &mut buffer).await, None);
-            assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "0");
-
-            for method in ["/x.Greeter/Shout", "/x.Greeter2/Say", "/x.Greeter/say"] {
-                let denied = call(&send, method, "world").await;
-                assert_eq!(denied.status(), 200);
-                assert_eq!(denied.headers()["grpc-status"], "7");
-                assert_eq!(message(&mut denied.into_body(), &mut buffer).await, None);
-            }
-        });
     }
 }
 
