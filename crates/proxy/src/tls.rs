@@ -1,5 +1,10 @@
 //! TLS that is not terminated: the server's name is read from the client's first message, which
 //! then goes on as it is.
+//!
+//! Only the first hello is judged. A second one, after a server asked for another key share (RFC
+//! 8446 section 4.1.2), must name the same server, and a client that breaks this gains nothing: it
+//! talks to a server that it may talk to, and can ask that for any other name inside the encrypted
+//! connection, where nobody without the server's key can look.
 
 use std::{io, time::Duration};
 

@@ -8,6 +8,7 @@ use std::{
     io::Write,
     net::{IpAddr, Ipv6Addr, TcpListener, TcpStream},
     process::Command,
+    sync::Arc,
     thread,
 };
 
@@ -32,16 +33,20 @@ fn runtime() -> Runtime {
     tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap()
 }
 
-/// What a server does with one connection, in the order in which they come.
+/// What a server does with each connection.
 fn serve<F: Future<Output = ()> + Send>(
     namespace: &Namespace,
-    with: impl Fn(tokio::net::TcpStream) -> F + Send + 'static,
+    with: impl Fn(tokio::net::TcpStream) -> F + Send + Sync + 'static,
 ) {
+    let with = Arc::new(with);
     namespace.run(move || {
         let listener = TcpListener::bind((Ipv6Addr::UNSPECIFIED, 80)).unwrap();
         thread::spawn(move || {
             for stream in listener.incoming() {
-                runtime().block_on(async { with(of_tokio(stream.unwrap())).await });
+                let with = Arc::clone(&with);
+                thread::spawn(move || {
+                    runtime().block_on(async { with(of_tokio(stream.unwrap())).await });
+                });
             }
         });
     });
@@ -132,10 +137,17 @@ fn curl_over_http2() {
     serve(&world.server, |stream| async {
         let mut connection = h2::server::handshake(stream).await.unwrap();
         while let Some(Ok((request, mut respond))) = connection.accept().await {
-            let text = format!("{} {}", request.method(), request.uri().path());
-            assert!(text.ends_with(" /public/a"), "{text} reached the server");
-            let mut send = respond.send_response(Response::new(()), false).unwrap();
-            send.send_data(text.into(), true).unwrap();
+            tokio::spawn(async move {
+                let text = format!("{} {}", request.method(), request.uri().path());
+                assert!(text.ends_with(" /public/a"), "{text} reached the server");
+                // Some versions of curl fail when they are answered before they have said all.
+                let mut body = request.into_body();
+                while let Some(data) = body.data().await {
+                    assert_eq!(data.unwrap(), "a=b");
+                }
+                let mut send = respond.send_response(Response::new(()), false).unwrap();
+                send.send_data(text.into(), true).unwrap();
+            });
         }
     });
     let prior = "--http2-prior-knowledge";
@@ -146,6 +158,33 @@ fn curl_over_http2() {
         assert_eq!(curl(&world, server, "/admin", &[prior]), says("2 403", DENIED));
         let put = [prior, "-X", "PUT"];
         assert_eq!(curl(&world, server, "/public/a", &put), says("2 403", DENIED));
+    }
+}
+
+/// As browsers do: many streams on one connection, and a tree of priorities among them.
+#[test]
+fn many_streams_of_one_client() {
+    let world = world();
+    serve(&world.server, |stream| async {
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let path = request.uri().path().to_owned();
+            assert!(path.starts_with("/public/"), "{path} reached the server");
+            let mut send = respond.send_response(Response::new(()), false).unwrap();
+            send.send_data(path.repeat(1000).into(), true).unwrap();
+        }
+    });
+    for host in ["10.77.2.2", "[fd77:2::2]"] {
+        let mut nghttp = Command::new("nghttp");
+        nghttp.args(["--null-out", "--stat", "--timeout=10", "--window-bits=10"]);
+        for n in 0..50 {
+            nghttp.arg(format!("http://{host}/public/{n}"));
+            nghttp.arg(format!("http://{host}/admin/{n}"));
+        }
+        let output = world.client.run(move || nghttp.output().unwrap());
+        let text = String::from_utf8(output.stdout).unwrap();
+        let with = |status: &str| text.lines().filter(|line| line.contains(status)).count();
+        assert_eq!((with(" 200 "), with(" 403 ")), (50, 50), "{text}");
     }
 }
 

@@ -716,3 +716,113 @@ fn rules_that_change_hold_at_once() {
     socket.send(&query("y.org")).unwrap();
     silent(&socket);
 }
+
+/// What a program of the client's side says, and whether it was content.
+fn run(world: &World, program: &str, arguments: &[&str]) -> (bool, String) {
+    let mut command = std::process::Command::new(program);
+    command.args(arguments);
+    let output = world.client.run(move || command.output().unwrap());
+    let text = [output.stdout, output.stderr].concat();
+    (output.status.success(), String::from_utf8(text).unwrap())
+}
+
+/// Both kinds of addresses for every name.
+fn both(asked: &Asked) -> Vec<Say> {
+    let kind = &asked.message[12 + asked.name().len() + 2..][..2];
+    let found = if kind == AAAA.to_be_bytes() { "2606:2800::1" } else { "93.184.216.34" };
+    vec![Say::Answer(with_address(asked, ip(found)))]
+}
+
+#[test]
+fn dig() {
+    let world = world(usual());
+    let server = NameServer::new(&world.server, plain);
+    for address in [SERVER4, SERVER6] {
+        for transport in ["+notcp", "+tcp"] {
+            let dig = |arguments: &[&str]| {
+                let at = format!("@{address}");
+                let options = ["-r", &at, transport, "+tries=1", "+timeout=10"];
+                let (content, text) = run(&world, "dig", &[&options, arguments].concat());
+                assert!(content, "{text}");
+                text
+            };
+            let before = server.asked().len();
+            // EDNS, a cookie, a client's network, padding.
+            for options in [
+                &["+noedns"][..],
+                &["+edns=0", "+bufsize=4096", "+cookie", "+dnssec"],
+                &["+subnet=192.0.2.0/24", "+padding=128", "+nsid"],
+            ] {
+                let text = dig(&[&["api.example.com", "A"], options].concat());
+                assert!(text.contains("status: NOERROR"), "{text}");
+                assert!(text.contains("93.184.216.34") && !text.contains("WARNING"), "{text}");
+            }
+            assert_eq!(server.asked().len(), before + 3);
+            for (name, kind, status) in [
+                ("evil.org", "A", "REFUSED"),
+                ("api.example.com", "AXFR", ""),
+                ("api.example.com", "ANY", "REFUSED"),
+            ] {
+                let text = dig(&[name, kind]);
+                assert!(
+                    text.contains(status) && !text.contains("93.184."),
+                    "{name} {kind}: {text}"
+                );
+            }
+            let text = dig(&["api.example.com", "+edns=1", "+noednsnegotiation"]);
+            assert!(text.contains("status: BADVERS"), "{text}");
+            assert_eq!(server.asked().len(), before + 3);
+        }
+    }
+}
+
+/// The resolver of the C library asks for both kinds of addresses at once, through one socket, and
+/// first for names that it makes of the search list.
+#[test]
+fn the_resolver_of_the_c_library() {
+    let world = world(rules(1, &["api.example.com"], &["api.example.com"]));
+    let server = NameServer::new(&world.server, both);
+    let file = |name: &str, text: &str| {
+        let path = world.directory.join(name);
+        std::fs::write(&path, text).unwrap();
+        path.display().to_string()
+    };
+    let switch = file("nsswitch.conf", "hosts: dns\n");
+    for (client, address, over_tcp) in
+        [(CLIENT4, SERVER4, ""), (CLIENT6, SERVER6, ""), (CLIENT4, SERVER4, "use-vc")]
+    {
+        let before = server.asked().len();
+        let resolver = file(
+            "resolv.conf",
+            &format!(
+                "nameserver {address}\nsearch cluster.local\noptions ndots:5 attempts:1 {over_tcp}\n"
+            ),
+        );
+        let getent = |name: &str| {
+            let script = format!(
+                "mount --bind {resolver} /etc/resolv.conf && \
+                 mount --bind {switch} /etc/nsswitch.conf && exec getent ahosts {name}"
+            );
+            run(&world, "unshare", &["--mount", "sh", "-c", &script])
+        };
+        let (content, text) = thread::scope(|scope| {
+            let asking = scope.spawn(|| getent("api.example.com"));
+            // What is known need not be learned again.
+            if over_tcp.is_empty() {
+                for _ in 0..2 {
+                    let learn = world.agent.learn();
+                    assert_eq!((learn.client, &*learn.name), (client, "api.example.com"));
+                    world.agent.send(&ToProxy::Learned { id: learn.id });
+                }
+            }
+            asking.join().unwrap()
+        });
+        assert!(content, "{address} {over_tcp}: {text}");
+        assert!(text.contains("93.184.216.34") && text.contains("2606:2800::1"), "{text}");
+        let (content, text) = getent("evil.org");
+        assert!(!content, "{text}");
+        // Neither for that one, nor for those of the search list.
+        let asked = server.asked().split_off(before);
+        assert!(asked.len() == 2 && asked.iter().all(|asked| asked.name() == "api.example.com"));
+    }
+}

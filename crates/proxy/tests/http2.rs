@@ -346,6 +346,64 @@ fn outcome(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
     }
 }
 
+/// An origin that says the same to every request, in frames of stream 1, and keeps what it got. It
+/// hands out each connection once it has answered on it.
+fn saying(namespace: &Namespace, frames: Vec<u8>) -> std::sync::mpsc::Receiver<TcpStream> {
+    let (hand, handed) = std::sync::mpsc::channel();
+    namespace.run(move || {
+        let listener = std::net::TcpListener::bind((Ipv6Addr::UNSPECIFIED, 80)).unwrap();
+        thread::spawn(move || {
+            for stream in listener.incoming() {
+                let mut stream = stream.unwrap();
+                let mut preface = [0; PREFACE.len()];
+                stream.read_exact(&mut preface).unwrap();
+                stream.write_all(&frame(SETTINGS, 0, 0, &[])).unwrap();
+                assert!(matches!(outcome(&mut stream), Some((HEADERS, 1, _))));
+                stream.write_all(&frames).unwrap();
+                _ = hand.send(stream);
+            }
+        });
+    });
+    handed
+}
+
+/// A server may answer before it has all of the request, and end the stream then.
+#[test]
+fn an_early_answer_is_whole() {
+    let reset = |reason| frame(RST_STREAM, 0, 1, &[0, 0, 0, reason]);
+    let data = |flags| frame(DATA, flags, 1, &[b'x'; 1000]);
+    let trailers = frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[("grpc-status", "9")]));
+    let gone = [frame(GOAWAY, 0, 0, &[0; 8]), reset(8)].concat();
+    for (name, frames, whole) in [
+        ("ended", [data(END_STREAM), reset(0)], true),
+        ("with trailers", [[data(0), trailers].concat(), reset(0)], true),
+        ("taken back", [data(0), reset(8)], false),
+        ("given up", [data(0), gone], false),
+    ] {
+        let world = public();
+        let head = frame(HEADERS, END_HEADERS, 1, &block(&[(":status", "200")]));
+        let _kept = saying(&world.server, [&[head], &frames[..]].concat().concat());
+        let stream = world.connect(SERVER4);
+        runtime().block_on(async {
+            let mut ready = client(stream).await.ready().await.unwrap();
+            let post = Request::post("http://a/public").body(()).unwrap();
+            let (response, _up) = ready.send_request(post, false).unwrap();
+            // What is taken back may be so before any of it is forwarded.
+            let Ok(answer) = response.await else { return assert!(!whole, "{name}") };
+            let mut body = answer.into_body();
+            let (mut length, mut broken) = (0, false);
+            while let Some(data) = body.data().await {
+                broken |= data.is_err();
+                length += data.map_or(0, |data| data.len());
+            }
+            assert_eq!(length == 1000 && !broken, whole, "{name}: {length} bytes");
+            if name == "with trailers" {
+                assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "9");
+            }
+        });
+    }
+}
+
 /// Whether a header block begins with a status that refuses: not one of the static 200 to 304.
 fn refuses(block: &[u8]) -> bool {
     !matches!(block.first(), Some(0x88..=0x8b))
