@@ -4,6 +4,7 @@
 #![allow(dead_code, reason = "no test uses all of it")]
 
 pub(crate) mod agent;
+pub(crate) mod frames;
 pub(crate) mod origin;
 
 use std::{
