@@ -353,8 +353,7 @@ fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> E
 
 /// Answers what policy denies; clients of gRPC get a status that they understand.
 fn deny(respond: &mut SendResponse<Bytes>, parts: &http::request::Parts) -> Ended {
-    let kind = parts.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
-    if !kind.starts_with(b"application/grpc") {
+    if !is_grpc(parts) {
         return answer(respond, Reply::DENIED, parts.method == Method::HEAD);
     }
     let mut response = Response::new(());
@@ -368,6 +367,13 @@ fn deny(respond: &mut SendResponse<Bytes>, parts: &http::request::Parts) -> Ende
     sign(headers);
     _ = respond.send_response(response, true);
     Ended::Well
+}
+
+/// By the type of the content, which may have a suffix or a parameter; gRPC-Web is another protocol.
+fn is_grpc(parts: &http::request::Parts) -> bool {
+    let kind = parts.headers.get(header::CONTENT_TYPE).map_or(&b""[..], HeaderValue::as_bytes);
+    let rest = kind.strip_prefix(b"application/grpc");
+    rest.is_some_and(|rest| matches!(rest, [] | [b'+' | b';' | b' ', ..]))
 }
 
 const PERMISSION_DENIED: &str = "7";
