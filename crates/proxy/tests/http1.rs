@@ -404,6 +404,34 @@ fn paths_are_judged_and_forwarded_in_one_form() {
     assert_eq!(origin.text(), "OPTIONS * HTTP/1.1\r\nhost: a\r\n\r\n");
 }
 
+/// Matching takes a time that grows with the path and the rules, whatever they are.
+#[test]
+fn many_and_awkward_rules() {
+    let mut patterns: Vec<String> = (0..10_000).map(|n| format!("GET /api/v{n}/item")).collect();
+    patterns.extend(["GET /(a*)*b", "GET /(a|aa)+c", "GET /(.*)(.*)(.*)(.*)xyz"].map(String::from));
+    let patterns: Vec<_> = patterns.iter().map(String::as_str).collect();
+    let world = World::new(rules(1, &[http(&patterns)]));
+    let origin = Origin::ok(&world.server);
+    let long = "a".repeat(30_000);
+    // The first request waits until the rules are made ready.
+    assert_eq!(status(&world.ask(b"GET /other HTTP/1.1\r\nHost: a\r\n\r\n")), 403);
+    for (target, wanted) in [
+        ("/api/v0/item", 200),
+        ("/api/v9999/item", 200),
+        ("/api/v10000/item", 403),
+        ("/api/v9999/itemx", 403),
+        (&format!("/{long}"), 403),
+        (&format!("/{long}b"), 200),
+        (&format!("/{long}d"), 403),
+    ] {
+        let begun = Instant::now();
+        let answer = world.ask(format!("GET {target} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes());
+        assert_eq!(status(&answer), wanted, "{target:.40}");
+        assert!(begun.elapsed() < Duration::from_secs(1), "{:?} for {target:.40}", begun.elapsed());
+    }
+    assert_eq!(origin.seen().connections, 3);
+}
+
 #[test]
 fn there_is_one_host() {
     let world = public();

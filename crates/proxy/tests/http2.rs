@@ -202,6 +202,23 @@ fn grpc_is_denied_in_its_own_words() {
             assert_eq!(ask(&send, call(path), "x").await.unwrap().2, "x", "{path}");
         }
     });
+    // What only begins like gRPC is denied in the words of HTTP.
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        for (kind, status) in [
+            ("application/grpc", 200),
+            ("application/grpc; charset=utf-8", 200),
+            ("application/grpc+json", 200),
+            ("application/grpc-web", 403),
+            ("application/grpc-web+proto", 403),
+            ("application/grpcx", 403),
+        ] {
+            let request = Request::post("http://a/pkg.Svc/Other").header("content-type", kind);
+            let answer = ask(&send, request.body(()).unwrap(), "").await.unwrap();
+            assert_eq!(answer.0, status, "{kind}");
+        }
+    });
     let asked = origin.asked();
     assert_eq!(asked.len(), 3);
     assert!(
@@ -282,6 +299,49 @@ fn large_bodies_flow_in_little_memory() {
         upload.await.unwrap();
         assert_eq!(got, total);
     });
+}
+
+/// Streams that ask for much and make no room for it.
+#[test]
+fn answers_without_room_stay_with_the_server() {
+    let world = public();
+    let _origin = Origin::new(&world.server);
+    let (stream, other) = (world.connect(SERVER4), world.connect(SERVER4));
+    let before = memory(world.proxy.0.id());
+    runtime().block_on(async {
+        stream.set_nonblocking(true).unwrap();
+        let stream = tokio::net::TcpStream::from_std(stream).unwrap();
+        let mut closed = h2::client::Builder::new();
+        closed.initial_window_size(0);
+        let (send, connection) = closed.handshake::<_, Bytes>(stream).await.unwrap();
+        tokio::spawn(connection);
+        let mut kept = Vec::new();
+        for _ in 0..100 {
+            let post = Request::post("http://a/public").body(()).unwrap();
+            let mut ready = send.clone().ready().await.unwrap();
+            let (response, mut up) = ready.send_request(post, false).unwrap();
+            let answer = response.await.unwrap();
+            // The origin sends back all that it gets.
+            tokio::spawn(async move {
+                loop {
+                    up.reserve_capacity(1 << 16);
+                    let room = poll_fn(|cx| up.poll_capacity(cx)).await;
+                    let Some(Ok(room)) = room else { return };
+                    if up.send_data(vec![b'x'; room].into(), false).is_err() {
+                        return;
+                    }
+                }
+            });
+            kept.push(answer);
+        }
+        // What is asked on another connection takes its turn after all of that.
+        let send = client(other).await;
+        for _ in 0..20 {
+            assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 200);
+        }
+    });
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (32 << 10), "{before} KiB, then {after} KiB");
 }
 
 // Raw frames, for what no library sends.
