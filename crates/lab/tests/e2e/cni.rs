@@ -103,6 +103,13 @@ impl<'a> Container<'a> {
     }
 }
 
+/// Detaches a program, and keeps the next one from being attached. The pin is all that keeps a
+/// program (the kernel lets go of it a little later), and a directory takes the place of the pin.
+fn keep_away(pin: &Path) {
+    fs::remove_file(pin).unwrap();
+    fs::create_dir(pin).unwrap();
+}
+
 fn ip_in(netns: &Path, arguments: &str) {
     let words: Vec<String> = arguments.split(' ').map(str::to_owned).collect();
     let output = netns::run_in(netns, move || Command::new("ip").args(words).output()).unwrap();

@@ -6,7 +6,7 @@ use aya::maps::{HashMap, Map, MapData};
 use palisade_lab::nodes::Program;
 use serde_json::{Value, json};
 
-use super::{Container, Node, addresses, ip_in};
+use super::{Container, Node, addresses, ip_in, keep_away};
 use crate::harness::{Lab, eventually};
 
 /// A pod as it was made, on which a test breaks one thing.
@@ -76,10 +76,9 @@ fn on_the_node(node: &Node) {
     for program in ["from_pod", "to_pod"] {
         let fresh = Fresh::new(node);
         let pin = node.place.pins.join(format!("{program}-{}", fresh.host()));
-        // The pin is all that keeps the program.
-        std::fs::remove_file(&pin).unwrap();
-        std::fs::create_dir(&pin).unwrap();
         let message = format!("the programs are not attached to {}", fresh.host());
+        keep_away(&pin);
+        eventually("the program is gone", || !fresh.container.check(&fresh.result).success);
         fresh.container.check(&fresh.result).refused(101, &message);
         std::fs::remove_dir(&pin).unwrap();
         fresh.container.delete();

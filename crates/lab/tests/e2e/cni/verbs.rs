@@ -5,7 +5,7 @@ use std::fs;
 use palisade_lab::{nodes::Program, sys::netns};
 use serde_json::{Value, json};
 
-use super::{Container, Node, Traces, addresses};
+use super::{Container, Node, Traces, addresses, keep_away};
 use crate::harness::{Lab, eventually};
 
 fn start() -> (Lab, Node) {
@@ -237,10 +237,7 @@ fn an_impaired_pod_is_told_of(node: &Node) {
     let [(one, result), (two, _)] = pair(node);
     let host = result["interfaces"][0]["name"].as_str().unwrap();
     let pin = node.place.pins.join(format!("from_pod-{host}"));
-    // Without its pin the program goes, and a directory in its place keeps the next one away.
-    fs::remove_file(&pin).unwrap();
-    fs::create_dir(&pin).unwrap();
-    one.check(&result).refused(101, &format!("the programs are not attached to {host}"));
+    keep_away(&pin);
     eventually("the node says so", || node.run("STATUS", json!({})).code() == Some(51));
     node.run("STATUS", json!({})).refused(51, "pod default/shared is cut off");
     one.check(&result).refused(101, &format!("the programs are not attached to {host}"));
