@@ -189,7 +189,7 @@ fn without_the_api_server_pods_come_and_go(lab: &Lab, node: &Node) {
     node.run("STATUS", json!({})).succeeded();
     let [(one, result), (two, other)] = pair(node);
     one.check(&result).succeeded();
-    assert!(two.reaches(&addresses(&result)) && one.reaches(&addresses(&other)));
+    eventually("they talk", || two.reaches(&addresses(&result)) && one.reaches(&addresses(&other)));
     one.delete();
     two.delete();
     assert_eq!(node.traces(), before);
