@@ -18,6 +18,7 @@ mod metrics;
 mod policy;
 mod proxy;
 mod service;
+mod tunnel;
 
 pub use drop_reason::DropReason;
 pub use endpoint::{
@@ -36,6 +37,7 @@ pub use proxy::{PROXY_PORT, mark};
 pub use service::{
     BackendKey, BackendValue, ServiceKey, ServiceValue, SocketKey, SocketValue, service_flags,
 };
+pub use tunnel::{TunnelValue, VXLAN_PORT, tunnel_kind};
 
 /// Names of the pinned maps: the file names in a node's bpffs directory.
 pub mod map {
@@ -47,6 +49,8 @@ pub mod map {
     pub const INTERFACES: &str = "INTERFACES";
     /// [`crate::IpcacheKey`] → [`crate::IpcacheValue`], LPM trie.
     pub const IPCACHE: &str = "IPCACHE";
+    /// [`crate::IpcacheKey`] → [`crate::TunnelValue`], LPM trie.
+    pub const TUNNELS: &str = "TUNNELS";
     /// Shard number (`u32`) → revision (`u32`), array: one shard per slice of remote addresses.
     pub const SHARDS: &str = "SHARDS";
     /// [`crate::ChunkKey`] → [`crate::ChunkValue`], hash.

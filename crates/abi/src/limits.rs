@@ -6,6 +6,8 @@ pub const ENDPOINT_ROWS: u32 = 4096;
 pub const ENDPOINTS: u32 = 131_072;
 /// CIDR prefixes that policies or the cluster's own networks name.
 pub const IPCACHE: u32 = 131_072;
+/// Networks and addresses of other nodes, with an overlay.
+pub const TUNNELS: u32 = 65_536;
 /// Slices of remote addresses with a revision of their own. A power of two.
 pub const SHARDS: u32 = 4096;
 /// Chunks of compiled rules over all groups, directions and versions.

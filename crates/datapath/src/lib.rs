@@ -14,6 +14,6 @@ mod step;
 mod wire;
 
 pub use events::EventReader;
-pub use load::{Config, Datapath, LoadError};
+pub use load::{Config, Datapath, LoadError, Side};
 pub use maps::{FlowStats, Metrics};
 pub use step::{Entry, Kernel, KernelError, Key, Plan, PlanError, Step, execute};

@@ -3,7 +3,7 @@
 //! a program.
 
 use std::{
-    collections::{BTreeSet, HashSet},
+    collections::{BTreeMap, BTreeSet, HashSet},
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
@@ -21,7 +21,7 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use palisade_abi::map;
+use palisade_abi::{IpcacheKey, TunnelValue, map};
 
 use crate::{
     events::EventReader,
@@ -45,7 +45,31 @@ const SOCKET_PROGRAMS: [&str; 8] = [
 ];
 /// Those on the host side of a pod's veth.
 const POD_PROGRAMS: [&str; 2] = ["from_pod", "to_pod"];
-const PACKET_PROGRAMS: [&str; 5] = ["from_pod", "to_pod", "from_net", "to_net", "clock_probe"];
+const PACKET_PROGRAMS: [&str; 7] =
+    ["from_pod", "to_pod", "from_net", "from_underlay", "from_overlay", "to_net", "clock_probe"];
+
+/// What an interface is to the node; its programs follow from that.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Side {
+    /// The uplink, where pods of different nodes meet directly.
+    Uplink,
+    /// The uplink below an overlay.
+    Underlay,
+    /// The overlay itself.
+    Overlay,
+}
+
+impl Side {
+    /// Programs at the ingress and at the egress.
+    const fn programs(self) -> [(&'static str, TcAttachType); 2] {
+        let (ingress, egress) = match self {
+            Self::Uplink => ("from_net", "to_net"),
+            Self::Underlay => ("from_underlay", "to_net"),
+            Self::Overlay => ("from_overlay", "to_net"),
+        };
+        [(ingress, TcAttachType::Ingress), (egress, TcAttachType::Egress)]
+    }
+}
 
 /// Where a node keeps its eBPF objects.
 #[derive(Clone, Debug)]
@@ -129,17 +153,34 @@ impl Datapath {
     /// [`LoadError::Attach`] or [`LoadError::Pin`].
     pub fn attach_endpoint(&self, interface: &str) -> Result<(), LoadError> {
         let _expedited = Expedited::begin();
-        self.attach(interface, "from_pod", TcAttachType::Ingress)?;
-        self.attach(interface, "to_pod", TcAttachType::Egress)
+        self.attach_program(interface, "from_pod", TcAttachType::Ingress)?;
+        self.attach_program(interface, "to_pod", TcAttachType::Egress)
     }
 
-    /// Attaches the uplink programs. Repeating it is harmless.
+    /// Attaches the programs of an interface to other nodes, in place of those of another side.
+    /// Repeating it is harmless.
     ///
     /// # Errors
     /// [`LoadError::Attach`] or [`LoadError::Pin`].
-    pub fn attach_uplink(&self, interface: &str) -> Result<(), LoadError> {
-        self.attach(interface, "from_net", TcAttachType::Ingress)?;
-        self.attach(interface, "to_net", TcAttachType::Egress)
+    pub fn attach(&self, interface: &str, side: Side) -> Result<(), LoadError> {
+        for (program, direction) in side.programs() {
+            self.attach_program(interface, program, direction)?;
+        }
+        let old = match side {
+            Side::Uplink => Side::Underlay,
+            Side::Underlay => Side::Uplink,
+            Side::Overlay => return Ok(()),
+        };
+        remove_pin(&self.pin(old.programs()[0].0, interface))
+    }
+
+    /// Removes the pins of an interface to other nodes that is gone.
+    ///
+    /// # Errors
+    /// [`LoadError::Pin`].
+    pub fn detach(&self, interface: &str, side: Side) -> Result<(), LoadError> {
+        let mut programs = side.programs().into_iter();
+        programs.try_for_each(|(program, _)| remove_pin(&self.pin(program, interface)))
     }
 
     /// Removes the pins of an interface that is gone or about to go.
@@ -165,13 +206,20 @@ impl Datapath {
         )
     }
 
-    /// Whether both uplink programs are attached to the interface.
+    /// Whether both programs of an interface to other nodes are attached to it.
     #[must_use]
-    pub fn is_uplink_attached(&self, interface: &str) -> bool {
-        self.has_programs(
-            interface,
-            &[("from_net", TcAttachType::Ingress), ("to_net", TcAttachType::Egress)],
-        )
+    pub fn is_side_attached(&self, interface: &str, side: Side) -> bool {
+        self.has_programs(interface, &side.programs())
+    }
+
+    /// Makes the table of tunnels hold exactly this: from which node alone which sources may come.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or a write.
+    pub fn set_tunnels(&self, wanted: &BTreeMap<IpcacheKey, TunnelValue>) -> Result<(), LoadError> {
+        self.maps
+            .set_tunnels(wanted)
+            .map_err(|source| LoadError::Map { name: map::TUNNELS, source })
     }
 
     fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {
@@ -278,7 +326,7 @@ impl Datapath {
         self.links.join(format!("{program}-{target}"))
     }
 
-    fn attach(
+    fn attach_program(
         &self,
         interface: &str,
         name: &'static str,

@@ -1,7 +1,7 @@
 //! The pinned maps, typed.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -14,7 +14,7 @@ use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, DropReason, EndpointKey, EndpointRow,
     EndpointValue, Event, EventKind, FlowKey4, FlowKey6, FlowValue, IpcacheKey, IpcacheValue,
     METRICS_LEN, MetricsValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue,
-    event_flags, flow_flags, limits, map, metric_index, row_flags,
+    TunnelValue, event_flags, flow_flags, limits, map, metric_index, row_flags,
 };
 
 use crate::{
@@ -30,6 +30,7 @@ struct Tables {
     rows: Array<MapData, Wire<EndpointRow>>,
     interfaces: Hash<u32, u32>,
     ipcache: LpmTrie<MapData, Address, Wire<IpcacheValue>>,
+    tunnels: LpmTrie<MapData, Address, Wire<TunnelValue>>,
     shards: Array<MapData, u32>,
     chunks: Hash<ChunkKey, ChunkValue>,
     peers: Hash<PeerKey, PeerValue>,
@@ -96,6 +97,7 @@ impl Maps {
             rows: take(object, map::ENDPOINT_ROWS)?,
             interfaces: take(object, map::INTERFACES)?,
             ipcache: take(object, map::IPCACHE)?,
+            tunnels: take(object, map::TUNNELS)?,
             shards: take(object, map::SHARDS)?,
             chunks: take(object, map::CHUNKS)?,
             peers: take(object, map::PEERS)?,
@@ -145,6 +147,26 @@ impl Maps {
             }
         }
         pairs
+    }
+
+    /// What is not wanted goes first.
+    pub(crate) fn set_tunnels(
+        &self,
+        wanted: &BTreeMap<IpcacheKey, TunnelValue>,
+    ) -> Result<(), MapError> {
+        let tunnels = &mut self.lock().tunnels;
+        let mut known = BTreeMap::new();
+        for item in tunnels.iter() {
+            let (key, Wire(value)) = item?;
+            known.insert(IpcacheKey { prefix_len: key.prefix_len(), address: key.data() }, value);
+        }
+        for key in known.keys().filter(|key| !wanted.contains_key(key)) {
+            tunnels.remove(&LpmKey::new(key.prefix_len, key.address))?;
+        }
+        for (key, value) in wanted.iter().filter(|(key, value)| known.get(key) != Some(value)) {
+            tunnels.insert(&LpmKey::new(key.prefix_len, key.address), Wire(*value), 0)?;
+        }
+        Ok(())
     }
 
     pub(crate) fn metrics(&self) -> Result<Metrics, MapError> {

@@ -5,6 +5,7 @@
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
 use std::{
+    collections::BTreeMap,
     fs,
     net::IpAddr,
     path::PathBuf,
@@ -15,8 +16,8 @@ use std::{
 use palisade_abi::{
     Address, CHUNK_RULES, ChunkKey, ChunkValue, DropReason, EndpointKey, EndpointRow,
     EndpointValue, IpcacheKey, IpcacheValue, NODE_NONE, PREFIX_ID_BIT, PREFIX_POD_BIT, PeerKey,
-    PeerValue, PortKey, PortValue, ROW_NONE, TABLE_ALLOW_ALL, TABLE_NONE, identity, protocol,
-    row_flags,
+    PeerValue, PortKey, PortValue, ROW_NONE, TABLE_ALLOW_ALL, TABLE_NONE, TunnelValue, identity,
+    protocol, row_flags, tunnel_kind,
 };
 use palisade_datapath::{Config, Datapath, Entry, Kernel, Key, Plan, Step, execute};
 use palisade_policy::{
@@ -794,6 +795,34 @@ fn the_kernel_judges_as_the_policies_say() {
 
 /// The verifier gives up at a million instructions; kernels differ in how many they need.
 #[test]
+fn pods_of_other_nodes_come_out_of_the_overlay_only() {
+    let node = Node::new();
+    let run = |program, packet: &Packet| {
+        node.datapath.test_run(program, IFINDEX, &packet.frame(POD_MAC, HOST_MAC), 1).unwrap().0
+    };
+    for ipv6 in [false, true] {
+        let packet = Packet::out(ipv6, protocol::UDP, 80).reversed();
+        let value = EndpointValue { identity: OWN, prefix: 0, row: ROW, node: NODE_NONE };
+        node.put(Entry::Endpoint(EndpointKey { address: own(ipv6) }, value));
+        node.datapath.set_tunnels(&BTreeMap::new()).unwrap();
+        assert_eq!(run("from_underlay", &packet), OK, "the world");
+        assert_eq!(run("from_underlay", &packet.reversed()), SHOT, "as an own pod");
+        let key = IpcacheKey { prefix_len: 120, address: other(ipv6) };
+        for (kind, bare) in [(tunnel_kind::PODS, SHOT), (tunnel_kind::NODE, OK)] {
+            let tunnel = TunnelValue { node: mapped("192.0.2.2"), kind };
+            node.datapath.set_tunnels(&BTreeMap::from([(key, tunnel)])).unwrap();
+            let drops = node.drops(DropReason::Spoofed);
+            assert_eq!(run("from_underlay", &packet), bare, "{kind}");
+            assert_eq!(run("from_net", &packet), OK, "without an overlay");
+            // No envelope tells who sent it.
+            assert_eq!(run("from_overlay", &packet), SHOT, "{kind}");
+            let expected = if bare == SHOT { 2 } else { 1 };
+            assert_eq!(node.drops(DropReason::Spoofed), drops + expected);
+        }
+    }
+}
+
+#[test]
 fn the_verifier_is_far_from_its_limit() {
     let begun = std::time::SystemTime::now();
     let _node = Node::new();
@@ -801,12 +830,21 @@ fn the_verifier_is_far_from_its_limit() {
     for program in aya::programs::loaded_programs().flatten() {
         let walked = program.verified_instruction_count().unwrap_or_default();
         let name = program.name_as_str().unwrap_or_default().to_owned();
-        let ours = ["from_pod", "to_pod", "from_net", "to_net", "connect4", "connect6"];
+        let ours = [
+            "from_pod",
+            "to_pod",
+            "from_net",
+            "from_underlay",
+            "from_overlay",
+            "to_net",
+            "connect4",
+            "connect6",
+        ];
         if ours.contains(&name.as_str()) && program.loaded_at().is_some_and(|at| at > begun) {
             println!("{name}: {walked}");
             assert!(walked < 100_000, "{name}: {walked} instructions");
             names.push(name);
         }
     }
-    assert!(names.len() >= 6, "{names:?}");
+    assert!(names.len() >= 8, "{names:?}");
 }

@@ -1,7 +1,8 @@
 //! Palisade's eBPF programs. Entry points only; what they do is in the modules.
 //!
 //! A pod's veth has `from_pod` at the ingress and `to_pod` at the egress of its host side; the
-//! uplink has `from_net` and `to_net`; the node's cgroup has the socket programs. One loaded program serves
+//! uplink has `from_net` and `to_net`, or with an overlay `from_underlay` and `to_net`, and the
+//! overlay's interface `from_overlay` and `to_net`; the node's cgroup has the socket programs. One loaded program serves
 //! every pod: which one it is follows from the interface.
 #![no_std]
 #![no_main]
@@ -107,13 +108,26 @@ pub fn from_net(context: TcContext) -> i32 {
 }
 
 #[classifier]
+pub fn from_underlay(context: TcContext) -> i32 {
+    net::from_underlay(context.as_ptr().cast())
+}
+
+#[classifier]
+pub fn from_overlay(context: TcContext) -> i32 {
+    net::from_overlay(context.as_ptr().cast())
+}
+
+#[classifier]
 pub fn to_net(context: TcContext) -> i32 {
     let skb = context.as_ptr().cast();
     if !proxy::sent(skb) {
         return slow::TC_ACT_OK;
     }
     let verdict = proxied(skb, Hook::ToNet);
-    if verdict == UNDECIDED { slow::slow(skb, Hook::ToNet) } else { verdict }
+    let verdict = if verdict == UNDECIDED { slow::slow(skb, Hook::ToNet) } else { verdict };
+    // From the overlay it goes on to the uplink in an envelope, which is the node's own.
+    proxy::unmark(skb);
+    verdict
 }
 
 #[classifier]

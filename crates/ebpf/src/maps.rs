@@ -9,7 +9,7 @@ use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, EndpointKey, EndpointRow,
     EndpointValue, FlowKey4, FlowKey6, FlowValue, FragmentKey, FragmentValue, IpcacheValue,
     METRICS_LEN, MetricsValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue,
-    SocketKey, SocketValue, limits,
+    SocketKey, SocketValue, TunnelValue, limits,
 };
 
 // Policy and service tables change while packets read them. Without preallocation an element that
@@ -25,6 +25,9 @@ pub static INTERFACES: HashMap<u32, u32> = HashMap::pinned(limits::ENDPOINT_ROWS
 #[map]
 pub static IPCACHE: LpmTrie<Address, IpcacheValue> =
     LpmTrie::pinned(limits::IPCACHE, BPF_F_NO_PREALLOC);
+#[map]
+pub static TUNNELS: LpmTrie<Address, TunnelValue> =
+    LpmTrie::pinned(limits::TUNNELS, BPF_F_NO_PREALLOC);
 #[map]
 pub static SHARDS: Array<u32> = Array::pinned(limits::SHARDS, 0);
 #[map]

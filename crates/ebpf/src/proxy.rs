@@ -55,6 +55,12 @@ pub fn sent(skb: *mut __sk_buff) -> bool {
     mark(skb) == FROM_PROXY
 }
 
+/// The packet was judged as the proxy's.
+#[inline(always)]
+pub fn unmark(skb: *mut __sk_buff) {
+    set_mark(skb, 0);
+}
+
 /// What `to_pod` sent round to the ingress of its interface.
 #[inline(always)]
 pub fn again(skb: *mut __sk_buff) -> Option<Leg> {

@@ -4,30 +4,34 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 use ipnet::IpNet;
+use palisade_abi::VXLAN_PORT;
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
 };
 use rtnetlink::packet_route::link::{
-    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, LinkAttribute,
-    LinkFlags, LinkInfo, LinkMessage,
+    AfSpecInet6, AfSpecUnspec, In6AddrGenMode, InfoData, InfoKind, InfoVeth, InfoVxlan,
+    LinkAttribute, LinkFlags, LinkInfo, LinkMessage,
 };
 use rtnetlink::packet_route::neighbour::{
     NeighbourAddress, NeighbourAttribute, NeighbourMessage, NeighbourState,
 };
 use rtnetlink::packet_route::route::{
-    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteMessage, RouteProtocol, RouteScope,
-    RouteType,
+    RouteAddress, RouteAttribute, RouteFlags, RouteHeader, RouteIp6Tunnel, RouteIpTunnel,
+    RouteLwEnCapType, RouteLwTunnelEncap, RouteMessage, RouteProtocol, RouteScope, RouteType,
 };
 use rtnetlink::packet_route::rule::{RuleAction, RuleAttribute, RuleMessage};
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
+use super::overlay::{self, Traveller, Tunnel};
 use super::socket::Call;
 use super::{Address, Link, NetNs, Route, VethPair};
 
 /// Marks routes as ours; see `/etc/iproute2/rt_protos` for the numbers that others use.
 pub(super) const ROUTE_PROTOCOL: u8 = 80;
+/// The main routing table.
+pub(super) const TABLE_MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 
 pub(super) fn create_veth(pair: &VethPair, pod_netns: &NetNs) -> Call {
     let mut peer = LinkMessage::default();
@@ -54,6 +58,184 @@ fn side(name: &str, mac: [u8; 6], pair: &VethPair) -> Vec<LinkAttribute> {
         LinkAttribute::Address(mac.to_vec()),
         LinkAttribute::Mtu(pair.mtu),
     ]
+}
+
+/// One interface for all other nodes: who an envelope goes to is said by each route, and who it came
+/// from with each packet. Without ARP a frame bears its sender's own address as destination.
+pub(super) fn create_overlay(name: &str, mtu: u32) -> Call {
+    let mut message = LinkMessage::default();
+    message.header.flags = LinkFlags::Noarp;
+    message.header.change_mask = LinkFlags::Noarp;
+    message.attributes = vec![
+        LinkAttribute::IfName(name.to_owned()),
+        LinkAttribute::Mtu(mtu),
+        LinkAttribute::LinkInfo(vec![
+            LinkInfo::Kind(InfoKind::Vxlan),
+            LinkInfo::Data(InfoData::Vxlan(vec![
+                InfoVxlan::CollectMetadata(true),
+                InfoVxlan::Learning(false),
+                InfoVxlan::Port(VXLAN_PORT),
+            ])),
+        ]),
+    ];
+    Call {
+        what: format!("create interface {name}"),
+        message: RouteNetlinkMessage::NewLink(message),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        ignore: &[],
+    }
+}
+
+/// Whether it is as [`create_overlay`] makes it.
+pub(super) fn is_overlay(message: &RouteNetlinkMessage) -> bool {
+    let RouteNetlinkMessage::NewLink(link) = message else { return false };
+    let data = link.attributes.iter().find_map(|attribute| match attribute {
+        LinkAttribute::LinkInfo(info) => info.iter().find_map(|info| match info {
+            LinkInfo::Data(InfoData::Vxlan(data)) => Some(data),
+            _ => None,
+        }),
+        _ => None,
+    });
+    data.is_some_and(|data| {
+        data.contains(&InfoVxlan::CollectMetadata(true))
+            && data.contains(&InfoVxlan::Port(VXLAN_PORT))
+            && link.header.flags.contains(LinkFlags::Noarp)
+    })
+}
+
+pub(super) fn link_mtu(ifindex: u32, mtu: u32) -> Call {
+    let mut message = LinkMessage::default();
+    message.header.index = ifindex;
+    message.attributes.push(LinkAttribute::Mtu(mtu));
+    call(format!("set interface {ifindex}'s MTU"), RouteNetlinkMessage::SetLink(message))
+}
+
+pub(super) fn replace_tunnel(tunnel: &Tunnel, ifindex: u32) -> Call {
+    Call {
+        what: format!("add route {} through the overlay to {}", tunnel.dst, tunnel.remote),
+        message: RouteNetlinkMessage::NewRoute(tunnel_message(tunnel, ifindex)),
+        flags: NLM_F_CREATE | NLM_F_REPLACE,
+        ignore: &[],
+    }
+}
+
+pub(super) fn delete_tunnel(tunnel: &Tunnel, ifindex: u32) -> Call {
+    Call {
+        what: format!("delete route {} through the overlay", tunnel.dst),
+        message: RouteNetlinkMessage::DelRoute(tunnel_message(tunnel, ifindex)),
+        flags: 0,
+        ignore: &[Errno::SRCH],
+    }
+}
+
+fn tunnel_message(tunnel: &Tunnel, ifindex: u32) -> RouteMessage {
+    let mut route = Route::direct(tunnel.dst, ifindex);
+    route.source = tunnel.source;
+    let mut message = route_message(&route);
+    message.header.table = RouteHeader::RT_TABLE_UNSPEC;
+    message.attributes.push(RouteAttribute::Table(tunnel.table()));
+    let (kind, encap) = match (tunnel.remote, tunnel.local) {
+        (IpAddr::V4(remote), IpAddr::V4(local)) => {
+            let ends = [RouteIpTunnel::Destination(remote), RouteIpTunnel::Source(local)];
+            (RouteLwEnCapType::Ip, ends.map(RouteLwTunnelEncap::Ip).to_vec())
+        }
+        (remote, local) => {
+            let ends =
+                [RouteIp6Tunnel::Destination(to_v6(remote)), RouteIp6Tunnel::Source(to_v6(local))];
+            (RouteLwEnCapType::Ip6, ends.map(RouteLwTunnelEncap::Ip6).to_vec())
+        }
+    };
+    message.attributes.extend([RouteAttribute::EncapType(kind), RouteAttribute::Encap(encap)]);
+    message
+}
+
+fn to_v6(address: IpAddr) -> std::net::Ipv6Addr {
+    match address {
+        IpAddr::V4(v4) => v4.to_ipv6_mapped(),
+        IpAddr::V6(v6) => v6,
+    }
+}
+
+/// A route through the overlay.
+pub(super) fn to_tunnel(message: &RouteNetlinkMessage, ifindex: u32) -> Option<Tunnel> {
+    let RouteNetlinkMessage::NewRoute(message) = message else { return None };
+    if u8::from(message.header.protocol) != ROUTE_PROTOCOL
+        || !message.attributes.contains(&RouteAttribute::Oif(ifindex))
+    {
+        return None;
+    }
+    let mut table = u32::from(message.header.table);
+    let (mut dst, mut source, mut remote, mut local) = (None, None, None, None);
+    for attribute in &message.attributes {
+        match attribute {
+            RouteAttribute::Table(value) => table = *value,
+            RouteAttribute::Destination(value) => dst = to_ip(value),
+            RouteAttribute::PrefSource(value) => source = to_ip(value),
+            RouteAttribute::Encap(encap) => {
+                for end in encap {
+                    match end {
+                        RouteLwTunnelEncap::Ip(RouteIpTunnel::Destination(ip)) => {
+                            remote = Some(IpAddr::V4(*ip));
+                        }
+                        RouteLwTunnelEncap::Ip(RouteIpTunnel::Source(ip)) => {
+                            local = Some(IpAddr::V4(*ip));
+                        }
+                        RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Destination(ip)) => {
+                            remote = Some(IpAddr::V6(*ip));
+                        }
+                        RouteLwTunnelEncap::Ip6(RouteIp6Tunnel::Source(ip)) => {
+                            local = Some(IpAddr::V6(*ip));
+                        }
+                        _ => {}
+                    }
+                }
+            }
+            _ => {}
+        }
+    }
+    let traveller = match table {
+        TABLE_MAIN => Traveller::Anybody,
+        overlay::TABLE => Traveller::Pods,
+        _ => return None,
+    };
+    let dst = IpNet::new(dst?, message.header.destination_prefix_length).ok()?;
+    Some(Tunnel { dst, remote: remote?, local: local?, source, traveller })
+}
+
+/// A rule: packets from a network use `table` first.
+pub(super) fn source_rule(network: IpNet, table: u32, priority: u32) -> Call {
+    let mut message = RuleMessage::default();
+    message.header.family = family(network.addr());
+    message.header.src_len = network.prefix_len();
+    message.header.action = RuleAction::ToTable;
+    message.attributes = vec![
+        RuleAttribute::Priority(priority),
+        RuleAttribute::Source(network.network()),
+        RuleAttribute::Table(table),
+        RuleAttribute::Protocol(RouteProtocol::from(ROUTE_PROTOCOL)),
+    ];
+    Call {
+        what: format!("add a rule for {network} to table {table}"),
+        message: RouteNetlinkMessage::NewRule(message),
+        flags: NLM_F_CREATE | NLM_F_EXCL,
+        ignore: &[Errno::EXIST],
+    }
+}
+
+pub(super) fn all_rules(family: AddressFamily) -> RouteNetlinkMessage {
+    let mut message = RuleMessage::default();
+    message.header.family = family;
+    RouteNetlinkMessage::GetRule(message)
+}
+
+/// Removes the rule if it leads to `table`.
+pub(super) fn delete_rule_of(rule: RuleMessage, table: u32) -> Option<Call> {
+    rule.attributes.contains(&RuleAttribute::Table(table)).then(|| Call {
+        what: format!("delete a rule to table {table}"),
+        message: RouteNetlinkMessage::DelRule(rule),
+        flags: 0,
+        ignore: &[Errno::NOENT],
+    })
 }
 
 pub(super) fn get_link(name: &str) -> RouteNetlinkMessage {

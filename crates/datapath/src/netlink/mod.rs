@@ -6,6 +6,7 @@
 
 mod message;
 mod namespace;
+mod overlay;
 mod pod;
 mod socket;
 mod steer;
@@ -25,6 +26,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 pub use namespace::{NamespaceError, NetNs, NetNsId};
+pub use overlay::{OVERLAY, Traveller, Tunnel};
 pub use pod::{HostSide, LINK_LOCAL_ROUTER, PodAddress, PodLink, VethPair};
 use socket::Socket;
 

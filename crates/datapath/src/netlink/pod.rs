@@ -167,7 +167,7 @@ const NODE_SETTINGS: [(&str, &str); 4] = [
     ("ipv4/conf/default/rp_filter", "0"),
 ];
 
-const HOST_SETTINGS: [(&str, &str); 5] = [
+pub(super) const HOST_SETTINGS: [(&str, &str); 5] = [
     ("ipv4/conf/{}/rp_filter", "0"),
     ("ipv4/conf/{}/forwarding", "1"),
     ("ipv6/conf/{}/disable_ipv6", "0"),

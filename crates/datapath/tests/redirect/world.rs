@@ -18,7 +18,7 @@ use palisade_abi::{
     Address, ChunkKey, ChunkValue, EndpointKey, EndpointRow, EndpointValue, NODE_NONE, PortKey,
     PortValue, ROW_NONE, TABLE_ALLOW_ALL, protocol, row_flags,
 };
-use palisade_datapath::{Config, Datapath, Entry, Kernel, Step, netlink::Netlink};
+use palisade_datapath::{Config, Datapath, Entry, Kernel, Side, Step, netlink::Netlink};
 use rustix::thread::{UnshareFlags, unshare_unsafe};
 
 /// A thread that lives in a network namespace of its own and does what it is told.
@@ -301,8 +301,8 @@ pub(crate) fn world() -> [Node; 2] {
         }
         let datapath = node.datapath.clone();
         node.place.run(move || {
-            datapath.attach_uplink("uplink").unwrap();
-            assert!(datapath.is_uplink_attached("uplink"));
+            datapath.attach("uplink", Side::Uplink).unwrap();
+            assert!(datapath.is_side_attached("uplink", Side::Uplink));
         });
         for ipv6 in [false, true] {
             for pod in [1, 2] {
