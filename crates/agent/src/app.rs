@@ -1,6 +1,11 @@
 //! The wiring.
 
-use std::{convert::Infallible, path::PathBuf, sync::Arc, time::Instant};
+use std::{
+    convert::Infallible,
+    path::PathBuf,
+    sync::Arc,
+    time::{Duration, Instant},
+};
 
 use anyhow::Context;
 use clap::Parser;
@@ -8,7 +13,8 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use palisade_datapath::{Config as DatapathConfig, Datapath, netlink::Netlink};
+use palisade_api::routing::Routing;
+use palisade_datapath::{Config as DatapathConfig, Datapath, Side, netlink::Netlink};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -24,9 +30,10 @@ use crate::{
     fqdn::Names,
     ipam::Ipam,
     observer::{Namer, Observer},
+    overlay::{self, Overlay},
     proxy::{self, Desk, ProxyLink},
     publish,
-    reconcile::{Reconciler, RouteKeeper},
+    reconcile::{Reconciler, Ways},
     reflect,
     resolve::{LastGood, Resolver, Scope},
     tables::{TablesReader, TablesWriter, nodes::Node},
@@ -64,6 +71,9 @@ pub struct Options {
     /// Interface to the other nodes.
     #[arg(long, env = "PALISADE_AGENT_UPLINK")]
     pub uplink: Option<String>,
+    /// How pods of different nodes reach each other: `native` or `overlay`.
+    #[arg(long, env = "PALISADE_AGENT_ROUTING", default_value_t)]
+    pub routing: Routing,
 }
 
 /// Runs the agent until it is told to stop. Programs and tables stay as they are then.
@@ -86,12 +96,20 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let netlink = Netlink::current()?;
     netlink.prepare_node().await?;
     netlink.steer_to_proxy().await?;
+    let side = match options.routing {
+        Routing::Native => Side::Uplink,
+        Routing::Overlay => Side::Underlay,
+    };
     if let Some(uplink) = &options.uplink {
-        datapath.attach_uplink(uplink)?;
+        datapath.attach(uplink, side)?;
     }
 
     // Tables and the engine between them and the kernel.
-    let scope = Scope { node: options.node_name.clone(), cluster: options.cluster_name.clone() };
+    let scope = Scope {
+        node: options.node_name.clone(),
+        cluster: options.cluster_name.clone(),
+        routing: options.routing,
+    };
     let tables = TablesWriter::default();
     let reader = tables.reader();
     let reconciler = Reconciler::new(datapath.kernel())?;
@@ -140,7 +158,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         reader.clone(),
         progress.clone(),
     ));
-    tasks.spawn(keep_routes(RouteKeeper::new(netlink.clone()), routes));
     let namer = Namer::new(options.node_name.clone(), reader.clone(), progress.clone());
     let observer = Arc::new(Observer::new(namer));
     tasks.spawn(observer.clone().run(datapath.events()?));
@@ -168,7 +185,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let lifecycle = Arc::new(lifecycle);
     tasks.spawn(lifecycle.clone().guard());
     if let Some(uplink) = options.uplink.clone() {
-        tasks.spawn(endpoints::guard_uplink(datapath.clone(), uplink, health.clone()));
+        tasks.spawn(endpoints::guard_uplink(datapath.clone(), uplink, side, health.clone()));
     }
 
     // Who asks gets an answer from here on.
@@ -184,7 +201,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         progress: progress.clone(),
         rounds,
         observer,
-        datapath,
+        datapath: datapath.clone(),
         proxy,
         health,
         readiness,
@@ -197,7 +214,19 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         let node = own_node(&reader, &options.node_name, &progress).await;
         let ipam = Ipam::new(&node.pod_cidrs)?;
         netlink.add_router_addresses(&ipam.routers()).await?;
-        let mtu = mtu(&netlink, options.uplink.as_deref()).await?;
+        let mtu = mtu(&netlink, &node, options.uplink.as_deref(), options.routing).await?;
+        let ways = match options.routing {
+            Routing::Native => {
+                overlay::remove(&datapath, &netlink).await?;
+                Ways::native(netlink.clone())
+            }
+            Routing::Overlay => {
+                let overlay = Overlay::new(datapath, netlink.clone(), node, mtu)?;
+                Ways::overlay(netlink.clone(), overlay)
+            }
+        };
+        let mut keeping = JoinSet::new();
+        keeping.spawn(keep_routes(ways, routes));
         let settings = Settings { node: options.node_name.clone(), socket, records, mtu };
         let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
             .await
@@ -238,13 +267,34 @@ async fn client(options: &Options) -> anyhow::Result<Client> {
     Ok(Client::try_from(config)?)
 }
 
-/// Pods may send what the uplink can carry.
-async fn mtu(netlink: &Netlink, uplink: Option<&str>) -> anyhow::Result<u32> {
+/// Pods may send what the uplink can carry, less the envelope where there is one.
+async fn mtu(
+    netlink: &Netlink,
+    node: &Node,
+    uplink: Option<&str>,
+    routing: Routing,
+) -> anyhow::Result<u32> {
     /// What every Ethernet carries.
     const ETHERNET: u32 = 1500;
-    let Some(uplink) = uplink else { return Ok(ETHERNET) };
-    let link = netlink.link(uplink).await?;
-    Ok(link.with_context(|| format!("there is no interface {uplink}"))?.mtu)
+    let links = netlink.links().await?;
+    let end = node.tunnel_end();
+    let carries = match (uplink, end) {
+        (Some(uplink), _) => {
+            let found = links.iter().find(|link| link.name == uplink);
+            found.with_context(|| format!("there is no interface {uplink}"))?.mtu
+        }
+        (None, Some(end)) => {
+            let addresses = netlink.addresses().await?;
+            let own = addresses.iter().find(|own| own.address.addr() == end);
+            let found = own.and_then(|own| links.iter().find(|link| link.ifindex == own.ifindex));
+            found.map_or(ETHERNET, |link| link.mtu)
+        }
+        (None, None) => ETHERNET,
+    };
+    Ok(match (routing, end) {
+        (Routing::Overlay, Some(end)) => carries.saturating_sub(overlay::overhead(end)),
+        _ => carries,
+    })
 }
 
 /// Waits for this node's object with pod networks.
@@ -279,18 +329,26 @@ fn new_endpoint(record: &cni::Record) -> NewEndpoint {
     }
 }
 
-async fn keep_routes(
-    keeper: RouteKeeper,
-    mut routes: watch::Receiver<Vec<crate::tables::nodes::Route>>,
-) {
-    while routes.changed().await.is_ok() {
+/// Follows what is wanted, and looks from time to time whether somebody undid it.
+async fn keep_routes(ways: Ways, mut routes: watch::Receiver<Vec<crate::tables::nodes::Route>>) {
+    const LOOK: Duration = Duration::from_secs(5);
+    const RETRY: Duration = Duration::from_secs(1);
+    if routes.changed().await.is_err() {
+        return;
+    }
+    loop {
         let wanted = routes.borrow_and_update().clone();
-        while let Err(error) = keeper.apply(&wanted).await {
-            warn!(%error, "cannot set the routes to other nodes yet");
-            tokio::time::sleep(std::time::Duration::from_secs(1)).await;
-            if routes.has_changed().unwrap_or(true) {
-                routes.mark_changed();
-                break;
+        let applied = ways.apply(&wanted).await;
+        if let Err(error) = &applied {
+            warn!("cannot set the ways to other nodes yet: {error:#}");
+        }
+        let pause = if applied.is_ok() { LOOK } else { RETRY };
+        tokio::select! {
+            () = tokio::time::sleep(pause) => {}
+            changed = routes.changed() => {
+                if changed.is_err() {
+                    return;
+                }
             }
         }
     }
@@ -298,7 +356,7 @@ async fn keep_routes(
 
 /// Expired flows go, and are told of.
 async fn collect_flows(datapath: Arc<Datapath>, observer: Arc<Observer>) {
-    let mut tick = tokio::time::interval(std::time::Duration::from_secs(5));
+    let mut tick = tokio::time::interval(Duration::from_secs(5));
     loop {
         tick.tick().await;
         match tokio::task::block_in_place(|| datapath.collect_flows()) {

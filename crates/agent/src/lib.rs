@@ -9,6 +9,7 @@ pub mod fqdn;
 pub mod ipam;
 mod names;
 pub mod observer;
+pub mod overlay;
 pub mod proxy;
 pub mod publish;
 pub mod reconcile;

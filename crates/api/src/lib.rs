@@ -11,3 +11,4 @@ pub mod explain;
 pub mod flow;
 #[cfg(feature = "proxy")]
 pub mod proxy;
+pub mod routing;

@@ -4,6 +4,7 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
+use palisade_api::routing::Routing;
 
 use crate::{
     commands::{
@@ -362,6 +363,9 @@ pub(crate) struct StarwarsArgs {
     /// Nodes of the cluster.
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u16).range(1..=64))]
     pub(crate) nodes: u16,
+    /// How pods of different nodes reach each other: native or overlay.
+    #[arg(long, default_value_t)]
+    pub(crate) routing: Routing,
     /// Leave the cluster and the applications as they are at the end.
     #[arg(long)]
     pub(crate) keep: bool,

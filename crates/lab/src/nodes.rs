@@ -11,6 +11,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use palisade_api::admin::{Request, Response, Status};
+use palisade_api::routing::Routing;
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -44,6 +45,8 @@ pub struct Keeper {
     pub cgroup: PathBuf,
     /// The directory of the programs.
     pub programs: PathBuf,
+    /// How pods of different nodes reach each other.
+    pub routing: Routing,
 }
 
 /// The process of a node's program, if it runs: the one in the node's network.
@@ -148,6 +151,7 @@ impl Keeper {
         if program == Program::Agent {
             command
                 .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])
+                .args(["--routing", &self.routing.to_string()])
                 .arg("--kubeconfig")
                 .arg(layout.node_kubeconfig())
                 .arg("--bpffs")

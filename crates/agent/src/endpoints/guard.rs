@@ -10,7 +10,7 @@ use std::{
     time::Duration,
 };
 
-use palisade_datapath::Datapath;
+use palisade_datapath::{Datapath, Side};
 use tracing::{error, info, warn};
 
 use super::{Attach, Guarded, Lifecycle, LinkState};
@@ -139,17 +139,22 @@ impl<A: Attach> Lifecycle<A> {
     }
 }
 
-/// Looks after the program on the uplink for ever. The uplink stays up whatever happens: without
+/// Looks after the programs on the uplink for ever. The uplink stays up whatever happens: without
 /// its program the pods' own programs still judge every packet, but somebody outside can pretend
 /// to be a pod of this node.
-pub async fn guard_uplink(datapath: Arc<Datapath>, uplink: String, health: Arc<ProgramHealth>) {
+pub async fn guard_uplink(
+    datapath: Arc<Datapath>,
+    uplink: String,
+    side: Side,
+    health: Arc<ProgramHealth>,
+) {
     loop {
         tokio::time::sleep(health.pause()).await;
-        if datapath.is_uplink_attached(&uplink) {
+        if datapath.is_side_attached(&uplink, side) {
             health.clear(&uplink);
             continue;
         }
-        match datapath.attach_uplink(&uplink) {
+        match datapath.attach(&uplink, side) {
             Ok(()) => {
                 health.clear(&uplink);
                 health.count_reattached(&uplink);

@@ -9,6 +9,7 @@ use std::{
 };
 
 use palisade_abi::{ChunkKey, PREFIX_ID_BIT};
+use palisade_api::routing::Routing;
 use palisade_datapath::{Entry, Kernel, KernelError, Key, Step, fake::FakeKernel};
 use palisade_policy::{
     l7::NamePattern,
@@ -92,7 +93,8 @@ impl Bench {
         let reader = tables.reader();
         let reconciler = Reconciler::new(kernel.clone()).unwrap();
         let prefixes = reconciler.policy_prefixes().clone();
-        let scope = Scope { node: "node1".into(), cluster: "default".into() };
+        let scope =
+            Scope { node: "node1".into(), cluster: "default".into(), routing: Routing::Native };
         let (progress_sender, progress) = watch::channel(Progress::default());
         let outputs = Outputs {
             progress: progress_sender,

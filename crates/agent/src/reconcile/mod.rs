@@ -26,7 +26,7 @@ use palisade_datapath::{Entry, Kernel, KernelError, Step};
 use palisade_policy::{CompiledPolicy, resolve::Changes};
 use policies::PolicyTables;
 
-pub use nodes::RouteKeeper;
+pub use nodes::Ways;
 
 use crate::tables::{Tables, services::Frontend};
 

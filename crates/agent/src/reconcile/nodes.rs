@@ -1,30 +1,49 @@
-//! Routes to other nodes' pods, and what the node itself needs.
+//! The ways to other nodes.
 
 use std::collections::BTreeMap;
 
 use ipnet::IpNet;
 use palisade_datapath::netlink::{Netlink, NetlinkError, Route as KernelRoute};
 
-use crate::tables::nodes::Route;
+use crate::{
+    overlay::Overlay,
+    tables::nodes::{Route, Way},
+};
 
-/// Keeps the node's routes as they are wanted.
-pub struct RouteKeeper {
+/// Keeps the ways to other nodes as they are wanted.
+pub struct Ways {
     netlink: Netlink,
+    overlay: Option<Overlay>,
 }
 
-impl RouteKeeper {
-    /// Works in the namespace of `netlink`.
-    pub fn new(netlink: Netlink) -> Self {
-        Self { netlink }
+impl Ways {
+    /// Without an overlay, in the namespace of `netlink`.
+    pub fn native(netlink: Netlink) -> Self {
+        Self { netlink, overlay: None }
     }
 
-    /// Adds the routes that are wanted, and removes the gateway routes of ours that are not.
+    /// With one.
+    pub fn overlay(netlink: Netlink, overlay: Overlay) -> Self {
+        Self { netlink, overlay: Some(overlay) }
+    }
+
+    /// Adds the ways that are wanted, and removes those of ours that are not.
     ///
     /// # Errors
     /// The kernel refuses.
-    pub async fn apply(&self, wanted: &[Route]) -> Result<(), NetlinkError> {
+    pub async fn apply(&self, wanted: &[Route]) -> anyhow::Result<()> {
+        if let Some(overlay) = &self.overlay {
+            overlay.apply(wanted).await?;
+        }
+        let next_hops = wanted.iter().filter(|route| route.way == Way::NextHop);
+        Ok(self.set_next_hops(next_hops).await?)
+    }
+
+    async fn set_next_hops(
+        &self,
+        wanted: impl Iterator<Item = &Route>,
+    ) -> Result<(), NetlinkError> {
         let wanted: BTreeMap<IpNet, KernelRoute> = wanted
-            .iter()
             .map(|route| (route.destination, KernelRoute::via(route.destination, route.via)))
             .collect();
         let found = self.netlink.routes().await?;

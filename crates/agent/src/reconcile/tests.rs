@@ -11,7 +11,7 @@ use palisade_abi::{
     TABLE_NONE,
     identity::{UNKNOWN, is_world},
 };
-use palisade_api::convert::convert;
+use palisade_api::{convert::convert, routing::Routing};
 use palisade_datapath::{
     Key,
     fake::{FakeKernel, FakeTables},
@@ -189,7 +189,8 @@ struct Agent {
 impl Agent {
     fn new() -> Self {
         let kernel = Arc::new(Watched { kernel: FakeKernel::default(), watch: Mutex::default() });
-        let scope = Scope { node: "node1".into(), cluster: "default".into() };
+        let scope =
+            Scope { node: "node1".into(), cluster: "default".into(), routing: Routing::Native };
         let reconciler = Reconciler::new(kernel.clone()).expect("an empty kernel");
         let resolver = Resolver::new(scope, []);
         let mut agent = Self { kernel, tables: Tables::default(), resolver, reconciler };

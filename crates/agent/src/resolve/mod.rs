@@ -23,6 +23,7 @@ use std::{
 };
 
 use ipnet::IpNet;
+use palisade_api::routing::Routing;
 use palisade_policy::{
     label::Labels,
     resolve::{Changes, Repository},
@@ -42,6 +43,8 @@ pub struct Scope {
     pub node: String,
     /// The cluster's name.
     pub cluster: String,
+    /// How pods of different nodes reach each other.
+    pub routing: Routing,
 }
 
 /// What follows from a round besides the desired tables.
@@ -130,7 +133,11 @@ impl Resolver {
         self.resolve_addresses(tables, owners, outcome.changes.prefixes_changed);
         self.resolve_policies(tables, &outcome.changes);
         if dirty.nodes {
-            tables.routes.replace(nodes::routes(tables, &self.scope.node));
+            let own = &self.scope.node;
+            tables.routes.replace(match self.scope.routing {
+                Routing::Native => nodes::routes(tables, own),
+                Routing::Overlay => nodes::overlay_routes(tables, own),
+            });
         }
         if dirty.nodes || outcome.changes.prefixes_changed || tables.prefixes.is_empty() {
             let prefixes = nodes::prefixes(tables, self.repository.prefixes());

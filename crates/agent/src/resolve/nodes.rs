@@ -9,7 +9,7 @@ use super::{Dirty, Resolver, both};
 use crate::tables::{
     Tables,
     identities::PrefixEntry,
-    nodes::{Node, NodeSource, Route},
+    nodes::{Node, NodeSource, Route, Way},
 };
 
 impl Resolver {
@@ -50,9 +50,37 @@ pub(super) fn routes(tables: &Tables, own: &str) -> Vec<Route> {
                 continue;
             }
             if let Some(via) = via(tables, node, cidr) {
-                let route = Route { destination: cidr.trunc(), via, node: node.name.clone() };
+                let route = Route {
+                    destination: cidr.trunc(),
+                    via,
+                    node: node.name.clone(),
+                    way: Way::NextHop,
+                };
                 routes.entry(route.destination).or_insert(route);
             }
+        }
+    }
+    routes.into_values().collect()
+}
+
+/// The ways through the overlay, to other nodes' pods and, for pods, to those nodes. As these say
+/// too who may come out of it, only the nodes' own objects count, which nobody else may write.
+pub(super) fn overlay_routes(tables: &Tables, own: &str) -> Vec<Route> {
+    let (mine, others): (Vec<_>, Vec<_>) = tables.nodes.rows().partition(|node| node.name == own);
+    let is_mine = |network: &IpNet| {
+        let pods = mine.iter().flat_map(|node| node.pod_cidrs.iter().copied());
+        let addresses = mine.iter().flat_map(|node| node.addresses.iter().copied());
+        let mut own = pods.chain(addresses.map(IpNet::from));
+        network.prefix_len() == 0 || own.any(|own| own.contains(network) || network.contains(&own))
+    };
+    let mut routes: BTreeMap<IpNet, Route> = BTreeMap::new();
+    for node in others {
+        let Some(via) = node.tunnel_end() else { continue };
+        let pods = node.pod_cidrs.iter().map(|cidr| (cidr.trunc(), Way::Overlay));
+        let addresses = node.addresses.iter().map(|ip| (IpNet::from(*ip), Way::OverlayOfPods));
+        for (destination, way) in pods.chain(addresses).filter(|(network, _)| !is_mine(network)) {
+            let route = Route { destination, via, node: node.name.clone(), way };
+            routes.entry(destination).or_insert(route);
         }
     }
     routes.into_values().collect()

@@ -10,7 +10,7 @@ use super::*;
 use crate::tables::{
     Change, Intent,
     identities::AddressEntry,
-    nodes::{Node, NodeSource},
+    nodes::{Node, NodeSource, Way},
     pods::{Endpoint, Pod},
     policies::{Finding, PolicyContent},
     secrets::Secret,
@@ -68,7 +68,7 @@ fn endpoint(pod: &str, address: &str) -> Intent {
 }
 
 fn owner_of(address: &str, intents: Vec<Intent>) -> Option<AddressEntry> {
-    let scope = Scope { node: OWN.into(), cluster: "default".into() };
+    let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
     let mut resolver = Resolver::new(scope, []);
     let mut tables = Tables::default();
     for intent in intents {
@@ -146,7 +146,7 @@ fn token(data: &[(&str, &[u8])]) -> Secret {
 
 #[test]
 fn a_policy_without_its_secret_says_so_until_it_is_there() {
-    let scope = Scope { node: OWN.into(), cluster: "default".into() };
+    let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
     let mut resolver = Resolver::new(scope, []);
     let mut tables = Tables::default();
     let mut after = |intent: Intent| {
@@ -182,4 +182,56 @@ fn a_policy_without_its_secret_says_so_until_it_is_there() {
     assert_eq!(after(secretive(None)), None, "what is known may be old");
     let again = Change::Replace(vec![token(&[("a", b"1")])]);
     assert_eq!(finding(after(Intent::Secret(again))), Some(Finding::Accepted));
+}
+
+/// `destination`, who sends or may send it, and how, of every way through the overlay.
+fn overlay_ways(nodes: Vec<Node>) -> Vec<(String, String, Way)> {
+    let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Overlay };
+    let mut resolver = Resolver::new(scope, []);
+    let mut tables = Tables::default();
+    for node in nodes {
+        tables.apply(Intent::Node(node.source, Change::Put(node)));
+    }
+    resolver.resolve(&mut tables);
+    let rows = tables.routes.rows();
+    rows.map(|row| (row.destination.to_string(), row.via.to_string(), row.way)).collect()
+}
+
+fn with_pods(name: &str, source: NodeSource, addresses: &[&str], pods: &[&str]) -> Node {
+    let Intent::Node(_, Change::Put(node)) = node(name, source, addresses) else { unreachable!() };
+    Node { pod_cidrs: pods.iter().map(|text| text.parse().expect("a network")).collect(), ..node }
+}
+
+#[test]
+fn the_overlay_has_one_end_for_each_node() {
+    let ways = overlay_ways(vec![
+        with_pods(OWN, NodeSource::Node, &["192.0.2.1"], &["10.0.1.0/24"]),
+        with_pods(
+            FAR,
+            NodeSource::Node,
+            &["2001:db8::2", "192.0.2.2"],
+            &["10.0.2.0/24", "fd00:2::/64"],
+        ),
+    ]);
+    let end = "192.0.2.2";
+    let expected = [
+        ("10.0.2.0/24", end, Way::Overlay),
+        ("192.0.2.2/32", end, Way::OverlayOfPods),
+        ("2001:db8::2/128", end, Way::OverlayOfPods),
+        ("fd00:2::/64", end, Way::Overlay),
+    ];
+    let expected = expected.map(|(to, via, way)| (to.to_owned(), via.to_owned(), way));
+    assert_eq!(ways, expected);
+}
+
+#[test]
+fn nobody_comes_out_of_the_overlay_as_this_node_or_by_a_cilium_node() {
+    let own = || with_pods(OWN, NodeSource::Node, &["192.0.2.1"], &["10.0.1.0/24"]);
+    let forged = ["10.0.1.0/24", "10.0.1.128/25", "10.0.0.0/16", "192.0.2.0/24", "0.0.0.0/0"];
+    for pods in forged {
+        let far = with_pods(FAR, NodeSource::Node, &["192.0.2.1"], &[pods]);
+        assert_eq!(overlay_ways(vec![own(), far]), [], "{pods}");
+    }
+    let far = with_pods(FAR, NodeSource::CiliumNode, &["192.0.2.2"], &["10.0.2.0/24"]);
+    assert_eq!(overlay_ways(vec![own(), far]), []);
 }

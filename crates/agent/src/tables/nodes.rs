@@ -39,6 +39,12 @@ impl Node {
         self.addresses.iter().chain(&self.router_addresses).copied().chain(routers)
     }
 
+    /// Its end of the overlay: every node finds the same one.
+    pub fn tunnel_end(&self) -> Option<IpAddr> {
+        let ipv4 = self.addresses.iter().find(|address| address.is_ipv4());
+        ipv4.or(self.addresses.first()).copied()
+    }
+
     /// The address of `family` that other nodes reach it at.
     pub fn address_of_family(&self, cidr: &IpNet) -> Option<IpAddr> {
         self.addresses.iter().copied().find(|ip| ip.is_ipv4() == matches!(cidr, IpNet::V4(_)))
@@ -72,6 +78,17 @@ impl Row for Node {
     }
 }
 
+/// How a packet gets to another node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Way {
+    /// The node is the next hop.
+    NextHop,
+    /// In an envelope.
+    Overlay,
+    /// In an envelope where a pod sent it; the node's own packets go as they are.
+    OverlayOfPods,
+}
+
 /// A route to another node's pods.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Route {
@@ -81,6 +98,8 @@ pub struct Route {
     pub via: IpAddr,
     /// Their node.
     pub node: String,
+    /// How.
+    pub way: Way,
 }
 
 impl Row for Route {

@@ -12,6 +12,10 @@ use std::{
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use palisade_api::admin::{self, Client, Request, Response};
+use rtnetlink::packet_route::{
+    AddressFamily,
+    rule::{RuleAttribute, RuleMessage},
+};
 use rustix::mount::{MountFlags, mount};
 
 use crate::exit::{Exit, Failure};
@@ -102,6 +106,7 @@ pub(crate) fn run(command: NodeCommand) -> Result<Exit> {
         NodeCommand::Probe { alive, run_dir } => probe(&run_dir, alive),
         NodeCommand::Clean { cni, run_dir, state_dir, bpffs } => {
             clean(&cni, &[bpffs, run_dir, state_dir])?;
+            tokio::runtime::Runtime::new()?.block_on(clean_network())?;
             Ok(Exit::Ok)
         }
         NodeCommand::Dump { run_dir } => super::sysdump::dump(&run_dir),
@@ -251,6 +256,29 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
     remove(fs::remove_file(cni.cni_bin_dir.join(PLUGIN)), PLUGIN)?;
     for directory in directories {
         remove(fs::remove_dir_all(directory), &directory.display().to_string())?;
+    }
+    Ok(())
+}
+
+/// The overlay's interface, and the rules that lead to tables of ours.
+async fn clean_network() -> Result<()> {
+    const OVERLAY: &str = "palisade_vxlan";
+    /// What our rules and routes say of who made them.
+    const PROTOCOL: u8 = 80;
+    let (connection, handle, _) = rtnetlink::new_connection()?;
+    tokio::spawn(connection);
+    if let Ok(index) = fs::read_to_string(format!("/sys/class/net/{OVERLAY}/ifindex")) {
+        let index = index.trim().parse().context("an interface's index is a number")?;
+        let removed = handle.link().del(index).execute().await;
+        removed.with_context(|| format!("cannot remove {OVERLAY}"))?;
+        println!("{OVERLAY} removed");
+    }
+    for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut rule = RuleMessage::default();
+        rule.header.family = family;
+        rule.attributes.push(RuleAttribute::Protocol(PROTOCOL.into()));
+        // The kernel removes one at a time, and refuses when there is none.
+        while handle.rule().del(rule.clone()).execute().await.is_ok() {}
     }
     Ok(())
 }

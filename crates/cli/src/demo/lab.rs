@@ -7,6 +7,7 @@ use std::{
 };
 
 use anyhow::{Context, Result, ensure};
+use palisade_api::routing::Routing;
 
 use crate::exit::Failure;
 
@@ -33,8 +34,9 @@ impl Lab {
         Ok(output.status.success().then(|| PathBuf::from(path.trim())))
     }
 
-    pub(super) fn up(&self, nodes: u16) -> Result<()> {
-        self.run(&["up", "--nodes", &nodes.to_string()])
+    pub(super) fn up(&self, nodes: u16, routing: Routing) -> Result<()> {
+        let (nodes, routing) = (nodes.to_string(), routing.to_string());
+        self.run(&["up", "--nodes", &nodes, "--routing", &routing])
     }
 
     pub(super) fn down(&self) -> Result<()> {

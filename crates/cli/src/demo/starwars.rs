@@ -73,7 +73,7 @@ pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
     }
 
     let before = Machine::look();
-    lab.up(args.nodes)?;
+    lab.up(args.nodes, args.routing)?;
     let kubeconfig = lab.kubeconfig()?.context("the lab went away")?;
     let walked = until_interrupted(move || walk(path, &kubeconfig));
     if args.keep {

@@ -7,6 +7,7 @@ mod up;
 
 use std::path::PathBuf;
 
+use palisade_api::routing::Routing;
 use serde::{Deserialize, Serialize};
 
 pub use down::down;
@@ -23,6 +24,9 @@ pub struct Options {
     /// How many nodes
     #[arg(long, default_value_t = 1, value_parser = clap::value_parser!(u8).range(1..=i64::from(crate::layout::MAX_NODES)))]
     pub nodes: u8,
+    /// How pods of different nodes reach each other: native or overlay
+    #[arg(long, default_value_t)]
+    pub routing: Routing,
     /// Keep the cluster's objects in this directory; without it they end with the lab
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

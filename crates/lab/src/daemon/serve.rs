@@ -169,6 +169,7 @@ impl Lab {
                 layout: layout.clone(),
                 cgroup: cgroup.clone(),
                 programs: beside.parent().unwrap_or(Path::new("/")).to_owned(),
+                routing: options.routing,
             };
             for program in Program::ALL {
                 let keeper = keeper.clone();
