@@ -10,7 +10,7 @@ use serde_json::Value;
 
 use crate::harness::Lab;
 
-fn palisade(lab: &Lab, args: &[&str]) -> (i32, String) {
+pub(crate) fn palisade(lab: &Lab, args: &[&str]) -> (i32, String) {
     let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
     let Output { status, stdout, stderr } =
         Command::new(program).args(args).env("KUBECONFIG", lab.kubeconfig()).output().unwrap();

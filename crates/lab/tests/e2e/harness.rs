@@ -172,7 +172,14 @@ impl Lab {
 
     fn start(&self, nodes: u8, options: &[&str]) {
         let nodes = nodes.to_string();
-        let output = program(&[&["up", "--nodes", &nodes], options].concat());
+        let mut arguments = vec!["up", "--nodes", &nodes];
+        // The whole suite runs with either routing.
+        let routing = std::env::var("PALISADE_TEST_ROUTING").unwrap_or("native".into());
+        if !options.contains(&"--routing") {
+            arguments.extend(["--routing", &routing]);
+        }
+        arguments.extend(options);
+        let output = program(&arguments);
         assert!(output.status.success(), "{}", text(&output));
     }
 

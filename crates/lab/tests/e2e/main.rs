@@ -18,6 +18,7 @@ mod l7;
 mod lifecycle;
 mod matrices;
 mod operator;
+mod overlay;
 mod probe;
 mod restart;
 mod services;
