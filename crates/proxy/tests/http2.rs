@@ -489,6 +489,7 @@ fn malformed_requests_reach_nobody() {
         ),
         ("two lengths", [&GET[..], &[("content-length", "0"), ("content-length", "1")]].concat()),
         ("bad length", plain("content-length", "+1")),
+        ("empty length", plain("content-length", "")),
         ("length without a body", plain("content-length", "5")),
         ("lower case method", [&[(":method", "get")], &GET[1..]].concat()),
     ];

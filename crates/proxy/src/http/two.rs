@@ -33,7 +33,7 @@ use tokio::{
 use super::{
     CONNECT_TIME, HEAD_TIME, IDLE_TIME, may_trail,
     reply::{DENIED, Reply, SERVER, date},
-    request::is_own,
+    request::{is_own, read_length},
     syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed, is_token, trim},
     target::{Authority, Target},
 };
@@ -266,9 +266,11 @@ impl Asking {
             return Err(Fault::Protocol("a header field that is none"));
         }
         let authority = read_authority(parts)?;
-        let lengths = parts.headers.get_all(header::CONTENT_LENGTH);
-        if lengths.iter().count() > 1 {
-            return Err(Fault::Protocol("two content lengths"));
+        // The crate takes an empty one for 0.
+        let mut lengths = parts.headers.get_all(header::CONTENT_LENGTH).iter();
+        let is_bad = |length: &HeaderValue| read_length(length.as_bytes()).is_err();
+        if lengths.next().is_some_and(is_bad) || lengths.next().is_some() {
+            return Err(Fault::Protocol("a content length that is no number, or two of them"));
         }
         if parts.headers.len() > MOST_FIELDS {
             return Err(Malformed { status: 431, why: "too many header fields" }.into());
