@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::future::Future;
 use std::io::Write;
 use std::net::{IpAddr, Ipv4Addr, TcpListener};
+use std::os::unix::fs::OpenOptionsExt;
 use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::sync::Arc;
@@ -78,8 +79,13 @@ pub fn serve(options: &Options) -> anyhow::Result<ExitCode> {
 
 fn lock(layout: &Layout) -> anyhow::Result<File> {
     fs::create_dir_all(layout.logs())?;
-    let mut file =
-        File::options().create(true).truncate(false).write(true).open(layout.pid_file())?;
+    // Who may not read it is told that labs are root's.
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .write(true)
+        .mode(0o600)
+        .open(layout.pid_file())?;
     flock(&file, FlockOperation::NonBlockingLockExclusive)
         .context("another lab is being started at this moment")?;
     file.set_len(0)?;
@@ -326,7 +332,6 @@ fn local_listener(wanted: Option<u16>) -> anyhow::Result<TcpListener> {
 }
 
 fn write_private(path: &Path, text: &str) -> anyhow::Result<()> {
-    use std::os::unix::fs::OpenOptionsExt;
     if let Some(parent) = path.parent() {
         fs::create_dir_all(parent)?;
     }
