@@ -18,7 +18,7 @@ use std::{
         mpsc,
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use agent::Agent;
@@ -60,16 +60,26 @@ impl Namespace {
         told.recv().expect("the job did not panic")
     }
 
-    pub(crate) fn ip(&self, arguments: &str) {
+    pub(crate) fn ip(&self, arguments: &str) -> String {
         let arguments: Vec<String> = arguments.split(' ').map(Into::into).collect();
-        self.run(move || command("ip", &arguments));
+        self.run(move || command("ip", &arguments))
+    }
+
+    /// The end of a pair that is up before the other drops what it is to send until the kernel has
+    /// come to it (`dev_activate` by linkwatch).
+    fn await_link(&self, name: &str) {
+        let begun = Instant::now();
+        while !self.ip(&format!("link show {name}")).contains("state UP") {
+            assert!(begun.elapsed() < WAIT, "{name} stays down");
+        }
     }
 }
 
-fn command(program: &str, arguments: &[String]) {
+fn command(program: &str, arguments: &[String]) -> String {
     let output = Command::new(program).args(arguments).output().unwrap();
     let errors = String::from_utf8_lossy(&output.stderr);
     assert!(output.status.success(), "{program} {arguments:?}: {errors}");
+    String::from_utf8(output.stdout).unwrap()
 }
 
 const NFT: &str = "table inet proxy {
@@ -132,6 +142,7 @@ impl World {
             }
             peer.ip(&format!("route add default via 10.77.{number}.1"));
             peer.ip(&format!("-6 route add default via fd77:{number}::1"));
+            node.await_link(name);
         }
         node.run(|| {
             for path in ["ipv4/ip_forward", "ipv6/conf/all/forwarding"] {
