@@ -37,7 +37,10 @@ pub use proxy::{PROXY_PORT, mark};
 pub use service::{
     BackendKey, BackendValue, ServiceKey, ServiceValue, SocketKey, SocketValue, service_flags,
 };
-pub use tunnel::{TunnelValue, VXLAN_PORT, tunnel_kind};
+pub use tunnel::{OVERLAY, TunnelValue, VXLAN_PORT, tunnel_kind};
+
+/// Marks routes and rules as ours; see `/etc/iproute2/rt_protos` for the numbers that others use.
+pub const ROUTE_PROTOCOL: u8 = 80;
 
 /// Names of the pinned maps: the file names in a node's bpffs directory.
 pub mod map {

@@ -6,6 +6,8 @@ use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
 use crate::Address;
 
+/// The overlay's interface.
+pub const OVERLAY: &str = "palisade_vxlan";
 /// UDP port of the overlay.
 pub const VXLAN_PORT: u16 = 8472;
 

@@ -8,10 +8,10 @@ use std::{
 };
 
 use anyhow::Context;
-use palisade_abi::{TunnelValue, tunnel_kind};
+use palisade_abi::{OVERLAY, TunnelValue, tunnel_kind};
 use palisade_datapath::{
     Datapath, Side,
-    netlink::{Netlink, OVERLAY, Traveller, Tunnel},
+    netlink::{Netlink, Traveller, Tunnel},
 };
 
 use crate::{

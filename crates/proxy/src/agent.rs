@@ -38,7 +38,7 @@ struct Question {
     name: String,
     addresses: Vec<IpAddr>,
     ttl: u32,
-    answer: Answer,
+    answer: oneshot::Sender<Result<(), NotLearned>>,
 }
 
 impl Agent {
@@ -137,8 +137,7 @@ impl Link {
     }
 }
 
-type Answer = oneshot::Sender<Result<(), NotLearned>>;
-type Waiting = HashMap<u64, Answer>;
+type Waiting = HashMap<u64, oneshot::Sender<Result<(), NotLearned>>>;
 
 /// Does what the agent says; the newest rules, if it speaks of any.
 fn take(batch: Vec<ToProxy>, proxy: &Proxy, waiting: &mut Waiting) -> io::Result<Option<Rules>> {
@@ -150,14 +149,18 @@ fn take(batch: Vec<ToProxy>, proxy: &Proxy, waiting: &mut Waiting) -> io::Result
                 let at_hand = || proxy.rules.load().rules.clone();
                 newest.get_or_insert_with(at_hand).apply(delta).map_err(io::Error::other)?;
             }
-            ToProxy::Learned { id } => _ = waiting.remove(&id).map(|answer| answer.send(Ok(()))),
-            ToProxy::LearnRefused { id } => {
-                let refused = |answer: Answer| answer.send(Err(NotLearned::Refused));
-                _ = waiting.remove(&id).map(refused);
-            }
+            ToProxy::Learned { id } => answer(waiting, id, Ok(())),
+            ToProxy::LearnRefused { id } => answer(waiting, id, Err(NotLearned::Refused)),
         }
     }
     Ok(newest)
+}
+
+fn answer(waiting: &mut Waiting, id: u64, outcome: Result<(), NotLearned>) {
+    if let Some(answer) = waiting.remove(&id) {
+        // Who asked may have given up waiting.
+        _ = answer.send(outcome);
+    }
 }
 
 /// Puts rules in force, and says so once a process that starts from the file does not go back

@@ -13,8 +13,9 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     buffer::Buffer,
+    connection,
     judge::{Application, Gate},
-    net, relay,
+    net,
 };
 
 /// For the client to say whom it wants.
@@ -36,18 +37,7 @@ pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
         return net::reset(&client);
     };
     gate.record(&judged, L7::Tls { server_name });
-    let Ok(server) = gate.connect().await else { return net::reset(&client) };
-    let mut from_server = Buffer::default();
-    let relayed = tokio::select! {
-        // The rules may be others than before the connection was made.
-        biased;
-        () = gate.until(gate.generation(), || allowed(&name).allowed) => false,
-        relayed = relay::run((&client, &mut buffer), (&server, &mut from_server)) => relayed.is_ok(),
-    };
-    if !relayed {
-        net::reset(&client);
-        net::reset(&server);
-    }
+    connection::pass(gate, client, buffer, || allowed(&name).allowed).await;
 }
 
 async fn read_name(client: &TcpStream, buffer: &mut Buffer) -> io::Result<Option<String>> {

@@ -155,6 +155,30 @@ async fn say(client: &mut Grpc<Channel>, method: &str, text: &str) -> Result<Str
     ready(client).await.unary(request, path(method), Text).await.map(Response::into_inner)
 }
 
+/// One message, answered by many.
+async fn count(client: &mut Grpc<Channel>, text: &str) -> Result<Streaming<String>, Status> {
+    let request = Request::new(text.to_owned());
+    let call = ready(client).await.server_streaming(request, path("Count"), Text);
+    call.await.map(Response::into_inner)
+}
+
+/// Many messages, answered by one.
+async fn join(client: &mut Grpc<Channel>, words: &[&str]) -> Result<String, Status> {
+    let words: Vec<String> = words.iter().map(|word| (*word).to_owned()).collect();
+    let request = Request::new(stream::iter(words));
+    let call = ready(client).await.client_streaming(request, path("Join"), Text);
+    call.await.map(Response::into_inner)
+}
+
+/// Many messages, each answered.
+async fn echo(
+    client: &mut Grpc<Channel>,
+    words: impl Stream<Item = String> + Send + 'static,
+) -> Result<Streaming<String>, Status> {
+    let call = ready(client).await.streaming(Request::new(words), path("Echo"), Text);
+    call.await.map(Response::into_inner)
+}
+
 #[test]
 fn calls_of_every_kind() {
     let world = World::new(rules(1, &[http(&["POST /x.Greeter/(Say|Count|Join|Echo)"])]));
@@ -170,30 +194,15 @@ fn calls_of_every_kind() {
             let long = "x".repeat(1 << 20);
             assert_eq!(say(&mut client, "Say", &long).await.unwrap().len(), long.len() + 6);
 
-            let count = Request::new("1000".to_owned());
-            let numbers = ready(&mut client)
-                .await
-                .server_streaming(count, path("Count"), Text)
-                .await
-                .unwrap();
-            let numbers: Vec<_> = numbers.into_inner().map(Result::unwrap).collect().await;
+            let numbers = count(&mut client, "1000").await.unwrap();
+            let numbers: Vec<_> = numbers.map(Result::unwrap).collect().await;
             assert!(numbers.iter().map(|n| n.parse::<u32>().unwrap()).eq(0..1000));
 
-            let words = stream::iter(["a", "b", "c"].map(String::from));
-            let joined = ready(&mut client)
-                .await
-                .client_streaming(Request::new(words), path("Join"), Text)
-                .await;
-            assert_eq!(joined.unwrap().into_inner(), "abc");
+            assert_eq!(join(&mut client, &["a", "b", "c"]).await.unwrap(), "abc");
 
             // Each message comes back before the next is sent.
             let (mut send, words) = mpsc::channel(1);
-            let echo = ready(&mut client)
-                .await
-                .streaming(Request::new(words), path("Echo"), Text)
-                .await
-                .unwrap();
-            let mut echo = echo.into_inner();
+            let mut echo = echo(&mut client, words).await.unwrap();
             for n in 0..100 {
                 send.try_send(n.to_string()).unwrap();
                 assert_eq!(echo.next().await.unwrap().unwrap(), n.to_string());
@@ -221,27 +230,10 @@ fn denied_calls_of_every_kind() {
         clients.block_on(async {
             denied(say(&mut client, "Shout", "world").await.unwrap_err());
             denied(say(&mut client, "say", "world").await.unwrap_err());
-            let text = Request::new("5".to_owned());
-            denied(
-                ready(&mut client)
-                    .await
-                    .server_streaming(text, path("Count"), Text)
-                    .await
-                    .unwrap_err(),
-            );
-            let words = Request::new(stream::iter(["a".to_owned()]));
-            denied(
-                ready(&mut client)
-                    .await
-                    .client_streaming(words, path("Join"), Text)
-                    .await
-                    .unwrap_err(),
-            );
+            denied(count(&mut client, "5").await.unwrap_err());
+            denied(join(&mut client, &["a"]).await.unwrap_err());
             // A stream that the client leaves open.
-            let words = Request::new(stream::pending());
-            denied(
-                ready(&mut client).await.streaming(words, path("Echo"), Text).await.unwrap_err(),
-            );
+            denied(echo(&mut client, stream::pending()).await.unwrap_err());
             // The connection is as good as before.
             assert_eq!(say(&mut client, "Say", "world").await.unwrap(), "hello world");
         });
@@ -258,24 +250,16 @@ fn an_open_call_ends_with_the_permission() {
     let mut client = client(&clients, SERVER4);
     clients.block_on(async {
         let (mut send, words) = mpsc::channel(1);
-        let echo = ready(&mut client)
-            .await
-            .streaming(Request::new(words), path("Echo"), Text)
-            .await
-            .unwrap();
-        let mut echo = echo.into_inner();
+        let mut open = echo(&mut client, words).await.unwrap();
         send.try_send("first".to_owned()).unwrap();
-        assert_eq!(echo.next().await.unwrap().unwrap(), "first");
+        assert_eq!(open.next().await.unwrap().unwrap(), "first");
         let begun = Instant::now();
         world.agent.put(rules(2, &[http(&["POST /x.Greeter/Say"])]));
-        let end = echo.next().await.unwrap().unwrap_err();
+        let end = open.next().await.unwrap().unwrap_err();
         assert_eq!(end.code(), Code::Cancelled, "{end:?}");
         assert!(begun.elapsed() < Duration::from_secs(1));
         assert_eq!(say(&mut client, "Say", "world").await.unwrap(), "hello world");
-        let again = ready(&mut client)
-            .await
-            .streaming(Request::new(stream::pending()), path("Echo"), Text)
-            .await;
+        let again = echo(&mut client, stream::pending()).await;
         assert_eq!(again.unwrap_err().code(), Code::PermissionDenied);
     });
     assert_eq!(*asked.lock().unwrap(), ["/x.Greeter/Echo", "/x.Greeter/Say"]);

@@ -17,12 +17,13 @@ use bytes::Bytes;
 use h2::{Reason, client::SendRequest};
 use http::{HeaderMap, Request, Response};
 use palisade_api::flow::L7;
+use palisade_proxy::http::PREFACE;
 use tokio::runtime::Runtime;
 use world::{
     Namespace, SERVER4, World,
     agent::{http, rules},
     frames::{
-        CONTINUATION, DATA, END_HEADERS, END_STREAM, GET, GOAWAY, HEADERS, PING, PREFACE, PRIORITY,
+        CONTINUATION, DATA, END_HEADERS, END_STREAM, GET, GOAWAY, HEADERS, PING, PRIORITY,
         RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame, outcome, raw,
     },
 };

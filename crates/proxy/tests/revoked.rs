@@ -3,6 +3,8 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "support/client_hello.rs"]
+mod client_hello;
 #[path = "support/dns_message.rs"]
 mod message;
 mod world;
@@ -12,13 +14,12 @@ use std::{
     io::{Read, Write},
     net::TcpStream,
     process::Command,
-    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
+use client_hello::hello;
 use palisade_policy::{l7::NamePattern, model::Application};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use world::{
     Namespace, SERVER4, SERVER6, WAIT, World,
     agent::{http, rules},
@@ -34,16 +35,6 @@ const HTTP2_CANCEL: &[u8] = b"\0\0\x04\x03\0\0\0\0\x01\0\0\0\x08";
 
 fn name(name: &str) -> Vec<NamePattern> {
     vec![NamePattern::name(name).unwrap()]
-}
-
-/// The first message of a real client.
-fn hello(name: &str) -> Vec<u8> {
-    let config = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
-    let name = name.to_owned().try_into().unwrap();
-    let mut client = ClientConnection::new(Arc::new(config.with_no_client_auth()), name).unwrap();
-    let mut bytes = Vec::new();
-    client.write_tls(&mut bytes).unwrap();
-    bytes
 }
 
 fn question() -> Vec<u8> {

@@ -2,28 +2,17 @@
 
 #![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
 
+#[path = "support/client_hello.rs"]
+mod client_hello;
 mod world;
 
-use std::{
-    io::{Read, Write},
-    sync::Arc,
-};
+use std::io::{Read, Write};
 
+use client_hello::hello;
 use palisade_api::flow::L7;
 use palisade_policy::{l7::NamePattern, model::Application};
 use palisade_proxy::tls::{Incomplete, server_name};
-use rustls::{ClientConfig, ClientConnection, RootCertStore};
 use world::{SERVER4, World, agent::rules, origin::Origin, rest};
-
-/// The first message of a real client.
-fn hello(name: &str) -> Vec<u8> {
-    let config = ClientConfig::builder().with_root_certificates(RootCertStore::empty());
-    let name = name.to_owned().try_into().unwrap();
-    let mut client = ClientConnection::new(Arc::new(config.with_no_client_auth()), name).unwrap();
-    let mut bytes = Vec::new();
-    client.write_tls(&mut bytes).unwrap();
-    bytes
-}
 
 /// A hello with these bytes as the list of names.
 fn hello_with(list: &[u8]) -> Vec<u8> {

@@ -108,7 +108,7 @@ impl<A: Attach> Lifecycle<A> {
         let rows: Vec<Endpoint> =
             lifecycle.book().rows.values().map(|row| row.endpoint.clone()).collect();
         info!(endpoints = rows.len(), "restored");
-        lifecycle.send(Change::Replace(rows)).await?;
+        lifecycle.change(Change::Replace(rows)).await?;
         Ok(lifecycle)
     }
 
@@ -129,12 +129,12 @@ impl<A: Attach> Lifecycle<A> {
         self.book.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    async fn send(&self, change: Change<Endpoint>) -> Result<(), EndpointError> {
-        let command = Command::Intent(Box::new(Intent::Endpoint(change)));
-        self.commands
-            .send(command)
-            .await
-            .map_err(|_| EndpointError::TryAgain("the agent is stopping".into()))
+    async fn change(&self, change: Change<Endpoint>) -> Result<(), EndpointError> {
+        self.send(Command::Intent(Box::new(Intent::Endpoint(change)))).await
+    }
+
+    async fn send(&self, command: Command) -> Result<(), EndpointError> {
+        self.commands.send(command).await.map_err(|_| stopping())
     }
 
     async fn wait(&self, limit: Duration, ready: impl FnMut(&Progress) -> bool) -> bool {
@@ -186,6 +186,10 @@ fn endpoint(new: &NewEndpoint, id: u32) -> Endpoint {
     }
 }
 
+fn stopping() -> EndpointError {
+    EndpointError::TryAgain("the agent is stopping".into())
+}
+
 impl<A: Attach> Endpoints for Lifecycle<A> {
     async fn add(&self, new: NewEndpoint) -> Result<u32, EndpointError> {
         if !self.progress.borrow().synced {
@@ -200,7 +204,7 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
         }
         self.attach.attach(&endpoint.interface).map_err(EndpointError::Failed)?;
         self.book().moving.remove(&id);
-        self.send(Change::Put(endpoint)).await?;
+        self.change(Change::Put(endpoint)).await?;
         let in_force = |progress: &Progress| {
             progress.endpoints.get(&id).filter(|now| now.ifindex == ifindex).copied()
         };
@@ -222,7 +226,7 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
         let Some(endpoint) = self.book().of(attachment).cloned() else { return Ok(()) };
         let id = endpoint.id;
         self.book().moving.insert(id);
-        self.send(Change::Delete(id)).await?;
+        self.change(Change::Delete(id)).await?;
         if !self.wait(IN_FORCE, |progress| !progress.endpoints.contains_key(&id)).await {
             let problems = self.progress.borrow().problems.join("; ");
             return Err(EndpointError::TryAgain(format!(
@@ -253,9 +257,8 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
                 endpoint.interface
             )));
         }
-        let stopping = || EndpointError::TryAgain("the agent is stopping".into());
         let (answer, answered) = oneshot::channel();
-        self.commands.send(Command::Check(endpoint.id, answer)).await.map_err(|_| stopping())?;
+        self.send(Command::Check(endpoint.id, answer)).await?;
         answered.await.map_err(|_| stopping())?.map_err(EndpointError::Differs)
     }
 

@@ -11,6 +11,7 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use palisade_abi::{OVERLAY, ROUTE_PROTOCOL};
 use palisade_api::admin::{self, Client, Request, Response};
 use rtnetlink::packet_route::{
     AddressFamily,
@@ -262,9 +263,6 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
 
 /// The overlay's interface, and the rules that lead to tables of ours.
 async fn clean_network() -> Result<()> {
-    const OVERLAY: &str = "palisade_vxlan";
-    /// What our rules and routes say of who made them.
-    const PROTOCOL: u8 = 80;
     let (connection, handle, _) = rtnetlink::new_connection()?;
     tokio::spawn(connection);
     if let Ok(index) = fs::read_to_string(format!("/sys/class/net/{OVERLAY}/ifindex")) {
@@ -276,7 +274,7 @@ async fn clean_network() -> Result<()> {
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut rule = RuleMessage::default();
         rule.header.family = family;
-        rule.attributes.push(RuleAttribute::Protocol(PROTOCOL.into()));
+        rule.attributes.push(RuleAttribute::Protocol(ROUTE_PROTOCOL.into()));
         // The kernel removes one at a time, and refuses when there is none.
         while handle.rule().del(rule.clone()).execute().await.is_ok() {}
     }

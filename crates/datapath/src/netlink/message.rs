@@ -4,7 +4,7 @@ use std::net::IpAddr;
 use std::os::fd::{AsFd, AsRawFd};
 
 use ipnet::IpNet;
-use palisade_abi::VXLAN_PORT;
+use palisade_abi::{ROUTE_PROTOCOL, VXLAN_PORT};
 use rtnetlink::packet_core::{NLM_F_CREATE, NLM_F_EXCL, NLM_F_REPLACE};
 use rtnetlink::packet_route::address::{
     AddressAttribute, AddressFlags, AddressHeaderFlags, AddressMessage, AddressScope,
@@ -28,8 +28,6 @@ use super::overlay::{self, Traveller, Tunnel};
 use super::socket::Call;
 use super::{Address, Link, NetNs, Route, VethPair};
 
-/// Marks routes as ours; see `/etc/iproute2/rt_protos` for the numbers that others use.
-pub(super) const ROUTE_PROTOCOL: u8 = 80;
 /// The main routing table.
 pub(super) const TABLE_MAIN: u32 = RouteHeader::RT_TABLE_MAIN as u32;
 

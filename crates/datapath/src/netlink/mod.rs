@@ -26,7 +26,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 pub use namespace::{NamespaceError, NetNs, NetNsId};
-pub use overlay::{OVERLAY, Traveller, Tunnel};
+pub use overlay::{Traveller, Tunnel};
 pub use pod::{HostSide, LINK_LOCAL_ROUTER, PodAddress, PodLink, VethPair};
 use socket::Socket;
 

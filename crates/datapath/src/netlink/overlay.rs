@@ -5,14 +5,13 @@ use std::collections::HashSet;
 use std::net::IpAddr;
 
 use ipnet::IpNet;
+use palisade_abi::OVERLAY;
 use rtnetlink::packet_route::{AddressFamily, RouteNetlinkMessage};
 use rustix::io::Errno;
 
 use super::pod::HOST_SETTINGS;
 use super::{Link, Netlink, NetlinkError, find_link, message, sysctl};
 
-/// The overlay's interface.
-pub const OVERLAY: &str = "palisade_vxlan";
 /// Routing table of what only pods send through the overlay: packets to the addresses of other
 /// nodes, which are those of the envelopes too.
 pub(super) const TABLE: u32 = 14_241;

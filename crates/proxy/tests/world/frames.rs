@@ -5,9 +5,10 @@ use std::{
     net::TcpStream,
 };
 
+use palisade_proxy::http::PREFACE;
+
 use super::{SERVER4, World};
 
-pub(crate) const PREFACE: &[u8; 24] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
 pub(crate) const PRIORITY: u8 = 2;
