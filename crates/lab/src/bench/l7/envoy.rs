@@ -102,6 +102,10 @@ fn config(upstream: SocketAddr) -> Value {
         "@type": typed("upstreams.http.v3.HttpProtocolOptions"),
         "use_downstream_protocol_config": {"http_protocol_options": {}, "http2_protocol_options": {}},
     });
+    // Its defaults refuse what the load has open at once.
+    let breakers = json!({"thresholds": [{
+        "max_connections": 10_000, "max_pending_requests": 10_000, "max_requests": 10_000,
+    }]});
     json!({"static_resources": {
         "listeners": [{
             "address": address(Ipv4Addr::LOCALHOST.to_string(), PORT),
@@ -109,6 +113,7 @@ fn config(upstream: SocketAddr) -> Value {
         }],
         "clusters": [{
             "name": "server", "type": "STATIC", "connect_timeout": "2s",
+            "circuit_breakers": breakers,
             "typed_extension_protocol_options": {
                 "envoy.extensions.upstreams.http.v3.HttpProtocolOptions": protocol,
             },

@@ -112,8 +112,10 @@ async fn serve(mut stream: TcpStream) -> io::Result<()> {
         let answer = service_fn(|_| async {
             Ok::<_, Infallible>(Response::new(Full::new(Bytes::from_static(BODY))))
         });
-        let connection = server::conn::http2::Builder::new(TokioExecutor::new());
+        let mut connection = server::conn::http2::Builder::new(TokioExecutor::new());
+        // A proxy may put all clients' streams on one connection.
         return connection
+            .max_concurrent_streams(None)
             .serve_connection(TokioIo::new(stream), answer)
             .await
             .map_err(io::Error::other);
@@ -199,10 +201,12 @@ async fn ask_http2(to: SocketAddr, end: Instant) -> io::Result<Vec<Duration>> {
                     .body(Empty::<Bytes>::new())
                     .map_err(io::Error::other)?;
                 let answer = sender.send_request(request).await.map_err(io::Error::other)?;
-                if answer.status() != 200 {
-                    return Err(io::Error::other(answer.status().to_string()));
+                let status = answer.status();
+                let body = answer.into_body().collect().await.map_err(io::Error::other)?;
+                if status != 200 {
+                    let body = body.to_bytes();
+                    return Err(io::Error::other(format!("{status}: {}", body.escape_ascii())));
                 }
-                answer.into_body().collect().await.map_err(io::Error::other)?;
                 latencies.push(begun.elapsed());
             }
             Ok(latencies)
