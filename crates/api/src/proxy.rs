@@ -246,7 +246,7 @@ pub struct EndRecord {
     /// Whether it agreed.
     pub allowed: bool,
     /// The rule that decided; none: none of the rules matched.
-    pub rule: Option<RuleSource>,
+    pub rule: Option<Arc<RuleSource>>,
 }
 
 /// A message as a frame.

@@ -2,7 +2,7 @@
 
 use std::{cell::RefCell, io};
 
-use tokio::net::TcpStream;
+use tokio::{io::Interest, net::TcpStream};
 
 const SMALL: usize = 8 << 10;
 const LARGE: usize = 64 << 10;
@@ -55,6 +55,9 @@ impl Buffer {
             match stream.try_read_buf(&mut self.bytes) {
                 Ok(count) => {
                     self.greedy = self.bytes.len() == self.bytes.capacity();
+                    if !self.greedy {
+                        drained(stream);
+                    }
                     if self.is_empty() {
                         self.consume(0);
                     }
@@ -80,6 +83,14 @@ impl Buffer {
             self.bytes.reserve(most.max(self.bytes.len()));
         }
     }
+}
+
+/// Tells the runtime that nothing is left to read, as its own readers do after a short read
+/// (epoll(7), questions and answers): otherwise each wait would begin with a call that finds
+/// nothing. What comes from now on is a new event, which this thread, that of the stream's runtime,
+/// sees later. Only urgent data, of which HTTP knows nothing, may wait for what follows it.
+fn drained(stream: &TcpStream) {
+    _ = stream.try_io(Interest::READABLE, || Err::<(), _>(io::ErrorKind::WouldBlock.into()));
 }
 
 fn take_one() -> Vec<u8> {

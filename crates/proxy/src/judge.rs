@@ -48,32 +48,32 @@ pub enum Application {
 /// What the rules of one end ask, ready to be asked.
 pub enum End {
     /// Nothing passes.
-    Deny(Option<RuleSource>),
+    Deny(Option<Arc<RuleSource>>),
     /// Everything passes.
-    Pass(RuleSource),
+    Pass(Arc<RuleSource>),
     /// The requests that match.
     Http {
         /// The rules.
         matcher: HttpMatcher,
         /// Where each of them comes from.
-        sources: Vec<RuleSource>,
+        sources: Vec<Arc<RuleSource>>,
     },
     /// The questions for these names.
-    Dns(Vec<(RuleSource, NamePattern)>),
+    Dns(Vec<(Arc<RuleSource>, NamePattern)>),
     /// The connections to these server names.
-    Tls(Vec<(RuleSource, NamePattern)>),
+    Tls(Vec<(Arc<RuleSource>, NamePattern)>),
 }
 
 impl End {
     /// Rules that cannot be made ready match nothing.
     fn new(demand: Demand, secrets: &Secrets) -> Self {
         match demand {
-            Demand::Deny(source) => Self::Deny(source),
-            Demand::Pass(source) => Self::Pass(source),
-            Demand::Dns(names) => Self::Dns(names),
-            Demand::Tls(names) => Self::Tls(names),
+            Demand::Deny(source) => Self::Deny(source.map(Arc::new)),
+            Demand::Pass(source) => Self::Pass(Arc::new(source)),
+            Demand::Dns(names) => Self::Dns(shared(names)),
+            Demand::Tls(names) => Self::Tls(shared(names)),
             Demand::Http(rules) => {
-                let (sources, rules): (Vec<_>, Vec<_>) = rules.into_iter().unzip();
+                let (sources, rules) = shared(rules).into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
                 match HttpMatcher::new(&rules, secrets) {
                     Ok(matcher) => Self::Http { matcher, sources },
                     Err(error) => {
@@ -96,7 +96,7 @@ impl End {
     }
 
     /// What it says to something that only the rules for it may allow.
-    fn say(&self, ask: impl FnOnce(&Self) -> Option<RuleSource>) -> EndRecord {
+    fn say(&self, ask: impl FnOnce(&Self) -> Option<Arc<RuleSource>>) -> EndRecord {
         match self {
             Self::Deny(source) => EndRecord { allowed: false, rule: source.clone() },
             Self::Pass(source) => EndRecord { allowed: true, rule: Some(source.clone()) },
@@ -123,6 +123,11 @@ impl End {
             found.filter(|_| end.application() == application).map(|(source, _)| source.clone())
         })
     }
+}
+
+/// Each record of what is judged names its rule.
+fn shared<R>(rules: Vec<(RuleSource, R)>) -> Vec<(Arc<RuleSource>, R)> {
+    rules.into_iter().map(|(source, rule)| (Arc::new(source), rule)).collect()
 }
 
 /// A question to one table.

@@ -213,7 +213,7 @@ fn questions_and_answers_pass_as_they_are() {
     }
     let record = recorded(&world, "api.example.com", Some("NOERROR"));
     assert!(record.allowed && record.server.port() == 53);
-    assert_eq!(record.egress.unwrap().rule, Some(source(0)));
+    assert_eq!(record.egress.unwrap().rule.as_deref(), Some(&source(0)));
     recorded(&world, "x.cdn.example.com", Some("NOERROR"));
 }
 

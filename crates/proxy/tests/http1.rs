@@ -858,7 +858,7 @@ fn requests_are_recorded_with_the_rule() {
     let allowed = of(200);
     let ingress = allowed.ingress.clone().unwrap();
     assert!(allowed.allowed && ingress.allowed && allowed.egress.is_none());
-    assert_eq!(ingress.rule, Some(source(0)));
+    assert_eq!(ingress.rule.as_deref(), Some(&source(0)));
     assert_eq!((allowed.client.ip(), allowed.server), (CLIENT4, (SERVER4, 80).into()));
     let L7::Http(seen) = allowed.l7 else { panic!() };
     assert_eq!(seen.method, "GET");

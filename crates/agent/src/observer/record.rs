@@ -232,7 +232,7 @@ fn request_judgement(
             return Some(Judgement { default_deny_by: by, ..plain(Outcome::DefaultDeny) });
         }
     };
-    Some(Judgement { rule: end.rule.as_ref().map(rule_name), ..plain(ground) })
+    Some(Judgement { rule: end.rule.as_deref().map(rule_name), ..plain(ground) })
 }
 
 /// A rule's policy and field.

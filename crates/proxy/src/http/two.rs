@@ -98,21 +98,23 @@ impl Shared<'_> {
         let (mut forgotten, mut ending) = (pin!(self.gate.forgotten()), false);
         loop {
             tokio::select! {
-                accepted = connection.accept() => match accepted {
-                    Some(Ok((request, respond))) => streams.push(self.stream(request, respond)),
-                    _ => return,
-                },
+                // The connection after the streams: what they all have to say goes out together.
+                biased;
+                () = &mut forgotten, if !ending => {
+                    ending = true;
+                    connection.graceful_shutdown();
+                }
+                () = self.gone.notified() => connection.graceful_shutdown(),
                 Some(ended) = streams.next() => {
                     if ended == Ended::TakenBack && !resets.take() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
                     idle.as_mut().reset(Instant::now() + IDLE_TIME);
                 }
-                () = self.gone.notified() => connection.graceful_shutdown(),
-                () = &mut forgotten, if !ending => {
-                    ending = true;
-                    connection.graceful_shutdown();
-                }
+                accepted = connection.accept() => match accepted {
+                    Some(Ok((request, respond))) => streams.push(self.stream(request, respond)),
+                    _ => return,
+                },
                 () = &mut idle, if streams.is_empty() => connection.graceful_shutdown(),
             }
         }
