@@ -5,13 +5,16 @@ use std::collections::HashSet;
 use k8s_openapi::api::apps::v1::{Deployment, ReplicaSet, StatefulSet};
 use k8s_openapi::api::core::v1::{Pod, Service};
 use k8s_openapi::apimachinery::pkg::apis::meta::v1::OwnerReference;
-use kube::api::{DeleteParams, Patch, PatchParams, Preconditions};
+use kube::api::{DeleteParams, ListParams, Patch, PatchParams, Preconditions};
 use kube::runtime::reflector::Store;
 use kube::{Api, Resource, ResourceExt};
 use serde::de::DeserializeOwned;
 use serde_json::json;
 
 use super::{Context, settled};
+
+#[cfg(test)]
+mod tests;
 
 const FOREGROUND: &str = "foregroundDeletion";
 const ORPHAN: &str = "orphan";
@@ -64,9 +67,8 @@ where
         let uid = object.uid().unwrap_or_default();
         let left = dependents(&uid);
         if finalizers.iter().any(|f| f == ORPHAN) {
-            for (namespace, name, _) in &left {
-                K::release(context, namespace, name).await?;
-            }
+            // The cache may lack the newest one, and what keeps its owner goes with it.
+            K::release_all(context, &namespace, &uid).await?;
         } else if finalizers.iter().any(|f| f == FOREGROUND) {
             for (namespace, name, going) in &left {
                 if !going {
@@ -99,10 +101,18 @@ trait Dependents {
         settled(api.delete(name, &DeleteParams::foreground()).await)
     }
 
-    async fn release(context: &Context, namespace: &str, name: &str) -> kube::Result<()> {
+    async fn release_all(context: &Context, namespace: &str, owner: &str) -> kube::Result<()> {
         let api = Api::<Self::Kind>::namespaced(context.client.clone(), namespace);
-        let patch = Patch::Merge(json!({"metadata": {"ownerReferences": null}}));
-        settled(api.patch(name, &PatchParams::default(), &patch).await)
+        for object in api.list(&ListParams::default()).await? {
+            let (left, released): (Vec<_>, Vec<_>) =
+                object.owner_references().iter().partition(|reference| reference.uid != owner);
+            if released.is_empty() {
+                continue;
+            }
+            let patch = Patch::Merge(json!({"metadata": {"ownerReferences": left}}));
+            settled(api.patch(&object.name_any(), &PatchParams::default(), &patch).await)?;
+        }
+        Ok(())
     }
 }
 
