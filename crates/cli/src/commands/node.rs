@@ -17,7 +17,10 @@ use rtnetlink::packet_route::{
     AddressFamily,
     rule::{RuleAttribute, RuleMessage},
 };
-use rustix::mount::{MountFlags, mount};
+use rustix::{
+    io::Errno,
+    mount::{MountFlags, mount},
+};
 
 use crate::exit::{Exit, Failure};
 
@@ -275,10 +278,23 @@ async fn clean_network() -> Result<()> {
         let mut rule = RuleMessage::default();
         rule.header.family = family;
         rule.attributes.push(RuleAttribute::Protocol(ROUTE_PROTOCOL.into()));
-        // The kernel removes one at a time, and refuses when there is none.
-        while handle.rule().del(rule.clone()).execute().await.is_ok() {}
+        // The kernel removes one at a time.
+        loop {
+            match handle.rule().del(rule.clone()).execute().await {
+                Ok(()) => {}
+                Err(error) if means_none(&error) => break,
+                Err(error) => return Err(error).context("cannot remove the rules for packets"),
+            }
+        }
     }
     Ok(())
+}
+
+/// There is no such rule, or the kernel does not know the family at all.
+fn means_none(error: &rtnetlink::Error) -> bool {
+    let rtnetlink::Error::NetlinkError(message) = error else { return false };
+    let none = [Errno::NOENT, Errno::AFNOSUPPORT];
+    none.iter().any(|none| message.raw_code() == -none.raw_os_error())
 }
 
 fn remove(outcome: io::Result<()>, what: &str) -> Result<()> {
