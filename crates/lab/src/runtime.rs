@@ -1,9 +1,11 @@
-//! What the API server asks of the pod runner: run a command in a container, read its logs.
+//! What the API server asks of the pod runner: run a command in a container, attach to one, read
+//! its logs, connect to a pod.
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
 use tokio::io::{AsyncRead, AsyncWrite};
+use tokio::net::TcpStream;
 use tokio::sync::mpsc;
 
 /// The input end of a command: what the client types.
@@ -23,7 +25,8 @@ pub struct ExecRequest {
     pub container: Option<String>,
     /// Program and arguments.
     pub command: Vec<String>,
-    /// Run on a pseudo-terminal; stderr then goes to stdout.
+    /// Run on a pseudo-terminal; stderr then goes to stdout. Whether a container has one is its
+    /// own affair.
     pub tty: bool,
     /// The client sends stdin.
     pub stdin: bool,
@@ -105,7 +108,7 @@ pub enum RuntimeError {
 /// The pod runner as seen by the API server.
 pub trait PodRuntime: Send + Sync + 'static {
     /// Runs a command and resolves once it has ended and its output has been written to `io`.
-    /// Dropping the future ends the command.
+    /// Dropping the future ends the command; an attachment it ends, and not the container.
     fn exec(
         &self,
         request: ExecRequest,
@@ -117,4 +120,13 @@ pub trait PodRuntime: Send + Sync + 'static {
         &self,
         request: LogRequest,
     ) -> BoxFuture<'static, Result<BoxStream<'static, Bytes>, RuntimeError>>;
+
+    /// A connection to a port of the pod's own loopback interface: what listens there only, can
+    /// be reached too (`kubectl port-forward`).
+    fn connect(
+        &self,
+        namespace: &str,
+        pod: &str,
+        port: u16,
+    ) -> BoxFuture<'static, Result<TcpStream, RuntimeError>>;
 }

@@ -60,7 +60,7 @@ pub(super) const KINDS: &[Builtin] = kinds! {
     "" "v1" "Event" "events" ["ev"], namespaced only plain "io.k8s.api.core.v1.Event" [];
     "" "v1" "Namespace" "namespaces" ["ns"], cluster only plain "io.k8s.api.core.v1.Namespace" ["finalize", "status"];
     "" "v1" "Node" "nodes" ["no"], cluster only plain "io.k8s.api.core.v1.Node" ["status"];
-    "" "v1" "Pod" "pods" ["po"], namespaced all counted "io.k8s.api.core.v1.Pod" ["attach", "binding", "eviction", "exec", "log", "status"];
+    "" "v1" "Pod" "pods" ["po"], namespaced all counted "io.k8s.api.core.v1.Pod" ["attach", "binding", "eviction", "exec", "log", "portforward", "status"];
     "" "v1" "Secret" "secrets" [], namespaced only plain "io.k8s.api.core.v1.Secret" [];
     "" "v1" "Service" "services" ["svc"], namespaced all plain "io.k8s.api.core.v1.Service" ["status"];
     "" "v1" "ServiceAccount" "serviceaccounts" ["sa"], namespaced only plain "io.k8s.api.core.v1.ServiceAccount" ["token"];

@@ -131,6 +131,7 @@ fn subresource<'a>(
         "log" => (own, &["get"]),
         "exec" => (("", "v1", "PodExecOptions"), &["create", "get"]),
         "attach" => (("", "v1", "PodAttachOptions"), &["create", "get"]),
+        "portforward" => (("", "v1", "PodPortForwardOptions"), &["create", "get"]),
         "binding" => (("", "v1", "Binding"), &["create"]),
         "eviction" => (("policy", "v1", "Eviction"), &["create"]),
         "token" => (("authentication.k8s.io", "v1", "TokenRequest"), &["create"]),

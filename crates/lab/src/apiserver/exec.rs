@@ -4,26 +4,20 @@
 
 use std::io;
 
-use base64::Engine as _;
 use bytes::{Bytes, BytesMut};
 use futures::{SinkExt as _, StreamExt as _};
+use hyper::Request;
 use hyper::body::Incoming;
-use hyper::header::{CONNECTION, HeaderName, HeaderValue, UPGRADE};
-use hyper::{HeaderMap, Request, StatusCode};
-use hyper_util::rt::TokioIo;
 use serde_json::{Value, json};
 use tokio::io::{AsyncRead, AsyncReadExt as _, AsyncWriteExt as _, DuplexStream};
 use tokio::sync::mpsc;
-use tokio_tungstenite::WebSocketStream;
 use tokio_tungstenite::tungstenite::Message;
-use tokio_tungstenite::tungstenite::handshake::derive_accept_key;
-use tokio_tungstenite::tungstenite::protocol::frame::coding::CloseCode;
-use tokio_tungstenite::tungstenite::protocol::{CloseFrame, Role};
 
 use super::error::ApiError;
 use super::http::Call;
 use super::logs::{container, from_runtime};
-use super::reply::{self, Reply};
+use super::reply::Reply;
+use super::websocket::{self, Socket};
 use crate::runtime::{ExecIo, ExecRequest, ExitStatus, RuntimeError, TerminalSize};
 
 const PROTOCOLS: [&str; 2] = ["v5.channel.k8s.io", "v4.channel.k8s.io"];
@@ -35,7 +29,7 @@ const RESIZE: u8 = 4;
 const CLOSE: u8 = 255;
 const BUFFER: usize = 32 * 1024;
 
-pub(super) fn serve(call: Call, mut request: Request<Incoming>) -> Result<Reply, ApiError> {
+pub(super) fn serve(call: Call, request: Request<Incoming>) -> Result<Reply, ApiError> {
     let pod = call.api.store.get(&call.key()).ok_or_else(|| call.not_found())?;
     let container = container(&pod, call.query.get("container"))?;
     let attach = call.subresource() == "attach";
@@ -45,7 +39,6 @@ pub(super) fn serve(call: Call, mut request: Request<Incoming>) -> Result<Reply,
             "you must specify at least one command for the container",
         ));
     }
-    let (key, protocol) = handshake(request.headers())?;
     let tty = call.query.flag("tty");
     let wants = Streams {
         stdin: call.query.flag("stdin"),
@@ -60,56 +53,11 @@ pub(super) fn serve(call: Call, mut request: Request<Incoming>) -> Result<Reply,
         tty,
         stdin: wants.stdin,
     };
-    let upgrade = hyper::upgrade::on(&mut request);
-    tokio::spawn(async move {
-        let Ok(upgraded) = upgrade.await else { return };
-        let socket =
-            WebSocketStream::from_raw_socket(TokioIo::new(upgraded), Role::Server, None).await;
+    websocket::accept(request, &PROTOCOLS, |socket| async move {
         if let Err(error) = run(socket, call, exec, wants).await {
             tracing::debug!(%error, "exec session ended");
         }
-    });
-    let mut answer = reply::full(101, "text/plain", Bytes::new());
-    *answer.status_mut() = StatusCode::SWITCHING_PROTOCOLS;
-    let headers = answer.headers_mut();
-    headers.clear();
-    headers.insert(CONNECTION, HeaderValue::from_static("Upgrade"));
-    headers.insert(UPGRADE, HeaderValue::from_static("websocket"));
-    headers.insert(
-        HeaderName::from_static("sec-websocket-protocol"),
-        HeaderValue::from_static(protocol),
-    );
-    if let Ok(value) = HeaderValue::from_str(&derive_accept_key(key.as_bytes())) {
-        headers.insert(HeaderName::from_static("sec-websocket-accept"), value);
-    }
-    Ok(answer)
-}
-
-/// The client's key and the protocol that both speak.
-fn handshake(headers: &HeaderMap) -> Result<(String, &'static str), ApiError> {
-    let text = |name: &str| headers.get(name).and_then(|value| value.to_str().ok()).unwrap_or("");
-    if !text("upgrade").eq_ignore_ascii_case("websocket") {
-        return Err(ApiError::bad_request(
-            "Upgrade request required: exec and attach are served over WebSocket only",
-        ));
-    }
-    let offered: Vec<&str> = headers
-        .get_all("sec-websocket-protocol")
-        .iter()
-        .filter_map(|value| value.to_str().ok())
-        .flat_map(|value| value.split(','))
-        .map(str::trim)
-        .collect();
-    let protocol = PROTOCOLS.into_iter().find(|known| offered.contains(known)).ok_or_else(|| {
-        ApiError::bad_request(format!(
-            "unable to upgrade: none of the offered protocols {offered:?} is one of {PROTOCOLS:?}"
-        ))
-    })?;
-    let key = text("sec-websocket-key");
-    if base64::engine::general_purpose::STANDARD.decode(key).is_err() || key.is_empty() {
-        return Err(ApiError::bad_request("Sec-WebSocket-Key is missing or malformed"));
-    }
-    Ok((key.to_owned(), protocol))
+    })
 }
 
 struct Streams {
@@ -117,8 +65,6 @@ struct Streams {
     stdout: bool,
     stderr: bool,
 }
-
-type Socket = WebSocketStream<TokioIo<hyper::upgrade::Upgraded>>;
 
 async fn run(
     socket: Socket,
@@ -164,9 +110,7 @@ async fn run(
         while let Some(message) = messages.recv().await {
             sink.send(Message::Binary(message)).await?;
         }
-        // Without a code clients take the end for a failure.
-        let end = CloseFrame { code: CloseCode::Normal, reason: "".into() };
-        sink.send(Message::Close(Some(end))).await?;
+        sink.send(websocket::end()).await?;
         sink.close().await
     };
     let stop = call.api.stop.clone();

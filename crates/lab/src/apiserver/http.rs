@@ -18,7 +18,7 @@ use super::negotiate::{Accept, negotiate};
 use super::registry::Resource;
 use super::reply::{self, Reply};
 use super::request::{Path, Query, Target, parse_path};
-use super::{Api, crud, discovery, exec, list, logs, openapi, reviews, scale, watch};
+use super::{Api, crud, discovery, exec, list, logs, openapi, portforward, reviews, scale, watch};
 
 /// Larger objects are refused, as etcd would.
 const BODY_LIMIT: usize = 1536 * 1024;
@@ -138,8 +138,8 @@ async fn route(
                 .find(&target.group, &target.version, &target.resource)
                 .ok_or_else(ApiError::no_such_path)?;
             check_place(&resource, &target)?;
-            let stream = matches!(target.subresource.as_deref(), Some("exec" | "attach"));
-            let body = if stream { Bytes::new() } else { read(request.body_mut()).await? };
+            let body =
+                if upgrades(&target) { Bytes::new() } else { read(request.body_mut()).await? };
             let call = Call {
                 accept: negotiate(accept)
                     .or_else(|error| if streams(&target) { negotiate(None) } else { Err(error) })?,
@@ -151,16 +151,23 @@ async fn route(
                 query,
                 body,
             };
-            if stream {
-                return exec::serve(call, request);
+            match call.subresource() {
+                "exec" | "attach" => exec::serve(call, request),
+                "portforward" => portforward::serve(&call, request),
+                _ => dispatch(call, &method).await,
             }
-            dispatch(call, &method).await
         }
     }
 }
 
+/// Subresources whose requests become connections of another protocol.
+fn upgrades(target: &Target) -> bool {
+    matches!(target.subresource.as_deref(), Some("exec" | "attach" | "portforward"))
+}
+
+/// Subresources that do not answer with an object.
 fn streams(target: &Target) -> bool {
-    matches!(target.subresource.as_deref(), Some("log" | "exec" | "attach"))
+    upgrades(target) || target.subresource.as_deref() == Some("log")
 }
 
 /// Namespaced objects need a namespace in their path, others must not have one.
@@ -170,12 +177,6 @@ fn check_place(resource: &Resource, target: &Target) -> Result<(), ApiError> {
         return Err(ApiError::no_such_path());
     }
     match &target.subresource {
-        Some(subresource) if subresource == "portforward" && resource.builtin_key() == "/pods" => {
-            Err(ApiError::bad_request(
-                "the lab forwards no ports; its nodes reach every pod: \
-                 palisade lab exec NODE -- curl http://POD-ADDRESS:PORT",
-            ))
-        }
         Some(subresource) if !resource.has(subresource) => Err(ApiError::no_such_path()),
         _ => Ok(()),
     }

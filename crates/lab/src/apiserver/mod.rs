@@ -31,6 +31,7 @@ mod meta;
 mod negotiate;
 mod openapi;
 mod patch;
+mod portforward;
 mod protobuf;
 pub mod registry;
 mod reply;
@@ -45,6 +46,7 @@ mod table;
 mod tls;
 mod validate;
 mod watch;
+mod websocket;
 
 const CRDS: &str = "apiextensions.k8s.io/customresourcedefinitions";
 

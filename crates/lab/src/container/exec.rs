@@ -83,4 +83,11 @@ impl Process {
     pub fn with_command(&self, argv: Vec<String>) -> Self {
         Self { argv, ..self.clone() }
     }
+
+    /// Says which kind of terminal it runs on, unless somebody has.
+    pub fn name_terminal(&mut self) {
+        if !self.env.iter().any(|(name, _)| name == "TERM") {
+            self.env.push(("TERM".to_owned(), "xterm".to_owned()));
+        }
+    }
 }

@@ -64,7 +64,7 @@ fn start(spec: &ContainerSpec) -> anyhow::Result<std::process::Child> {
     rustix::process::setsid().context("cannot start a session")?;
     rustix::system::sethostname(spec.hostname.as_bytes()).context("cannot set the host name")?;
     rootfs::enter(spec)?;
-    let child = exec::spawn(&spec.process, false)?;
+    let child = exec::spawn(&spec.process, spec.tty)?;
     let own = Capabilities::SUPERVISOR;
     own.bound().and_then(|()| own.limit()).context("cannot give up capabilities")?;
     Ok(child)

@@ -76,6 +76,8 @@ pub struct ContainerSpec {
     pub volumes: Vec<Volume>,
     /// Nothing but volumes can be written to.
     pub read_only: bool,
+    /// Input and output are a terminal, which becomes the command's.
+    pub tty: bool,
     /// The command.
     pub process: Process,
 }

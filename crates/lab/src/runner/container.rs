@@ -1,7 +1,6 @@
 //! One run of one container: from the specification to the exit code.
 
 use std::path::{Path, PathBuf};
-use std::process::Stdio;
 use std::sync::Arc;
 use std::time::Duration;
 
@@ -10,6 +9,7 @@ use tokio::io::AsyncReadExt;
 use tokio::net::UnixListener;
 use tokio::process::{Child, Command};
 
+use super::console::{self, Console, Wanted};
 use super::logs::Log;
 use crate::container::{ContainerSpec, Outcome};
 use crate::sys::cgroup;
@@ -24,6 +24,7 @@ pub(super) struct Running {
     copiers: Vec<tokio::task::JoinHandle<()>>,
     /// Pid 1 of the container as this machine sees it.
     pub(super) target: u32,
+    pub(super) console: Arc<Console>,
     pub(super) log: Arc<Log>,
     cgroup: PathBuf,
 }
@@ -32,6 +33,7 @@ pub(super) struct Running {
 pub(super) async fn start(
     directory: &Path,
     spec: &ContainerSpec,
+    wanted: Wanted,
     log: Arc<Log>,
 ) -> anyhow::Result<Running> {
     tokio::fs::create_dir_all(&spec.root).await?;
@@ -41,35 +43,28 @@ pub(super) async fn start(
     let _ = tokio::fs::remove_file(&spec.notify).await;
     let listener = UnixListener::bind(&spec.notify)
         .with_context(|| format!("cannot listen on {}", spec.notify.display()))?;
-    let mut child = Command::new("/proc/self/exe")
-        .arg("container-init")
-        .arg(&spec_path)
-        .stdin(Stdio::null())
-        .stdout(Stdio::piped())
-        .stderr(Stdio::piped())
-        .process_group(0)
-        .spawn()
-        .context("cannot start container-init")?;
-    let mut copiers = Vec::new();
-    if let (Some(stdout), Some(stderr)) = (child.stdout.take(), child.stderr.take()) {
-        copiers.push(tokio::spawn(Arc::clone(&log).copy("stdout", stdout)));
-        copiers.push(tokio::spawn(Arc::clone(&log).copy("stderr", stderr)));
-    }
+    let mut command = Command::new("/proc/self/exe");
+    command.arg("container-init").arg(&spec_path).process_group(0);
+    let (mut child, console, outputs) =
+        console::spawn(command, wanted).context("cannot start container-init")?;
+    let copiers = outputs
+        .into_iter()
+        .map(|(name, stream)| tokio::spawn(Arc::clone(&log).copy(name, stream)))
+        .collect();
     let outcome = tokio::time::timeout(START_TIMEOUT, await_outcome(&listener, &mut child)).await;
     let _ = tokio::fs::remove_file(&spec.notify).await;
-    let cgroup = spec.cgroup.clone();
     let started = match outcome {
         Ok(Ok(target)) => Ok(target),
         Ok(Err(error)) => Err(error),
         Err(_) => Err(anyhow::anyhow!("the container did not start within 30 s")),
     };
-    match started {
-        Ok(target) => Ok(Running { child, copiers, target, log, cgroup }),
-        Err(error) => {
-            Running { child, copiers, target: 0, log, cgroup }.kill().await;
-            Err(error)
-        }
+    let (console, cgroup) = (Arc::new(console), spec.cgroup.clone());
+    let target = *started.as_ref().unwrap_or(&0);
+    let mut running = Running { child, copiers, target, console, log, cgroup };
+    if started.is_err() {
+        running.kill().await;
     }
+    started.map(|_| running)
 }
 
 async fn await_outcome(listener: &UnixListener, child: &mut Child) -> anyhow::Result<u32> {

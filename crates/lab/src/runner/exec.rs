@@ -1,26 +1,25 @@
-//! `exec` and `logs` for the API server.
+//! `exec`, `attach`, `logs` and `portforward` for the API server.
 
-use std::os::fd::OwnedFd;
 use std::path::Path;
 use std::process::Stdio;
-use std::sync::Arc;
 use std::sync::atomic::{AtomicU64, Ordering};
 use std::time::Duration;
 
 use bytes::Bytes;
 use futures::future::BoxFuture;
 use futures::stream::BoxStream;
-use rustix::pty::OpenptFlags;
-use rustix::termios::Winsize;
-use tokio::io::unix::AsyncFd;
-use tokio::io::{AsyncReadExt, AsyncWrite, AsyncWriteExt};
+use tokio::io::{AsyncWrite, AsyncWriteExt};
+use tokio::net::TcpStream;
 use tokio::process::{Child, Command};
 
+use super::container::unblock;
+use super::terminal::{END_OF_INPUT, Terminal};
 use super::{Live, Runner, Target};
 use crate::container::ExecSpec;
 use crate::runtime::{
     ExecIo, ExecRequest, ExitStatus, Input, LogRequest, Output, PodRuntime, RuntimeError,
 };
+use crate::sys::netns;
 
 /// Output that is still on its way when the command has ended gets so long.
 const DRAIN: Duration = Duration::from_secs(2);
@@ -37,15 +36,16 @@ impl PodRuntime for Runner {
         let scratch = self.settings.layout.run_dir().join("exec");
         Box::pin(async move {
             let (name, live) = live?;
-            if request.command.is_empty() {
-                let advice = "the lab does not attach to running commands; use exec or logs";
-                return Err(RuntimeError::BadRequest(advice.to_owned()));
-            }
             let target = live.running.ok_or_else(|| {
                 RuntimeError::BadRequest(format!(
                     "container not found (\"{name}\"): it is not running"
                 ))
             })?;
+            if request.command.is_empty() {
+                target.console.attach(io).await.map_err(internal)?;
+                // How the container ended is in the pod's status.
+                return Ok(ExitStatus { code: 0 });
+            }
             exec(target, request, io, &scratch).await
         })
     }
@@ -67,10 +67,52 @@ impl PodRuntime for Runner {
             log.read(&request).await.map_err(internal)
         })
     }
+
+    fn connect(
+        &self,
+        namespace: &str,
+        pod: &str,
+        port: u16,
+    ) -> BoxFuture<'static, Result<TcpStream, RuntimeError>> {
+        let shared = self.shared(namespace, pod);
+        let netns = shared.and_then(|shared| shared.netns.get().cloned());
+        let netns = netns.ok_or_else(|| not_running(namespace, pod));
+        let pod = format!("{namespace}/{pod}");
+        Box::pin(async move {
+            let netns = netns?;
+            let socket = unblock(move || netns::run_in(&netns, move || connect_local(port)));
+            let socket = socket.await.and_then(|socket| {
+                socket.set_nonblocking(true)?;
+                TcpStream::from_std(socket)
+            });
+            socket.map_err(|error| {
+                RuntimeError::BadRequest(format!(
+                    "cannot connect to port {port} in pod {pod}: {error}"
+                ))
+            })
+        })
+    }
+}
+
+/// Loopback answers at once.
+fn connect_local(port: u16) -> std::io::Result<std::net::TcpStream> {
+    use std::net::{Ipv4Addr, Ipv6Addr, TcpStream};
+    let v4 = match TcpStream::connect((Ipv4Addr::LOCALHOST, port)) {
+        Ok(socket) => return Ok(socket),
+        Err(error) => error,
+    };
+    TcpStream::connect((Ipv6Addr::LOCALHOST, port))
+        .map_err(|v6| std::io::Error::new(v6.kind(), format!("127.0.0.1: {v4}; ::1: {v6}")))
 }
 
 fn internal(error: impl std::fmt::Display) -> RuntimeError {
     RuntimeError::Internal(error.to_string())
+}
+
+fn not_running(namespace: &str, pod: &str) -> RuntimeError {
+    RuntimeError::NotFound(format!(
+        "pod {namespace}/{pod} is not running; why, tells: kubectl -n {namespace} describe pod {pod}"
+    ))
 }
 
 impl Runner {
@@ -80,12 +122,7 @@ impl Runner {
         pod: &str,
         container: Option<&str>,
     ) -> Result<(String, Live), RuntimeError> {
-        let missing = || {
-            RuntimeError::NotFound(format!(
-                "pod {namespace}/{pod} is not running; why, tells: kubectl -n {namespace} describe \
-                 pod {pod}"
-            ))
-        };
+        let missing = || not_running(namespace, pod);
         let shared = self.shared(namespace, pod).ok_or_else(missing)?;
         let name = match container {
             Some(name) => name.to_owned(),
@@ -146,8 +183,8 @@ impl Files {
             failure: scratch.join(format!("{number}.failure")),
         };
         let mut process = target.process.with_command(command);
-        if tty && !process.env.iter().any(|(name, _)| name == "TERM") {
-            process.env.push(("TERM".to_owned(), "xterm".to_owned()));
+        if tty {
+            process.name_terminal();
         }
         let spec = ExecSpec {
             target: target.pid,
@@ -247,80 +284,22 @@ async fn copy(mut from: impl tokio::io::AsyncRead + Unpin, mut to: Output) {
 }
 
 async fn on_terminal(files: &Files, mut io: ExecIo) -> std::io::Result<std::process::ExitStatus> {
-    let flags = OpenptFlags::RDWR | OpenptFlags::NOCTTY | OpenptFlags::CLOEXEC;
-    let controller = rustix::pty::openpt(flags)?;
-    rustix::pty::grantpt(&controller)?;
-    rustix::pty::unlockpt(&controller)?;
-    let terminal = rustix::pty::ioctl_tiocgptpeer(&controller, flags)?;
-    let mut child = files
-        .command()
-        .stdin(terminal.try_clone()?)
-        .stdout(terminal.try_clone()?)
-        .stderr(terminal)
-        .spawn()?;
-    rustix::io::ioctl_fionbio(&controller, true)?;
-    #[expect(deprecated, reason = "its replacement is unsafe; an OwnedFd cannot change its file")]
-    let controller = Arc::new(Terminal(AsyncFd::new(controller)?));
-    let input = io.stdin.take().map(|from| tokio::spawn(type_in(from, Arc::clone(&controller))));
-    let output = io.stdout.take().map(|to| tokio::spawn(show(Arc::clone(&controller), to)));
-    let resizes = Abort(tokio::spawn({
-        let controller = Arc::clone(&controller);
-        let mut resize = io.resize;
-        async move {
-            while let Some(size) = resize.recv().await {
-                let size =
-                    Winsize { ws_col: size.width, ws_row: size.height, ws_xpixel: 0, ws_ypixel: 0 };
-                let _ = rustix::termios::tcsetwinsize(controller.0.get_ref(), size);
-            }
+    let (terminal, end) = Terminal::open()?;
+    let mut child =
+        files.command().stdin(end.try_clone()?).stdout(end.try_clone()?).stderr(end).spawn()?;
+    let input = io.stdin.take().map(|from| tokio::spawn(type_in(from, terminal.clone())));
+    let output = io.stdout.take().map(|to| tokio::spawn(copy(terminal.clone(), to)));
+    let mut resize = io.resize;
+    let _resizes = Abort(tokio::spawn(async move {
+        while let Some(size) = resize.recv().await {
+            terminal.resize(size);
         }
     }));
-    let status = finish(&mut child, input, output.into_iter()).await;
-    drop(resizes);
-    status
+    finish(&mut child, input, output.into_iter()).await
 }
 
-struct Terminal(AsyncFd<OwnedFd>);
-
-impl Terminal {
-    async fn read(&self, buffer: &mut [u8]) -> std::io::Result<usize> {
-        loop {
-            let mut ready = self.0.readable().await?;
-            let result = ready.try_io(|fd| Ok(rustix::io::read(fd.get_ref(), &mut *buffer)?));
-            if let Ok(result) = result {
-                return result;
-            }
-        }
-    }
-
-    async fn write(&self, mut bytes: &[u8]) -> std::io::Result<()> {
-        while !bytes.is_empty() {
-            let mut ready = self.0.writable().await?;
-            if let Ok(written) = ready.try_io(|fd| Ok(rustix::io::write(fd.get_ref(), bytes)?)) {
-                bytes = &bytes[written?..];
-            }
-        }
-        Ok(())
-    }
-}
-
-async fn type_in(mut from: Input, terminal: Arc<Terminal>) {
-    let mut buffer = [0; 4096];
-    while let Ok(length @ 1..) = from.read(&mut buffer).await {
-        if terminal.write(&buffer[..length]).await.is_err() {
-            return;
-        }
-    }
-    // End of input is a key on a terminal.
-    let _ = terminal.write(&[4]).await;
-}
-
-async fn show(terminal: Arc<Terminal>, mut to: Output) {
-    let mut buffer = [0; 4096];
-    // The other side closing shows as an I/O error here.
-    while let Ok(length @ 1..) = terminal.read(&mut buffer).await {
-        if to.write_all(&buffer[..length]).await.is_err() || to.flush().await.is_err() {
-            return;
-        }
-    }
-    let _ = to.shutdown().await;
+async fn type_in(mut from: Input, mut terminal: Terminal) {
+    // Errors are one of the ends going away.
+    let _ = tokio::io::copy(&mut from, &mut terminal).await;
+    let _ = terminal.write_all(&[END_OF_INPUT]).await;
 }

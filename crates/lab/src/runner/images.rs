@@ -7,6 +7,9 @@ pub(super) struct Image {
     arguments: Vec<String>,
 }
 
+/// Waits to be told what to do.
+const IDLE: [&str; 2] = ["sleep", "infinity"];
+
 /// Told to people who name an image that the lab does not have.
 const KNOWN: &str = "docker.io/cilium/starwars, docker.io/tgraf/netperf, docker.io/curlimages/curl, \
 quay.io/cilium/alpine-curl, docker.io/library/busybox, quay.io/cilium/json-mock, \
@@ -21,10 +24,19 @@ impl Image {
         Self { entrypoint: owned(entrypoint), arguments: owned(arguments) }
     }
 
-    /// The command line of a container: `command` replaces everything, `args` the arguments.
-    pub(super) fn argv(&self, command: &[String], args: &[String]) -> Vec<String> {
+    /// An image without a task of its own.
+    fn idle() -> Self {
+        Self::new(&[], &IDLE)
+    }
+
+    /// The command line of a container: `command` replaces everything, `args` the arguments. Who
+    /// wants to type (`kubectl run -it`) gets a shell where there is no other task.
+    pub(super) fn argv(&self, command: &[String], args: &[String], stdin: bool) -> Vec<String> {
         if !command.is_empty() {
             return [command, args].concat();
+        }
+        if args.is_empty() && stdin && self.arguments == IDLE {
+            return vec!["sh".to_owned()];
         }
         if args.is_empty() {
             return [self.entrypoint.as_slice(), &self.arguments].concat();
@@ -46,11 +58,8 @@ pub(super) fn resolve(reference: &str) -> Result<Image, String> {
         (_, "json-mock") => {
             Image::new(&["/agnhost"], &["netexec", "--http-port=8080", "--udp-port=8081"])
         }
-        ("docker.io/curlimages", "curl") => {
-            Image { entrypoint: Vec::new(), ..Image::new(&[], &["sleep", "infinity"]) }
-        }
         (_, "netperf" | "alpine-curl" | "busybox" | "curl" | "alpine" | "netshoot" | "debian") => {
-            Image::new(&[], &["sleep", "infinity"])
+            Image::idle()
         }
         _ => {
             return Err(format!(
@@ -92,9 +101,12 @@ mod tests {
     fn commands() {
         let owned = |words: &[&str]| words.iter().map(|w| (*w).to_owned()).collect::<Vec<_>>();
         let agnhost = resolve("registry.k8s.io/e2e-test-images/agnhost:2.47").unwrap();
-        assert_eq!(agnhost.argv(&[], &[]), ["/agnhost", "pause"]);
-        assert_eq!(agnhost.argv(&[], &owned(&["porter"])), ["/agnhost", "porter"]);
-        assert_eq!(agnhost.argv(&owned(&["sh", "-c"]), &owned(&["x"])), ["sh", "-c", "x"]);
+        assert_eq!(agnhost.argv(&[], &[], false), ["/agnhost", "pause"]);
+        assert_eq!(agnhost.argv(&[], &owned(&["porter"]), true), ["/agnhost", "porter"]);
+        assert_eq!(agnhost.argv(&owned(&["sh", "-c"]), &owned(&["x"]), true), ["sh", "-c", "x"]);
+        let busybox = resolve("busybox").unwrap();
+        assert_eq!(busybox.argv(&[], &[], false), ["sleep", "infinity"]);
+        assert_eq!(busybox.argv(&[], &[], true), ["sh"]);
         assert!(resolve("nginx").unwrap_err().contains("docker.io/cilium/starwars"));
     }
 }

@@ -1,6 +1,7 @@
 //! The pod runner: the part of the kubelet that a lab needs, for all nodes at once.
 
 mod cni;
+mod console;
 mod container;
 mod environment;
 mod events;
@@ -9,11 +10,12 @@ mod images;
 mod logs;
 mod probes;
 mod status;
+mod terminal;
 mod worker;
 
 use std::collections::HashMap;
 use std::path::PathBuf;
-use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
+use std::sync::{Arc, Mutex, MutexGuard, OnceLock, PoisonError};
 
 use futures::StreamExt;
 use k8s_openapi::api::core::v1::Pod;
@@ -26,6 +28,7 @@ pub use images::DNS_IMAGE;
 
 use crate::container::Process;
 use crate::layout::{Layout, NodePlan};
+use console::Console;
 use logs::Log;
 
 /// What the runner needs to know of its surroundings.
@@ -56,9 +59,11 @@ struct PodEntry {
     shared: Arc<Shared>,
 }
 
-/// What `exec` and `logs` may know of a pod.
+/// What `exec`, `logs` and `portforward` may know of a pod.
 #[derive(Debug, Default)]
 struct Shared {
+    /// Its network, once it has one.
+    netns: OnceLock<PathBuf>,
     containers: Mutex<HashMap<String, Live>>,
 }
 
@@ -70,12 +75,13 @@ struct Live {
     previous: Option<Arc<Log>>,
 }
 
-/// Where `exec` goes.
+/// Where `exec` and `attach` go.
 #[derive(Debug, Clone)]
 struct Target {
     pid: u32,
     cgroup: PathBuf,
     process: Process,
+    console: Arc<Console>,
 }
 
 impl Shared {

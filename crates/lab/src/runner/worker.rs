@@ -14,6 +14,7 @@ use sha2::{Digest, Sha256};
 use tokio::sync::watch;
 
 use super::cni::Attachment;
+use super::console::Wanted;
 use super::container::{self, Running, unblock};
 use super::events::Recorder;
 use super::logs::Log;
@@ -101,6 +102,7 @@ impl Worker<'_> {
             () = self.deleted() => None,
         };
         if let Some(sandbox) = &sandbox {
+            self.shared.netns.get_or_init(|| sandbox.netns.clone());
             self.run_containers(sandbox).await;
         }
         self.remove_sandbox(sandbox.as_ref()).await;
@@ -358,12 +360,16 @@ impl Worker<'_> {
         let expand = |words: &Option<Vec<String>>| -> Vec<String> {
             words.iter().flatten().map(|word| environment::expand(word, &lookup)).collect()
         };
-        let argv = image.argv(&expand(&container.command), &expand(&container.args));
+        let console = Wanted::of(container);
+        let argv = image.argv(&expand(&container.command), &expand(&container.args), console.stdin);
         let directory = container.working_dir.clone().unwrap_or_default();
         let wanted = container.security_context.as_ref();
         let pod = self.pod.spec.as_ref().and_then(|spec| spec.security_context.as_ref());
         let privileges = Privileges::granted(pod, wanted)?;
-        let process = Process { argv, env, directory, privileges };
+        let mut process = Process { argv, env, directory, privileges };
+        if console.tty {
+            process.name_terminal();
+        }
         let id = self.container_id(&container.name, restarts);
         let home = self.directory.join("containers").join(&container.name);
         let sockets = self.settings.layout.run_dir().join("sock");
@@ -379,6 +385,7 @@ impl Worker<'_> {
             etc: environment::etc(&self.pod, &self.node, &addresses),
             volumes: environment::mounts(container, volumes)?,
             read_only: wanted.and_then(|w| w.read_only_root_filesystem) == Some(true),
+            tty: console.tty,
             process: process.clone(),
         };
         let log = Log::create(logs.join(format!("{restarts}.log"))).await?;
@@ -389,7 +396,7 @@ impl Worker<'_> {
         let _ = tokio::fs::remove_file(logs.join(format!("{}.log", restarts - 2))).await;
         let created = format!("Created container: {}", container.name);
         self.events.normal(&self.pod, "Created", created).await;
-        let run = container::start(&home, &spec, log).await?;
+        let run = container::start(&home, &spec, console, log).await?;
         let started = format!("Started container {}", container.name);
         self.events.normal(&self.pod, "Started", started).await;
         self.board.update(&container.name, |model| model.id = Some(id));
@@ -412,7 +419,12 @@ impl Worker<'_> {
     ) -> Option<i32> {
         let since = jiff::Timestamp::now();
         let name = container.name.as_str();
-        let target = Target { pid: run.target, cgroup: self.cgroup.join(name), process };
+        let target = Target {
+            pid: run.target,
+            cgroup: self.cgroup.join(name),
+            process,
+            console: Arc::clone(&run.console),
+        };
         self.shared.update(name, |live| live.running = Some(target.clone()));
         let ready = container.readiness_probe.is_none() && container.startup_probe.is_none();
         self.board.update(name, |model| {

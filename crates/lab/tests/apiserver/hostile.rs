@@ -21,7 +21,7 @@ const REFUSED: &[(&str, &str)] = &[
     // What is not built.
     ("create job j --image=i -- true", "could not find the requested resource"),
     ("create ingress i --rule=a.example/b=c:80", "could not find the requested resource"),
-    ("get --raw /api/v1/namespaces/default/pods/client/portforward", "the lab forwards no ports"),
+    ("get --raw /api/v1/namespaces/default/pods/client/portforward", "served over WebSocket only"),
     ("top pods", "Metrics API not available"),
     ("debug client --image=i -- true", "ephemeral containers are disabled"),
     ("get nosuch", "doesn't have a resource type \"nosuch\""),

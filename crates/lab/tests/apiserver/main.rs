@@ -2,7 +2,7 @@
 
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
 
-use std::net::TcpListener;
+use std::net::{Ipv4Addr, TcpListener};
 use std::process::{Command, Output};
 use std::sync::Arc;
 
@@ -15,8 +15,10 @@ use palisade_lab::runtime::{
     ExecIo, ExecRequest, ExitStatus, LogRequest, PodRuntime, RuntimeError,
 };
 use tokio::io::{AsyncReadExt as _, AsyncWriteExt as _};
+use tokio::net::TcpStream;
 
 mod hostile;
+mod streams;
 
 /// Echoes stdin and the command, and exits with the number that the command ends with.
 struct Echo;
@@ -47,6 +49,20 @@ impl PodRuntime for Echo {
     ) -> BoxFuture<'static, Result<BoxStream<'static, Bytes>, RuntimeError>> {
         let text = format!("log of {}\n", request.pod);
         async move { Ok(futures::stream::iter([Bytes::from(text)]).boxed()) }.boxed()
+    }
+
+    /// The pod is this machine.
+    fn connect(
+        &self,
+        _: &str,
+        _: &str,
+        port: u16,
+    ) -> BoxFuture<'static, Result<TcpStream, RuntimeError>> {
+        async move {
+            let refused = |error| RuntimeError::BadRequest(format!("port {port}: {error}"));
+            TcpStream::connect((Ipv4Addr::LOCALHOST, port)).await.map_err(refused)
+        }
+        .boxed()
     }
 }
 
@@ -89,12 +105,19 @@ fn start(name: &str) -> Cluster {
 }
 
 impl Cluster {
-    fn run(&self, arguments: &[&str], input: &str) -> Output {
-        use std::io::Write as _;
-        let mut child = Command::new(self.kubectl.as_ref().unwrap())
+    fn kubectl(&self, arguments: &[&str]) -> Command {
+        let mut command = Command::new(self.kubectl.as_ref().unwrap());
+        command
             .env("KUBECONFIG", &self.kubeconfig)
             .env("KUBECACHEDIR", self.kubeconfig.with_extension("cache"))
-            .args(arguments)
+            .args(arguments);
+        command
+    }
+
+    fn run(&self, arguments: &[&str], input: &str) -> Output {
+        use std::io::Write as _;
+        let mut child = self
+            .kubectl(arguments)
             .stdin(std::process::Stdio::piped())
             .stdout(std::process::Stdio::piped())
             .stderr(std::process::Stdio::piped())

@@ -235,7 +235,8 @@ impl Lab {
         assert!(child.wait().unwrap().success(), "{manifest}");
     }
 
-    fn command(&self, args: &[&str]) -> Command {
+    /// `kubectl`, to start.
+    pub(crate) fn command(&self, args: &[&str]) -> Command {
         let tools = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../.tools/bin");
         let path = std::env::var_os("PATH").unwrap_or_default();
         let path = std::iter::once(tools).chain(std::env::split_paths(&path));
