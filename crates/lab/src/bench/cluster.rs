@@ -248,6 +248,6 @@ fn lab(verb: &str) -> Result<()> {
     bail!("palisade lab {verb}: {}", String::from_utf8_lossy(&output.stderr).trim())
 }
 
-fn object<T: DeserializeOwned>(json: Value) -> Result<T> {
+pub(super) fn object<T: DeserializeOwned>(json: Value) -> Result<T> {
     Ok(serde_json::from_value(json)?)
 }

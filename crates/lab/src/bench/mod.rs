@@ -8,13 +8,18 @@ mod load;
 mod paths;
 mod programs;
 mod report;
+mod scale;
 
 use std::process::ExitCode;
 
 use anyhow::{Result, anyhow, bail};
 use tokio::signal::unix::{SignalKind, signal};
 
-use self::{cluster::Cluster, paths::Baselines, report::Report};
+use self::{
+    cluster::Cluster,
+    paths::Baselines,
+    report::{Goal, Report, Row},
+};
 
 /// What to measure, and how often.
 #[derive(Clone, Copy, Debug, clap::Args)]
@@ -63,7 +68,12 @@ async fn measure(options: Options) -> Result<Report> {
     progress("CNI ADD");
     report.push(control::cni_add(&cluster).await?);
     progress("policy change");
-    report.push(control::denied(&cluster, &pods).await?);
+    control::serve(&pods.path())?;
+    let denied = control::denied(&cluster, &pods).await?;
+    report.push(
+        Row::new("policy written, until a connection is denied", denied, "ms")
+            .goal(Goal::AtMost(10.0)),
+    );
 
     cluster.restrict(&pods).await?;
     progress("eBPF time");
@@ -82,6 +92,9 @@ async fn measure(options: Options) -> Result<Report> {
         let paths = baselines.paths(pods.path());
         report.round(blocking(move || load::round(&paths, round)).await?);
     }
+    drop((baselines, cluster));
+    progress("a large cluster");
+    report.extend(scale::measure().await?);
     Ok(report)
 }
 
