@@ -418,6 +418,20 @@ fn route_message(route: &Route) -> RouteMessage {
     message
 }
 
+/// The question which way a packet to `address` takes.
+pub(super) fn get_route(address: IpAddr) -> RouteNetlinkMessage {
+    let mut message = RouteMessage::default();
+    message.header.address_family = family(address);
+    message.header.destination_prefix_length = IpNet::from(address).prefix_len();
+    message.attributes.push(RouteAttribute::Destination(address.into()));
+    RouteNetlinkMessage::GetRoute(message)
+}
+
+/// Whether the way ends here.
+pub(super) fn is_local_route(message: &RouteNetlinkMessage) -> bool {
+    matches!(message, RouteNetlinkMessage::NewRoute(route) if route.header.kind == RouteType::Local)
+}
+
 pub(super) fn all_links() -> RouteNetlinkMessage {
     RouteNetlinkMessage::GetLink(LinkMessage::default())
 }
@@ -453,7 +467,7 @@ pub(super) fn to_link(message: &LinkMessage) -> Option<Link> {
         mtu,
         alias,
         up: message.header.flags.contains(LinkFlags::Up),
-        running: message.header.flags.contains(LinkFlags::LowerUp),
+        running: message.header.flags.contains(LinkFlags::Running),
     })
 }
 

@@ -102,7 +102,8 @@ pub struct Link {
     pub alias: Option<String>,
     /// Brought up by the administrator.
     pub up: bool,
-    /// Its other end or cable is up as well.
+    /// Its other end or cable is up as well, and the kernel sends over it. Until that follows, a
+    /// moment later, it drops what is sent.
     pub running: bool,
 }
 

@@ -5,6 +5,7 @@ use std::sync::Arc;
 
 use ipnet::{IpNet, Ipv6Net};
 
+use super::socket::{News, Socket};
 use super::{Link, NetNs, Netlink, NetlinkError, Route, find_link, message, sysctl};
 
 /// The router as pods see it in IPv6; every host side of a veth pair has it.
@@ -93,11 +94,14 @@ impl Netlink {
         .await
     }
 
-    /// Configures both ends and brings them up. `self` is the node's namespace.
+    /// Configures both ends, brings them up and waits until packets pass both ways. `self` is the
+    /// node's namespace.
     pub async fn configure_pod(&self, link: &PodLink, pod: &Netlink) -> Result<(), NetlinkError> {
         // The node's end first: the moment the pod's end is up, the way back exists.
         self.configure_host_side(link.host_side()).await?;
-        pod.configure_pod_side(link.clone()).await
+        pod.configure_pod_side(link.clone()).await?;
+        let host = link.host.name.clone();
+        self.run(move |_| await_running(&host)).await
     }
 
     /// Configures the node's end and brings it up; one that was up stays as it is.
@@ -147,7 +151,8 @@ impl Netlink {
                 calls.push(message::permanent_neighbour(eth.ifindex, pod.router, link.host_mac));
                 calls.push(message::replace_route(&default_route(pod, eth.ifindex)));
             }
-            socket.batch(calls)
+            socket.batch(calls)?;
+            link.addresses.iter().try_for_each(|pod| await_address(pod.address))
         })
         .await
     }
@@ -177,6 +182,29 @@ pub(super) const HOST_SETTINGS: [(&str, &str); 5] = [
 
 const POD_SETTINGS: [(&str, &str); 2] =
     [("ipv6/conf/{}/disable_ipv6", "0"), ("ipv6/conf/{}/accept_ra", "0")];
+
+/// An IPv6 address is reached only once the kernel gets round to adding the local route to it, even
+/// without duplicate detection. An IPv4 address is at once.
+fn await_address(address: IpAddr) -> Result<(), NetlinkError> {
+    if address.is_ipv4() {
+        return Ok(());
+    }
+    let what = format!("wait until {address} can be reached");
+    Socket::wait_until(News::Ipv6Routes, &what, |socket| {
+        let route = socket.get(&what, message::get_route(address))?;
+        Ok(route.as_ref().is_some_and(message::is_local_route))
+    })
+}
+
+/// The end of a pair that came up first carries packets only once the kernel has noticed the other
+/// end, and drops what is sent over it before.
+fn await_running(name: &str) -> Result<(), NetlinkError> {
+    let what = format!("wait until interface {name} carries packets");
+    Socket::wait_until(News::Links, &what, |socket| {
+        let link = find_link(socket, name)?.ok_or_else(|| NetlinkError::NoSuchLink(name.into()))?;
+        Ok(link.running)
+    })
+}
 
 fn link_local_router_net() -> IpNet {
     IpNet::V6(Ipv6Net::new_assert(LINK_LOCAL_ROUTER, 64))

@@ -6,7 +6,7 @@
 
 use std::collections::VecDeque;
 use std::os::fd::OwnedFd;
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 use rtnetlink::packet_core::{
     NLM_F_ACK, NLM_F_DUMP, NLM_F_DUMP_INTR, NLM_F_REQUEST, NetlinkMessage, NetlinkPayload,
@@ -14,8 +14,8 @@ use rtnetlink::packet_core::{
 use rtnetlink::packet_route::RouteNetlinkMessage;
 use rustix::io::Errno;
 use rustix::net::{
-    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, recv, send,
-    socket_with, sockopt,
+    AddressFamily, Protocol, RecvFlags, SendFlags, SocketFlags, SocketType, bind,
+    netlink::SocketAddrNetlink, recv, send, socket_with, sockopt,
 };
 
 use super::NetlinkError;
@@ -34,6 +34,15 @@ const DATAGRAM: usize = 64 << 10;
 
 /// A dump that changes underneath is taken again so many times.
 const DUMP_ATTEMPTS: usize = 16;
+
+/// Changes that a socket can be told of (linux/rtnetlink.h).
+#[derive(Debug, Clone, Copy)]
+pub(super) enum News {
+    /// `RTMGRP_LINK`.
+    Links = 1,
+    /// `RTMGRP_IPV6_ROUTE`.
+    Ipv6Routes = 0x400,
+}
 
 /// One request of a batch.
 pub(super) struct Call {
@@ -73,6 +82,37 @@ impl Socket {
             sockopt::set_socket_recv_buffer_size(&fd, RECEIVE_BUFFER)?;
         }
         Ok(Self { fd, sequence: 0, datagram: vec![0; DATAGRAM], parsed: VecDeque::new() })
+    }
+
+    /// Waits until `holds` does, which asks the kernel: at once, and after each change of the kind.
+    /// `what` is not done yet where that takes too long.
+    pub(super) fn wait_until(
+        news: News,
+        what: &str,
+        mut holds: impl FnMut(&mut Self) -> Result<bool, NetlinkError>,
+    ) -> Result<(), NetlinkError> {
+        let failed = |errno| NetlinkError::kernel(what, errno);
+        let mut socket = Self::open()?;
+        // Before the first question: no change is missed.
+        bind(&socket.fd, &SocketAddrNetlink::new(0, news as u32)).map_err(failed)?;
+        let deadline = Instant::now() + ANSWER_TIMEOUT;
+        while !holds(&mut socket)? {
+            let left = deadline.saturating_duration_since(Instant::now());
+            if left.is_zero() {
+                return Err(failed(Errno::TIMEDOUT));
+            }
+            sockopt::set_socket_timeout(&socket.fd, sockopt::Timeout::Recv, Some(left))
+                .map_err(failed)?;
+            match socket.receive(what) {
+                // What was lost may have been it.
+                Ok(_) | Err(NetlinkError::Kernel { errno: Errno::NOBUFS, .. }) => {}
+                Err(NetlinkError::Kernel { errno: Errno::AGAIN, .. }) => {
+                    return Err(failed(Errno::TIMEDOUT));
+                }
+                Err(error) => return Err(error),
+            }
+        }
+        Ok(())
     }
 
     #[cfg(test)]

@@ -83,6 +83,10 @@ async fn a_pod_interface_carries_packets_both_ways() {
     assert!(!host.up && host.mtu == 1400 && host.mac == Some([2, 0, 0, 0, 0, 1]), "{host:?}");
     node_nl.configure_pod(&pod_link(host.clone()), &pod_nl).await.expect("configure");
     println!("pod interface set up in {:?}", start.elapsed());
+    let link = node_nl.link("lxctest").await.expect("get").expect("exists");
+    assert!(link.up && link.running, "{link:?}");
+    let way = pod.ip("-6 route get fd44:0:0:9::7");
+    assert!(way.starts_with("local"), "{way}");
     node_nl.configure_pod(&pod_link(host.clone()), &pod_nl).await.expect("idempotent");
 
     assert!(pod.ping("10.244.9.1") && pod.ping("fd44:0:0:9::1") && node.ping("10.244.9.7"));
@@ -94,8 +98,7 @@ async fn a_pod_interface_carries_packets_both_ways() {
     assert_eq!(neighbours.matches("PERMANENT").count(), 2, "{neighbours}");
     let routes = pod_nl.routes().await.expect("routes");
     assert!(routes.iter().any(|r| r.gateway == Some(ip("10.244.9.1")) && r.onlink && r.ours));
-    let link = node_nl.link("lxctest").await.expect("get").expect("exists");
-    assert!(link.up && link.running && link.alias.as_deref() == Some("a pod"));
+    assert_eq!(link.alias.as_deref(), Some("a pod"));
 
     node_nl.set_down(link.ifindex, "closed").await.expect("down");
     let closed = node_nl.link("lxctest").await.expect("get").expect("exists");

@@ -72,6 +72,11 @@ pub(crate) enum Level {
 static GROUP: Mutex<()> = Mutex::new(());
 
 impl Pod {
+    /// Somebody's network, as if it were a pod.
+    pub(crate) fn in_network(netns: PathBuf, addresses: [IpAddr; 2]) -> Self {
+        Self { addresses, netns, group: own_group() }
+    }
+
     /// Starts `work` on a thread inside the pod's network.
     pub(crate) fn spawn<T: Send + 'static>(
         &self,
@@ -135,7 +140,7 @@ impl Outside {
         }
         let address = |text: &str| text.parse().unwrap();
         Self {
-            pod: Pod { addresses: [address(v4[0]), address(v6[0])], netns, group: own_group() },
+            pod: Pod::in_network(netns, [address(v4[0]), address(v6[0])]),
             second: [address(v4[1]), address(v6[1])],
         }
     }
@@ -286,11 +291,7 @@ impl Lab {
     /// The network of a node, as if it were a pod.
     pub(crate) fn node(&self, number: usize) -> Pod {
         let node = &self.nodes[number - 1];
-        Pod {
-            addresses: [node.v4().into(), node.v6().into()],
-            netns: node.netns_path(),
-            group: own_group(),
-        }
+        Pod::in_network(node.netns_path(), node.addresses())
     }
 
     /// Starts pods that do nothing, each on a node and with a label `app` that is its name.

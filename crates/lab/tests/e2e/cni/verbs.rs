@@ -1,12 +1,19 @@
 //! Every verb, with what runtimes and accidents do to it.
 
-use std::fs;
+use std::{
+    fs,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+};
 
 use palisade_lab::{nodes::Program, sys::netns};
 use serde_json::{Value, json};
 
 use super::{Container, Node, Traces, addresses, keep_away};
-use crate::harness::{Lab, eventually};
+use crate::{
+    harness::{Lab, Pod, eventually},
+    probe::{self, Answer, Protocol, Target, allow_echo},
+    traffic::serve_echo_on,
+};
 
 fn start() -> (Lab, Node) {
     let lab = Lab::up(1);
@@ -182,6 +189,37 @@ fn a_collection_removes_what_it_must_and_nothing_else(node: &Node) {
     assert_eq!(node.traces(), before);
 }
 
+/// What is sent the moment ADD has returned is not lost, either way.
+fn the_first_packet_arrives(lab: &Lab, node: &Node) {
+    const PORT: u16 = 4321;
+    let host = lab.node(1);
+    serve_echo_on(&host, PORT);
+    allow_echo(&host);
+    for round in 0..20 {
+        let container = Container::new(node, &format!("first{round}"));
+        let unknown = [Ipv4Addr::UNSPECIFIED.into(), Ipv6Addr::UNSPECIFIED.into()];
+        let inside = Pod::in_network(netns::path(&container.id), unknown);
+        serve_echo_on(&inside, PORT);
+        allow_echo(&inside);
+        let result = container.add();
+        let all = |addresses: &[IpAddr]| -> Vec<Target> {
+            let protocols = [Protocol::Tcp, Protocol::Udp, Protocol::Echo];
+            let targets = addresses.iter().flat_map(|&address| {
+                protocols.map(|protocol| Target { protocol, address, port: PORT })
+            });
+            targets.collect()
+        };
+        let probes = [
+            probe::start(&host, all(&addresses(&result))),
+            probe::start(&inside, all(&host.addresses)),
+        ];
+        for answers in probes.map(|probe| probe.join().unwrap().unwrap()) {
+            assert_eq!(answers, [Answer::Open; 6], "round {round}");
+        }
+        container.delete();
+    }
+}
+
 /// The API server answers nobody: what the agent knows is enough.
 fn without_the_api_server_pods_come_and_go(lab: &Lab, node: &Node) {
     let before = node.traces();
@@ -189,7 +227,7 @@ fn without_the_api_server_pods_come_and_go(lab: &Lab, node: &Node) {
     node.run("STATUS", json!({})).succeeded();
     let [(one, result), (two, other)] = pair(node);
     one.check(&result).succeeded();
-    eventually("they talk", || two.reaches(&addresses(&result)) && one.reaches(&addresses(&other)));
+    assert!(two.reaches(&addresses(&result)) && one.reaches(&addresses(&other)));
     one.delete();
     two.delete();
     assert_eq!(node.traces(), before);
@@ -261,6 +299,7 @@ fn every_verb_as_runtimes_and_accidents_use_it() {
     a_deletion_succeeds_whatever_is_left(&node);
     a_collection_removes_what_it_must_and_nothing_else(&node);
     an_impaired_pod_is_told_of(&node);
+    the_first_packet_arrives(&lab, &node);
     without_the_api_server_pods_come_and_go(&lab, &node);
     without_the_agent_pods_go(&lab, &node);
 }
