@@ -218,6 +218,11 @@ fn what_is_no_header_field_is_refused() {
             cases.push((bad, line(bad), &[400]));
         }
     }
+    let controls = (0..0x20).chain([0x7f]).filter(|byte| *byte != b'\t').map(char::from);
+    let controls: Vec<String> = controls.map(|control| format!("X: a{control}b")).collect();
+    for control in &controls {
+        cases.push((control, line(control), &[400]));
+    }
     cases.push(("leading space", "GET /public HTTP/1.1\r\n Host: a\r\n\r\n".into(), &[400]));
     cases.push(("folded host", "GET /public HTTP/1.1\r\nHost:\r\n a\r\n\r\n".into(), &[400]));
     cases.push(("bare LF", "GET /public HTTP/1.1\nHost: a\n\n".into(), &[400]));
@@ -522,6 +527,27 @@ fn each_request_of_a_pipeline_is_judged() {
     check(&String::from_utf8(rest(&mut stream)).unwrap());
 }
 
+/// Whatever an old client says of its connection: it ends with the first answer.
+#[test]
+fn an_old_client_is_answered_once() {
+    let world = public();
+    let origin = Origin::ok(&world.server);
+    for connection in ["", "Connection: keep-alive\r\n"] {
+        for (path, wanted, arrived) in [("/public", 200, 1), ("/admin", 403, 0)] {
+            origin.forget();
+            let request = format!("GET {path} HTTP/1.0\r\nHost: a\r\n{connection}\r\n");
+            let next = "GET /public/next HTTP/1.0\r\nHost: a\r\n\r\n";
+            let answer = world.ask((request + next).as_bytes());
+            let text = String::from_utf8_lossy(&answer);
+            assert_eq!(status(&answer), wanted, "{text}");
+            assert_eq!(text.matches("HTTP/1.1 ").count(), 1, "{text}");
+            assert!(text.contains("connection: close\r\n"), "{text}");
+            assert_eq!(origin.text().matches("GET ").count(), arrived, "{}", origin.text());
+            assert!(!origin.text().contains("next"));
+        }
+    }
+}
+
 #[test]
 fn a_denied_body_is_no_request() {
     let world = public();
@@ -750,6 +776,16 @@ fn what_follows_a_refused_upgrade_is_judged() {
     let answer = String::from_utf8(answer).unwrap();
     assert!(answer.contains("200 OK") && answer.ends_with(DENIED), "{answer}");
     assert!(!origin.text().contains("admin"));
+    // A body goes with its request, to the server that was asked, in the version that was judged.
+    origin.forget();
+    let bytes = with(
+        "Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAA\r\nContent-Length: 24\r\n",
+        "PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    );
+    assert_eq!(status(&world.ask(bytes.as_bytes())), 200);
+    assert!(
+        origin.text().starts_with("POST /public HTTP/1.1\r\nhost: a\r\ncontent-length: 24\r\n\r\n")
+    );
     for upgrade in ["h2c", "foo", "h2c, foo"] {
         origin.forget();
         let bytes = format!(
@@ -794,6 +830,73 @@ fn limits_hold() {
     let after = memory(world.proxy.0.id());
     assert!(after < before + (4 << 10), "{before} KiB, then {after} KiB");
     assert!(origin.seen().bytes.len() > length);
+}
+
+/// What is packed stays so: nobody can make the proxy unpack much of little.
+#[test]
+fn packed_bodies_pass_as_they_are() {
+    let world = public();
+    let bomb = world::bomb();
+    let packed = bomb.clone();
+    let origin = Origin::new(&world.server, move |head, stream| {
+        let length = packed.len();
+        let coding = field(head, "content-encoding").unwrap();
+        let answer = format!(
+            "HTTP/1.1 200 OK\r\ncontent-encoding: {coding}\r\ncontent-length: {length}\r\n\r\n"
+        );
+        stream.write_all(&[answer.as_bytes(), &packed].concat()).is_ok()
+    });
+    let before = memory(world.proxy.0.id());
+    for coding in ["gzip", "gzip, gzip"] {
+        origin.forget();
+        let mut stream = world.connect(SERVER4);
+        let head =
+            with(&format!("Content-Encoding: {coding}\r\nContent-Length: {}\r\n", bomb.len()), "");
+        stream.write_all(&[head.as_bytes(), &bomb].concat()).unwrap();
+        let answer = until(&mut stream, "\r\n\r\n");
+        assert!(answer.contains(&format!("\r\ncontent-encoding: {coding}\r\n")), "{answer}");
+        let mut body = vec![0; bomb.len()];
+        stream.read_exact(&mut body).unwrap();
+        assert!(body == bomb, "the answer is not as the server sent it");
+        let seen = origin.seen();
+        assert!(seen.text().contains(&format!("\r\ncontent-encoding: {coding}\r\n")));
+        assert!(seen.bytes.ends_with(&bomb), "the request is not as the client sent it");
+    }
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (4 << 10), "{before} KiB, then {after} KiB");
+}
+
+/// It is HTTP like any other: its trailers are a part of the body.
+#[test]
+fn grpc_web() {
+    let world = World::new(rules(1, &[http(&["POST /pkg.Svc/Method"])]));
+    const ANSWER: &[u8] = b"\0\0\0\0\x02ok\x80\0\0\0\x0fgrpc-status:0\r\n";
+    let origin = Origin::new(&world.server, |_, stream| {
+        let head = format!(
+            "HTTP/1.1 200 OK\r\ncontent-type: application/grpc-web+proto\r\ncontent-length: {}\r\n\r\n",
+            ANSWER.len()
+        );
+        stream.write_all(&[head.as_bytes(), ANSWER].concat()).is_ok()
+    });
+    let call = |method: &str| {
+        let head = format!(
+            "POST /pkg.Svc/{method} HTTP/1.1\r\nHost: a\r\nContent-Type: application/grpc-web+proto\r\n\
+             X-Grpc-Web: 1\r\nContent-Length: 7\r\n\r\n\0\0\0\0\x02hi"
+        );
+        world.ask(head.as_bytes())
+    };
+    let answer = call("Method");
+    assert!(status(&answer) == 200 && answer.ends_with(ANSWER));
+    assert!(
+        origin.text().ends_with("\r\n\r\n\0\0\0\0\x02hi")
+            && origin.text().contains("\r\nx-grpc-web: 1\r\n")
+    );
+    for method in ["method", "Method/", "Other", "Method%2f", "../pkg.Svc/Other"] {
+        origin.forget();
+        let answer = call(method);
+        assert!([400, 403].contains(&status(&answer)), "{method}");
+        assert_eq!(origin.seen().connections, 0, "{method}");
+    }
 }
 
 /// Resident memory in KiB.

@@ -8,7 +8,10 @@ use std::{
     future::poll_fn,
     io::{Read, Write},
     net::{Ipv6Addr, TcpStream},
-    sync::{Arc, Mutex},
+    sync::{
+        Arc, Mutex,
+        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -227,6 +230,53 @@ fn grpc_is_denied_in_its_own_words() {
         "{asked:?}"
     );
     assert!(asked[0].contains("\"te\": \"trailers\""), "{asked:?}");
+}
+
+/// What is packed stays so: nobody can make the proxy unpack much of little.
+#[test]
+fn packed_messages_pass_as_they_are() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let packed = world::bomb();
+    let length = u32::try_from(packed.len()).unwrap().to_be_bytes();
+    let message = Bytes::from([&[1][..], &length, &packed].concat());
+    let stream = world.connect(SERVER4);
+    let before = memory(world.proxy.0.id());
+    runtime().block_on(async {
+        let mut ready = client(stream).await.ready().await.unwrap();
+        let call = Request::post("http://a/pkg.Svc/Method")
+            .header("content-type", "application/grpc")
+            .header("grpc-encoding", "gzip")
+            .header("content-encoding", "gzip")
+            .header("te", "trailers");
+        let (response, mut up) = ready.send_request(call.body(()).unwrap(), false).unwrap();
+        let mut rest = message.clone();
+        let upload = tokio::spawn(async move {
+            while !rest.is_empty() {
+                up.reserve_capacity(rest.len());
+                let room = poll_fn(|cx| up.poll_capacity(cx)).await.unwrap().unwrap();
+                let part = rest.split_to(room.min(rest.len()));
+                up.send_data(part, rest.is_empty()).unwrap();
+            }
+        });
+        // The origin sends back what it gets.
+        let mut body = response.await.unwrap().into_body();
+        let mut echo = Vec::new();
+        while let Some(data) = body.data().await {
+            let data = data.unwrap();
+            body.flow_control().release_capacity(data.len()).unwrap();
+            echo.extend(data);
+        }
+        upload.await.unwrap();
+        assert!(echo == message, "{} of {} bytes came back", echo.len(), message.len());
+        assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "0");
+    });
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
+    let asked = origin.asked();
+    for field in ["\"grpc-encoding\": \"gzip\"", "\"content-encoding\": \"gzip\""] {
+        assert!(asked[0].contains(field), "{asked:?}");
+    }
 }
 
 #[test]
@@ -633,21 +683,136 @@ fn floods_end_the_connection_and_no_other() {
     });
 }
 
+/// Clients that take back all that they ask, one after the other and without a pause.
+#[test]
+fn floods_cost_others_little() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let (other, before) = (world.connect(SERVER4), memory(world.proxy.0.id()));
+    let flood: Vec<u8> = (0..10_000u32)
+        .flat_map(|n| {
+            let asked = frame(HEADERS, END_HEADERS, n * 2 + 1, &block(&GET));
+            [asked, frame(RST_STREAM, 0, n * 2 + 1, &[0, 0, 0, 8])].concat()
+        })
+        .collect();
+    let (over, floods) = (AtomicBool::new(false), AtomicUsize::new(0));
+    thread::scope(|scope| {
+        for _ in 0..2 {
+            scope.spawn(|| {
+                let begun = Instant::now();
+                while !over.load(Relaxed) && begun.elapsed() < world::WAIT {
+                    let mut stream = raw(&world);
+                    // It ends before it has all of it.
+                    _ = stream.write_all(&flood);
+                    floods.fetch_add(1, Relaxed);
+                }
+            });
+        }
+        let mut times = runtime().block_on(async {
+            let send = client(other).await;
+            let mut times = Vec::new();
+            while times.len() < 200 || floods.load(Relaxed) < 20 {
+                let begun = Instant::now();
+                assert_eq!(ask(&send, get("/public/other"), "").await.unwrap().0, 200);
+                times.push(begun.elapsed());
+            }
+            times
+        });
+        over.store(true, Relaxed);
+        times.sort_unstable();
+        let slow = times[times.len() * 99 / 100];
+        assert!(slow < Duration::from_millis(500), "{slow:?} of {}", times.len());
+    });
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (64 << 10), "{before} KiB, then {after} KiB");
+    // A client may take back some at once; far from all of what was said arrives.
+    let arrived = origin.asked().iter().filter(|asked| !asked.contains("other")).count();
+    assert!(arrived < (floods.load(Relaxed) + 2) * 300, "{arrived} of {floods:?} floods");
+}
+
+/// Few bytes that stand for many: a field in the table, named again and again.
+#[test]
+fn fields_that_unpack_to_much_are_refused() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let value = [b'y'; 3900];
+    // A literal for the table; lengths over 126 take more bytes.
+    let long = (value.len() - 127) as u16;
+    let mut bomb = vec![0x40, 1, b'x', 127, (long & 127) as u8 | 128, (long >> 7) as u8];
+    bomb.extend(value);
+    bomb.extend([0xbe; 8000]);
+    let bomb = [block(&GET), bomb].concat();
+    let before = memory(world.proxy.0.id());
+    let kept: Vec<TcpStream> = (0..20)
+        .map(|_| {
+            let mut stream = raw(&world);
+            stream.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &bomb)).unwrap();
+            match outcome(&mut stream) {
+                Some((HEADERS, 1, block)) => assert!(refuses(&block), "{block:x?}"),
+                Some((RST_STREAM | GOAWAY, ..)) | None => {}
+                other => panic!("{other:?}"),
+            }
+            stream
+        })
+        .collect();
+    let after = memory(world.proxy.0.id());
+    assert!(after < before + (16 << 10), "{before} KiB, then {after} KiB");
+    assert_eq!(origin.asked(), [""; 0]);
+    drop(kept);
+}
+
+/// Connections that begin something and say that they are over leave nothing behind.
+#[test]
+fn what_is_taken_back_and_given_up_leaves_nothing() {
+    let world = public();
+    let _origin = Origin::new(&world.server);
+    let descriptors =
+        || std::fs::read_dir(format!("/proc/{}/fd", world.proxy.0.id())).unwrap().count();
+    let before = descriptors();
+    let last = [
+        frame(HEADERS, END_HEADERS, 1, &block(&GET)),
+        frame(RST_STREAM, 0, 1, &[0, 0, 0, 8]),
+        frame(GOAWAY, 0, 0, &[0; 8]),
+    ];
+    let kept: Vec<TcpStream> = (0..200)
+        .map(|_| {
+            let mut stream = raw(&world);
+            stream.write_all(&last.concat()).unwrap();
+            stream
+        })
+        .collect();
+    let begun = Instant::now();
+    while descriptors() > before + 4 {
+        assert!(begun.elapsed() < world::WAIT, "{} descriptors are still open", descriptors());
+        thread::yield_now();
+    }
+    drop(kept);
+}
+
 #[test]
 fn small_frames_do_no_harm() {
     let world = public();
     let origin = Origin::new(&world.server);
     let before = memory(world.proxy.0.id());
-    for payload in [
-        frame(SETTINGS, 0, 0, &[]),
-        frame(PING, 0, 0, &[0; 8]),
-        frame(PRIORITY, 0, 1, &[0, 0, 0, 3, 1]),
-        frame(SETTINGS, 0, 0, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 16, 0]),
+    // A stream that policy denies, and whose body goes on.
+    let open =
+        frame(HEADERS, END_HEADERS, 1, &block(&[&GET[..3], &[(":path", "/admin")]].concat()));
+    let begun = frame(HEADERS, END_STREAM, 1, &block(&GET));
+    for (first, payload) in [
+        (vec![], frame(SETTINGS, 0, 0, &[])),
+        (vec![], frame(PING, 0, 0, &[0; 8])),
+        (vec![], frame(PRIORITY, 0, 1, &[0, 0, 0, 3, 1])),
+        (vec![], frame(SETTINGS, 0, 0, &[0, 1, 0, 0, 0, 0, 0, 1, 0, 0, 16, 0])),
+        (vec![], frame(WINDOW_UPDATE, 0, 0, &[0, 0, 0, 1])),
+        (open.clone(), frame(DATA, 0, 1, &[])),
+        (open.clone(), frame(WINDOW_UPDATE, 0, 1, &[0, 0, 0, 1])),
+        (open, frame(HEADERS, END_HEADERS, 1, &[])),
+        (begun, frame(CONTINUATION, 0, 1, &[])),
     ] {
         let mut stream = raw(&world);
         // The proxy's answers are never read.
         stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
-        _ = stream.write_all(&payload.repeat(20_000));
+        _ = stream.write_all(&[first, payload.repeat(20_000)].concat());
     }
     let after = memory(world.proxy.0.id());
     assert!(after < before + (64 << 10), "{before} KiB, then {after} KiB");

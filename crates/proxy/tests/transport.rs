@@ -111,6 +111,32 @@ fn a_port_that_is_used_again_gets_its_own_answers() {
     assert!(!origin.text().contains("admin"));
 }
 
+/// A client that has said all that it will say still hears the answer; one that has not said all of
+/// a request asked for nothing.
+#[test]
+fn the_end_of_what_a_client_says_is_not_the_end_of_what_it_hears() {
+    let world = public();
+    let origin = echo(&world);
+    let post = "POST /public/a HTTP/1.1\r\nHost: a\r\nContent-Length: 4\r\n\r\n";
+    for server in [SERVER4, SERVER6] {
+        for (said, heard, arrives) in [
+            ("GET /public/a HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(), 200, true),
+            (format!("{post}body"), 200, true),
+            (format!("{post}bo"), 0, false),
+            ("GET /public/a HTTP/1.1\r\nHost: a\r\n".to_owned(), 0, false),
+            ("GET /admin HTTP/1.1\r\nHost: a\r\n\r\n".to_owned(), 403, false),
+        ] {
+            origin.forget();
+            let mut stream = world.connect(server);
+            stream.write_all(said.as_bytes()).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(status(&rest(&mut stream)), heard, "{said}");
+            let whole = "\r\n\r\n".to_owned() + if said.ends_with("body") { "body" } else { "" };
+            assert_eq!(origin.text().ends_with(&whole), arrives, "{said}: {}", origin.text());
+        }
+    }
+}
+
 /// A byte that is urgent is no part of the stream, here as at the server.
 #[test]
 fn urgent_bytes_change_nothing_that_was_judged() {
@@ -213,6 +239,53 @@ fn ten_thousand_idle_connections_cost_others_nothing() {
     while descriptors(&world) > files + 4 {
         assert!(begun.elapsed() < WAIT, "{} descriptors are still open", descriptors(&world));
         std::thread::yield_now();
+    }
+}
+
+/// Bodies that come as slowly as can be, on as many connections as there may be of one client: they
+/// are borne, take two descriptors and little memory each, and cost others nothing.
+#[test]
+fn a_thousand_bodies_that_come_byte_by_byte() {
+    const OTHER: IpAddr = IpAddr::V4(Ipv4Addr::new(10, 77, 1, 3));
+    const COUNT: usize = 1000;
+    const LENGTH: usize = 4;
+    let mut all = rules(1, &[http(&["GET|POST /public(/.*)?"])]);
+    let peer = all.addresses[&CLIENT4];
+    all.addresses.insert(OTHER, peer);
+    let world = World::new(all);
+    world.client.ip("addr add 10.77.1.3/24 dev eth0");
+    let origin = echo(&world);
+    let (files, kibibytes) = (descriptors(&world), memory(&world));
+    let head = format!("POST /public HTTP/1.1\r\nHost: a\r\nContent-Length: {LENGTH}\r\n\r\n");
+    let mut slow: Vec<_> = (0..COUNT).map(|_| world.connect(SERVER4)).collect();
+    for stream in &mut slow {
+        stream.write_all(head.as_bytes()).unwrap();
+    }
+    origin.wait(|seen| seen.connections == COUNT);
+    let mut times = Vec::new();
+    for round in 0..LENGTH {
+        let begun = Instant::now();
+        for stream in &mut slow {
+            stream.write_all(b"x").unwrap();
+        }
+        // A second between two bytes, which others use.
+        while begun.elapsed() < Duration::from_secs(1) {
+            let asked = Instant::now();
+            let mut stream = from_port(&world, OTHER, 20_000 + (times.len() % 10_000) as u16);
+            stream.write_all(&get("/public/other")).unwrap();
+            assert!(until(&mut stream, "/public/other").starts_with("HTTP/1.1 200"));
+            reset(stream);
+            times.push(asked.elapsed());
+        }
+        let (more, grown) = (descriptors(&world) - files, memory(&world) - kibibytes);
+        assert!(more <= 2 * COUNT + 8, "{more} descriptors");
+        assert!(grown < 32 << 10, "{grown} KiB, round {round}");
+    }
+    times.sort_unstable();
+    let slowest = times[times.len() * 99 / 100];
+    assert!(slowest < Duration::from_millis(500), "{slowest:?} of {}", times.len());
+    for stream in &mut slow {
+        assert!(until(stream, "/public").starts_with("HTTP/1.1 200"));
     }
 }
 

@@ -14,6 +14,8 @@ pub mod request;
 pub mod response;
 pub mod syntax;
 pub mod target;
+#[cfg(test)]
+mod tests;
 pub mod two;
 
 use std::{io, time::Duration};
@@ -25,7 +27,7 @@ use crate::{buffer::Buffer, judge::Gate, net};
 /// From the first byte of a head to its last.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Without a byte either way.
-const IDLE_TIME: Duration = Duration::from_secs(300);
+const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
 /// For the server to take a connection.
 const CONNECT_TIME: Duration = Duration::from_secs(5);
 

@@ -233,6 +233,14 @@ impl Drop for World {
 /// For anything that is to happen.
 pub(crate) const WAIT: Duration = Duration::from_secs(15);
 
+/// 256 MiB of zeros, packed.
+pub(crate) fn bomb() -> Vec<u8> {
+    let pack = ["-c", "head -c 268435456 /dev/zero | gzip -1"];
+    let output = Command::new("sh").args(pack).output().unwrap();
+    assert!(output.status.success() && output.stdout.starts_with(&[0x1f, 0x8b]));
+    output.stdout
+}
+
 /// All bytes until the end of the stream, or its reset.
 pub(crate) fn rest(stream: &mut TcpStream) -> Vec<u8> {
     let mut bytes = Vec::new();

@@ -1,0 +1,243 @@
+//! Who does nothing for long: the time for that is short in these tests.
+
+use std::{fs, future::poll_fn, net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc};
+
+use bytes::Bytes;
+use palisade_abi::protocol;
+use palisade_api::proxy::{Endpoint, Peer, Rules};
+use palisade_policy::{
+    Chunk, CompiledPolicy, NamedPorts, RuleInfo, RuleSource,
+    l7::HttpRule,
+    model::{Action, Application},
+};
+use tokio::{
+    io::{AsyncReadExt, AsyncWriteExt},
+    net::TcpListener,
+    sync::mpsc,
+    task::JoinHandle,
+    time::Instant,
+};
+
+use super::*;
+use crate::{Proxy, accept::Workers, agent, dns::Dns, log::Log, rules::Store};
+
+/// Whatever is to happen happens long before.
+const WAIT: Duration = Duration::from_secs(20);
+const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
+
+/// The proxy's task that serves a client.
+struct Bench {
+    serving: JoinHandle<()>,
+    directory: PathBuf,
+}
+
+impl Bench {
+    /// With the client, whose every request to the origin is allowed.
+    async fn new(name: &str, origin: SocketAddr) -> (Self, TcpStream) {
+        let directory =
+            std::env::temp_dir().join(format!("palisade-{name}-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let store = Store::open(&directory).unwrap();
+        store.put(rules(origin));
+        let (agent, _) = agent::link(directory.join("nobody"));
+        let workers = Workers::start(NonZero::<usize>::MIN).unwrap();
+        let (log, dns) = (Log::default(), Dns::new(agent));
+        let proxy = Arc::new(Proxy { rules: store, log, dns, workers });
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        let (stream, peer) = listener.accept().await.unwrap();
+        let serving = tokio::spawn(async move {
+            let gate = Gate::new(&proxy, protocol::TCP, peer, origin);
+            serve(&gate, stream).await;
+        });
+        (Self { serving, directory }, client)
+    }
+
+    /// Waits until the proxy lets the client go, which is not before it has been idle.
+    async fn let_go(self, begun: Instant) {
+        while !self.serving.is_finished() {
+            assert!(begun.elapsed() < WAIT, "the client is still served");
+            tokio::time::sleep(IDLE_TIME / 20).await;
+        }
+        assert!(begun.elapsed() >= IDLE_TIME, "after {:?}", begun.elapsed());
+    }
+}
+
+impl Drop for Bench {
+    fn drop(&mut self) {
+        _ = fs::remove_dir_all(&self.directory);
+    }
+}
+
+fn rules(origin: SocketAddr) -> Rules {
+    let rule = RuleInfo {
+        action: Action::Allow,
+        application: Application::Http(vec![HttpRule::default()]),
+        ports: NamedPorts { every: true, ..NamedPorts::default() },
+        source: RuleSource::NoDefaultDeny,
+        also: Vec::new(),
+    };
+    let chunk = Chunk { default_peers: 1, default_ports: 1, redirect: 1, ..Chunk::default() };
+    let table = CompiledPolicy {
+        chunks: vec![chunk.into()],
+        rules: vec![rule],
+        ..CompiledPolicy::default()
+    };
+    let endpoint = Endpoint { id: 7, identity: 300, ingress: Some(2), egress: None };
+    // It is on this very node.
+    let peer = Peer { identity: 301, prefix: 0, host: true };
+    Rules {
+        version: 1,
+        endpoints: [(origin.ip(), endpoint)].into(),
+        tables: [(2, table.into())].into(),
+        addresses: [(origin.ip(), peer)].into(),
+        ..Rules::default()
+    }
+}
+
+/// An origin that reads a head and does as it is told with the stream.
+async fn origin<F: Future<Output = ()> + Send>(
+    with: impl FnOnce(TcpStream) -> F + Send + 'static,
+) -> (SocketAddr, JoinHandle<()>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let serving = tokio::spawn(async move {
+        let (mut stream, _) = listener.accept().await.unwrap();
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.unwrap());
+        }
+        with(stream).await;
+    });
+    (address, serving)
+}
+
+async fn rest(stream: &mut TcpStream) -> Vec<u8> {
+    let mut bytes = Vec::new();
+    // A reset is an end as well.
+    _ = timeout(WAIT, stream.read_to_end(&mut bytes)).await.expect("the stream ends");
+    bytes
+}
+
+#[tokio::test]
+async fn an_answer_that_nobody_reads_is_given_up() {
+    let (address, sending) = origin(|mut stream| async move {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 1000000000\r\n\r\n").await.unwrap();
+        while stream.write_all(&[b'x'; 1 << 16]).await.is_ok() {}
+    })
+    .await;
+    let (bench, mut client) = Bench::new("unread", address).await;
+    let begun = Instant::now();
+    client.write_all(GET).await.unwrap();
+    bench.let_go(begun).await;
+    timeout(WAIT, sending).await.expect("the server may stop").unwrap();
+}
+
+#[tokio::test]
+async fn a_body_that_does_not_come_is_given_up() {
+    let (address, waiting) = origin(|mut stream| async move {
+        assert_eq!(rest(&mut stream).await, b"x", "and nothing that would end it");
+    })
+    .await;
+    let (bench, mut client) = Bench::new("body", address).await;
+    let begun = Instant::now();
+    let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 3\r\n\r\nx";
+    client.write_all(head).await.unwrap();
+    bench.let_go(begun).await;
+    timeout(WAIT, waiting).await.expect("the server may stop").unwrap();
+}
+
+#[tokio::test]
+async fn an_answer_that_does_not_come_is_told() {
+    let (address, waiting) = origin(|mut stream| async move { _ = rest(&mut stream).await }).await;
+    let (_bench, mut client) = Bench::new("answer", address).await;
+    client.write_all(GET).await.unwrap();
+    let heard = rest(&mut client).await;
+    assert!(heard.starts_with(b"HTTP/1.1 504 "), "{}", String::from_utf8_lossy(&heard));
+    timeout(WAIT, waiting).await.expect("the server may stop").unwrap();
+}
+
+#[tokio::test]
+async fn who_asks_no_more_is_let_go() {
+    let (address, waiting) = origin(|mut stream| async move {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+        rest(&mut stream).await;
+    })
+    .await;
+    let (bench, mut client) = Bench::new("idle", address).await;
+    let begun = Instant::now();
+    client.write_all(GET).await.unwrap();
+    assert!(rest(&mut client).await.ends_with(b"ok"));
+    bench.let_go(begun).await;
+    timeout(WAIT, waiting).await.expect("the server may stop").unwrap();
+}
+
+/// An origin over HTTP/2 that answers `/small` at once, and everything else without an end; it tells
+/// when it may stop.
+async fn endless() -> (SocketAddr, mpsc::UnboundedReceiver<String>) {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, stopped) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let mut down = respond.send_response(http::Response::new(()), false).unwrap();
+            let (path, tell) = (request.uri().path().to_owned(), tell.clone());
+            if path == "/small" {
+                down.send_data(Bytes::from_static(b"ok"), true).unwrap();
+                continue;
+            }
+            tokio::spawn(async move {
+                loop {
+                    down.reserve_capacity(1 << 16);
+                    let Some(Ok(room)) = poll_fn(|cx| down.poll_capacity(cx)).await else { break };
+                    _ = down.send_data(vec![b'x'; room].into(), false);
+                }
+                tell.send(path).unwrap();
+            });
+        }
+    });
+    (address, stopped)
+}
+
+/// A stream whose client makes no room for the answer is reset, and the server hears of it; one
+/// whose client makes a little room now and then goes on.
+#[tokio::test]
+async fn streams_without_room_are_given_up() {
+    let (address, mut stopped) = endless().await;
+    let (_bench, client) = Bench::new("room", address).await;
+    let mut closed = h2::client::Builder::new();
+    closed.initial_window_size(8);
+    let (send, connection) = closed.handshake::<_, Bytes>(client).await.unwrap();
+    tokio::spawn(connection);
+    let ask = async |path: &str| {
+        let request = http::Request::get(format!("http://a{path}")).body(()).unwrap();
+        let (response, _) =
+            send.clone().ready().await.unwrap().send_request(request, true).unwrap();
+        response.await.unwrap().into_body()
+    };
+    let begun = Instant::now();
+    let mut stuck = ask("/stuck").await;
+    let mut slow = ask("/slow").await;
+    let slow = tokio::spawn(async move {
+        while let Some(Ok(data)) = slow.data().await {
+            tokio::time::sleep(IDLE_TIME / 4).await;
+            slow.flow_control().release_capacity(data.len()).unwrap();
+        }
+    });
+    let gone = async {
+        loop {
+            if let Err(error) = stuck.data().await.expect("the answer is not whole") {
+                return error;
+            }
+        }
+    };
+    let gone = timeout(WAIT, gone).await.expect("it is given up");
+    assert_eq!(gone.reason(), Some(h2::Reason::CANCEL));
+    assert!(begun.elapsed() >= IDLE_TIME, "after {:?}", begun.elapsed());
+    assert_eq!(timeout(WAIT, stopped.recv()).await.unwrap().unwrap(), "/stuck");
+    assert!(!slow.is_finished());
+    assert_eq!(ask("/small").await.data().await.unwrap().unwrap(), "ok");
+    assert!(!slow.is_finished() && stopped.try_recv().is_err());
+}
