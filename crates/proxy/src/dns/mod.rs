@@ -30,13 +30,14 @@ use std::{
     io,
     net::{IpAddr, SocketAddr},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::{Duration, Instant},
 };
 
 use palisade_abi::{identity, protocol};
 use palisade_api::flow::{self, L7};
 use palisade_policy::l7::may_learn;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{net::TcpStream, runtime::Handle, time::timeout};
 
 pub use self::{
     answer::{Answer, MAX_ADDRESSES, Stray},
@@ -53,6 +54,7 @@ use crate::{
     agent::{Agent, NotLearned},
     judge::{Application, Gate, Judged},
     rules::Snapshot,
+    runtime,
 };
 
 /// A server that says nothing for so long says nothing at all; neither does the proxy then.
@@ -115,16 +117,20 @@ impl Dns {
     }
 }
 
-/// Serves the questions that come in datagrams, in tasks of the runtime at hand.
+/// Serves the questions that come in datagrams, in tasks of the runtime at hand. They are received
+/// by a thread that does nothing else: one that were busy with the questions of one pod would lose
+/// those of others.
 ///
 /// # Errors
-/// The sockets are none that tokio can use.
+/// The system gives no more threads or descriptors.
 pub fn serve_udp(proxy: &Arc<Proxy>, sockets: Sockets) -> io::Result<()> {
-    let raw = Arc::new(sockets.raw);
-    for socket in sockets.asked {
-        let socket = tokio::net::UdpSocket::from_std(socket)?;
-        tokio::spawn(udp::serve(Arc::clone(proxy), socket, Arc::clone(&raw)));
-    }
+    let (proxy, raw, tasks) = (Arc::clone(proxy), Arc::new(sockets.raw), Handle::current());
+    let receiver = runtime()?;
+    let receive = move || {
+        let [v4, v6] = sockets.asked.map(|asked| udp::serve(&proxy, asked, &raw, &tasks));
+        receiver.block_on(async { tokio::try_join!(v4, v6) })
+    };
+    thread::Builder::new().name("questions".into()).spawn(receive)?;
     Ok(())
 }
 
@@ -186,9 +192,6 @@ impl Exchange<'_> {
         if !judged.allowed {
             return Some(self.reply(&judged, Rcode::REFUSED));
         }
-        let Some(_under_way) = self.proxy.dns.limits.admit(self.flow.client.ip()) else {
-            return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
-        };
         let asked = tokio::select! {
             // First of all: a question that may no longer be asked does not go on.
             biased;

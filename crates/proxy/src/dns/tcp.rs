@@ -32,9 +32,10 @@ pub(super) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, flow: Flow) {
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let Ok(Ok(message)) = timeout(IDLE, next(&mut read)).await else { break };
+        let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { break };
         let (proxy, write) = (Arc::clone(proxy), Arc::clone(&write));
         answering.spawn(async move {
-            let _held = slot;
+            let _held = (slot, under_way);
             let Some(reply) = exchange(&proxy, flow, &message).await else { return Ok(()) };
             answer(&write, &reply).await
         });

@@ -1,6 +1,7 @@
 //! Questions in datagrams: taken from one socket for each family, answered in the server's name.
 
 use std::{
+    convert::Infallible,
     io::{self, IoSliceMut},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd,
@@ -16,7 +17,7 @@ use nix::{
     },
 };
 use socket2::{Protocol, Type};
-use tokio::{io::Interest, net::UdpSocket};
+use tokio::{io::Interest, net::UdpSocket, runtime::Handle};
 
 use super::{Flow, Transport, exchange, raw::Raw};
 use crate::{Proxy, net};
@@ -53,7 +54,13 @@ pub fn sockets(port: u16) -> io::Result<Sockets> {
 }
 
 /// Serves a socket until the process ends.
-pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket, raw: Arc<Raw>) {
+pub(super) async fn serve(
+    proxy: &Arc<Proxy>,
+    socket: std::net::UdpSocket,
+    raw: &Arc<Raw>,
+    tasks: &Handle,
+) -> io::Result<Infallible> {
+    let socket = UdpSocket::from_std(socket)?;
     let mut buffer = vec![0; MAX_QUESTION + 1];
     loop {
         // An error belongs to one datagram, or to an answer that met nobody.
@@ -61,9 +68,12 @@ pub(super) async fn serve(proxy: Arc<Proxy>, socket: UdpSocket, raw: Arc<Raw>) {
         if length > MAX_QUESTION {
             continue;
         }
-        let (proxy, raw) = (Arc::clone(&proxy), Arc::clone(&raw));
+        // Whoever has many under way is not even read: the questions of all wait in one queue.
+        let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { continue };
+        let (proxy, raw) = (Arc::clone(proxy), Arc::clone(raw));
         let message = buffer[..length].to_vec();
-        tokio::spawn(async move {
+        tasks.spawn(async move {
+            let _held = under_way;
             let Some(reply) = exchange(&proxy, flow, &message).await else { return };
             if let Err(error) = answer(flow, &reply, &raw) {
                 tracing::debug!(%error, ?flow, "cannot answer");
