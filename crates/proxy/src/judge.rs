@@ -1,7 +1,7 @@
 //! What the rules ask of a connection, and what they say to what is asked inside it.
 
 use std::{
-    collections::HashMap,
+    collections::{BTreeMap, HashMap},
     io,
     net::SocketAddr,
     sync::{Arc, Mutex, PoisonError},
@@ -15,8 +15,12 @@ use palisade_api::{
     proxy::{AccessRecord, EndRecord, Peer, Rules, TableId},
 };
 use palisade_policy::{
-    RuleSource,
-    l7::{Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, NamePattern, Secrets},
+    RuleInfo, RuleSource,
+    l7::{
+        Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, L7Error, NamePattern,
+        Secrets,
+    },
+    model,
 };
 use tokio::net::TcpStream;
 
@@ -53,10 +57,10 @@ pub enum End {
     Pass(Arc<RuleSource>),
     /// The requests that match.
     Http {
-        /// The rules.
-        matcher: HttpMatcher,
-        /// Where each of them comes from.
-        sources: Vec<Arc<RuleSource>>,
+        /// The rules of the whole table.
+        rules: Arc<HttpRules>,
+        /// Those of them that count here: their numbers, which grow.
+        counting: Vec<(Arc<RuleSource>, u32)>,
     },
     /// The questions for these names.
     Dns(Vec<(Arc<RuleSource>, NamePattern)>),
@@ -65,23 +69,17 @@ pub enum End {
 }
 
 impl End {
-    /// Rules that cannot be made ready match nothing.
-    fn new(demand: Demand, secrets: &Secrets) -> Self {
+    /// Rules that could not be made ready match nothing.
+    fn new(demand: Demand, rules: Option<&Arc<HttpRules>>) -> Self {
         match demand {
             Demand::Deny(source) => Self::Deny(source.map(Arc::new)),
             Demand::Pass(source) => Self::Pass(Arc::new(source)),
             Demand::Dns(names) => Self::Dns(shared(names)),
             Demand::Tls(names) => Self::Tls(shared(names)),
-            Demand::Http(rules) => {
-                let (sources, rules) = shared(rules).into_iter().unzip::<_, _, Vec<_>, Vec<_>>();
-                match HttpMatcher::new(&rules, secrets) {
-                    Ok(matcher) => Self::Http { matcher, sources },
-                    Err(error) => {
-                        tracing::error!(%error, "a rule does not compile; its connections are denied");
-                        Self::Deny(None)
-                    }
-                }
-            }
+            Demand::Http(counting) => match rules {
+                Some(rules) => Self::Http { rules: Arc::clone(rules), counting: shared(counting) },
+                None => Self::Deny(None),
+            },
         }
     }
 
@@ -109,10 +107,15 @@ impl End {
 
     fn http(&self, request: &HttpRequest<'_>, edits: &mut Vec<HeaderEdit>) -> EndRecord {
         self.say(|end| {
-            let Self::Http { matcher, sources } = end else { return None };
-            let found = matcher.judge(request)?;
+            let Self::Http { rules, counting } = end else { return None };
+            let source = |rule: usize| {
+                let number = rules.numbers.get(rule)?;
+                let place = counting.binary_search_by_key(number, |(_, counts)| *counts).ok()?;
+                counting.get(place).map(|(source, _)| source)
+            };
+            let found = rules.compiled.matcher.judge_by(request, |rule| source(rule).is_some())?;
             edits.extend(found.edits);
-            sources.get(found.rule).cloned()
+            source(found.rule).cloned()
         })
     }
 
@@ -143,28 +146,63 @@ struct Question {
 /// Most answers that are kept.
 const MOST_KEPT: usize = 8192;
 
-/// What was asked of connections under one version of the rules: patterns are compiled once.
+/// What one version of the rules asks of connections: of those that were asked about, and ready for
+/// the others. Patterns are compiled when the rules come; no request waits for that.
 #[derive(Default)]
-pub(crate) struct Demands(Mutex<HashMap<Question, Arc<End>>>);
+pub(crate) struct Demands {
+    http: BTreeMap<TableId, Arc<HttpRules>>,
+    asked: Mutex<HashMap<Question, Arc<End>>>,
+}
+
+/// The HTTP rules of a table, ready to match.
+pub struct HttpRules {
+    /// Of each, the number of the table's rule that it belongs to.
+    numbers: Vec<u32>,
+    compiled: Arc<Compiled>,
+}
+
+/// Rules and what was made of them, which tables and versions with the same rules share.
+struct Compiled {
+    rules: Vec<HttpRule>,
+    matcher: HttpMatcher,
+}
 
 impl Demands {
-    /// What still holds under other rules.
-    pub(crate) fn carry(&self, old: &Rules, new: &Rules) -> Self {
-        let same = |table: &TableId| {
+    /// Makes rules ready, and keeps what still holds of those before.
+    pub(crate) fn new(rules: &Rules, before: &Self, old: &Rules) -> Self {
+        let same_secrets = rules.secrets == old.secrets;
+        let is_same = |table: &TableId| {
             let hash = |rules: &Rules| rules.tables.get(table).map(|policy| policy.hash);
-            hash(old).is_some() && hash(old) == hash(new)
+            same_secrets && hash(rules).is_some() && hash(rules) == hash(old)
         };
-        if old.secrets != new.secrets {
-            return Self::default();
+        let asked = {
+            let asked = before.asked.lock().unwrap_or_else(PoisonError::into_inner);
+            let same = asked.iter().filter(|(question, _)| is_same(&question.table));
+            same.map(|(question, end)| (*question, Arc::clone(end))).collect()
+        };
+        let mut http = before.http.clone();
+        http.retain(|table, _| is_same(table));
+        for (table, policy) in &rules.tables {
+            let speaks = |rule: &RuleInfo| matches!(rule.application, model::Application::Http(_));
+            if http.contains_key(table) || !policy.rules.iter().any(speaks) {
+                continue;
+            }
+            let (numbers, list): (Vec<_>, Vec<_>) = policy.http_rules().into_iter().unzip();
+            let made = http.values().chain(before.http.values().filter(|_| same_secrets));
+            let made = made.map(|known| &known.compiled).find(|known| known.rules == list).cloned();
+            match made.map_or_else(|| Compiled::new(list, &rules.secrets), Ok) {
+                Ok(compiled) => _ = http.insert(*table, Arc::new(HttpRules { numbers, compiled })),
+                Err(error) => {
+                    tracing::error!(%error, table, "a rule does not compile; what its table would admit is denied");
+                }
+            }
         }
-        let kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        let kept = kept.iter().filter(|(question, _)| same(&question.table));
-        Self(Mutex::new(kept.map(|(question, end)| (*question, Arc::clone(end))).collect()))
+        Self { http, asked: Mutex::new(asked) }
     }
 
     fn ask(&self, rules: &Rules, question: Question) -> Arc<End> {
-        let mut kept = self.0.lock().unwrap_or_else(PoisonError::into_inner);
-        if let Some(end) = kept.get(&question) {
+        let mut asked = self.asked.lock().unwrap_or_else(PoisonError::into_inner);
+        if let Some(end) = asked.get(&question) {
             return Arc::clone(end);
         }
         let Question { table, identity, prefix, protocol, port } = question;
@@ -172,12 +210,19 @@ impl Demands {
             .tables
             .get(&table)
             .map_or(Demand::Deny(None), |policy| policy.demand(identity, prefix, protocol, port));
-        let end = Arc::new(End::new(demand, &rules.secrets));
-        if kept.len() >= MOST_KEPT {
-            kept.clear();
+        let end = Arc::new(End::new(demand, self.http.get(&table)));
+        if asked.len() >= MOST_KEPT {
+            asked.clear();
         }
-        kept.insert(question, Arc::clone(&end));
+        asked.insert(question, Arc::clone(&end));
         end
+    }
+}
+
+impl Compiled {
+    fn new(rules: Vec<HttpRule>, secrets: &Secrets) -> Result<Arc<Self>, L7Error> {
+        let matcher = HttpMatcher::new(&rules, secrets)?;
+        Ok(Arc::new(Self { rules, matcher }))
     }
 }
 

@@ -27,7 +27,7 @@ pub mod rules;
 mod sandbox;
 pub mod tls;
 
-use std::{path::PathBuf, sync::Arc};
+use std::{path::PathBuf, sync::Arc, thread};
 
 use tokio::runtime::{Builder, Runtime};
 
@@ -76,9 +76,10 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     sandbox::enter(&options.state_dir)?;
     let (log, dns, workers) = (Log::default(), Dns::new(agent), Workers::start(cores)?);
     let proxy = Arc::new(Proxy { rules, log, dns, workers });
-    let main = runtime()?;
-    main.block_on(async {
-        tokio::spawn(link.run(Arc::clone(&proxy)));
+    // Rules may be many: no connection and no question waits until they are read and made ready.
+    let (link, linked) = (link.run(Arc::clone(&proxy)), runtime()?);
+    thread::Builder::new().name("agent".into()).spawn(move || linked.block_on(link))?;
+    runtime()?.block_on(async {
         dns::serve_udp(&proxy, datagrams)?;
         accept::serve(listeners, proxy).await
     })

@@ -64,7 +64,7 @@ impl Snapshot {
         Self {
             generation: before.generation + 1,
             networks: Networks::new(&rules.networks),
-            demands: before.demands.carry(&before.rules, &rules),
+            demands: Demands::new(&rules, &before.demands, &before.rules),
             rules,
         }
     }

@@ -116,3 +116,33 @@ fn a_request_over_http_1() {
         );
     }
 }
+
+/// From the rules' being sent to their acknowledgement, and then for the first request: new ones, one
+/// more of them, and the same for other peers.
+#[test]
+#[ignore = "measures; needs a quiet machine and a release build"]
+fn rules_that_change() {
+    for count in [1, 100, 1000, 10_000] {
+        let all: Vec<String> =
+            (0..=count).map(|n| format!("GET /v{n}/items/[0-9]+(/.*)?")).collect();
+        let all: Vec<&str> = all.iter().map(String::as_str).collect();
+        let world = World::new(rules(1, &[http(&["GET /public"])]));
+        world.server.run(origin(12));
+        let (some, more) = (http(&all[1..]), http(&all));
+        let mut elsewhere = rules(4, &[more.clone()]);
+        elsewhere.addresses.remove(&world::CLIENT6);
+        let versions =
+            [("new", rules(2, &[some])), ("one more", rules(3, &[more])), ("the same", elsewhere)];
+        for (what, rules) in versions {
+            let begun = Instant::now();
+            world.agent.put(rules);
+            let taken = begun.elapsed();
+            let mut stream = world.connect(SERVER4);
+            let asked = Instant::now();
+            stream.write_all(b"GET /v1/items/5 HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+            let answer = world::until(&mut stream, "xxxxxxxxxxxx");
+            assert!(answer.starts_with("HTTP/1.1 200"), "{answer}");
+            println!("{count} rules, {what}: {taken:?} to take over, {:?} to ask", asked.elapsed());
+        }
+    }
+}

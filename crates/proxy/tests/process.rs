@@ -7,14 +7,14 @@ mod world;
 use std::{
     fs,
     io::Write,
-    net::Shutdown,
+    net::{Shutdown, TcpStream},
     os::unix::fs::MetadataExt,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
     thread,
-    time::Duration,
+    time::{Duration, Instant},
 };
 
 use palisade_api::{
@@ -83,9 +83,7 @@ fn rules_from_before_the_machine_started_are_none() {
     world.restart();
     world.await_listener();
     origin.forget();
-    let mut stream = world.connect(SERVER4);
-    stream.write_all(REQUEST).unwrap();
-    assert_eq!(rest(&mut stream), b"");
+    assert_eq!(world.ask(REQUEST), b"");
     assert_eq!(origin.seen().connections, 0);
     world.agent.come_back();
     world.agent.put(rules(1, &[http(&["GET /public"])]));
@@ -186,6 +184,58 @@ fn deltas_are_taken_and_a_wrong_one_ends_the_link() {
     world.agent.accept();
     world.agent.put(rules(7, &[http(&["GET /public"])]));
     assert_eq!(status(&world.ask(REQUEST)), 200);
+}
+
+/// Whoever asks while many rules come is judged by those before; whoever asks then does not wait
+/// until they are ready, nor does a later version that has the same make them ready again.
+#[test]
+fn no_request_waits_for_rules_to_be_made_ready() {
+    const SOON: Duration = Duration::from_millis(300);
+    let patterns: Vec<String> =
+        (0..2000).map(|n| format!("GET /api/v{n}/items/[0-9]+(/.*)?")).collect();
+    let patterns: Vec<&str> = patterns.iter().map(String::as_str).collect();
+    let many = http(&patterns);
+    let world = World::new(rules(1, &[http(&["GET /api/v7/items/1"])]));
+    let _origin = Origin::ok(&world.server);
+    let mut stream = world.connect(SERVER4);
+    let ask = |stream: &mut TcpStream, path: &str| {
+        let begun = Instant::now();
+        stream.write_all(format!("GET {path} HTTP/1.1\r\nHost: a\r\n\r\n").as_bytes()).unwrap();
+        let head = until(stream, "\r\n\r\n");
+        until(stream, if head.contains(" 200 ") { "ok" } else { "denied\r\n" });
+        (status(head.as_bytes()), begun.elapsed())
+    };
+    assert_eq!(ask(&mut stream, "/api/v7/items/1").0, 200);
+    let all = rules(2, &[many.clone()]);
+    let (over, mut times) = (AtomicBool::new(false), Vec::new());
+    thread::scope(|scope| {
+        scope.spawn(|| {
+            world.agent.put(all);
+            over.store(true, Relaxed);
+        });
+        let begun = Instant::now();
+        while !over.load(Relaxed) && begun.elapsed() < world::WAIT {
+            // By either version.
+            let (status, time) = ask(&mut stream, "/api/v7/items/1");
+            assert_eq!(status, 200);
+            times.push(time);
+        }
+    });
+    let slowest = times.iter().max().unwrap();
+    assert!(*slowest < SOON, "{slowest:?} while the rules came");
+    for (path, wanted) in [("/api/v1999/items/5/x", 200), ("/api/v2000/items/5", 403)] {
+        let (status, time) = ask(&mut world.connect(SERVER4), path);
+        assert_eq!(status, wanted);
+        assert!(time < SOON, "{time:?} for {path}");
+    }
+    // What is said of something else makes nobody compile.
+    let begun = Instant::now();
+    let mut later = rules(3, &[many, Application::Tls(Vec::new())]);
+    later.endpoints.insert(CLIENT4, Endpoint { id: 9, identity: 9, ingress: None, egress: None });
+    world.agent.put(later);
+    let (status, time) = ask(&mut world.connect(SERVER4), "/api/v0/items/5");
+    assert_eq!(status, 200);
+    println!("{:?} to take them over again, {time:?} for the first request", begun.elapsed());
 }
 
 #[test]

@@ -11,8 +11,9 @@ pub enum Demand {
     Deny(Option<RuleSource>),
     /// Everything passes, whatever is inside.
     Pass(RuleSource),
-    /// It is HTTP, and these requests pass.
-    Http(Vec<(RuleSource, HttpRule)>),
+    /// It is HTTP, and the requests pass that one of these rules admits: their numbers, whose
+    /// [`CompiledPolicy::http_rules`] say what each admits.
+    Http(Vec<(RuleSource, u32)>),
     /// It is DNS, and questions for these names pass.
     Dns(Vec<(RuleSource, NamePattern)>),
     /// It is TLS, and connections to these server names pass.
@@ -30,11 +31,11 @@ impl CompiledPolicy {
     /// has to be given as soon as one rule asks for it.
     #[must_use]
     pub fn demand(&self, identity: u32, prefix: u32, protocol: u8, port: u16) -> Demand {
-        let rules: Vec<&RuleInfo> = self
+        let rules: Vec<(u32, &RuleInfo)> = self
             .matching(identity, prefix, protocol, port)
-            .filter_map(|number| self.rule(number))
+            .filter_map(|number| Some((number, self.rule(number)?)))
             .collect();
-        let Some(first) = rules.first() else { return Demand::Deny(None) };
+        let Some((_, first)) = rules.first() else { return Demand::Deny(None) };
         let source = first.source.clone();
         if first.action == Action::Deny {
             return Demand::Deny(Some(source));
@@ -43,12 +44,15 @@ impl CompiledPolicy {
         let widens = |rule: &RuleInfo| named(rule) || rule.ports.is_every(protocol);
         match first.application {
             Application::Any => Demand::Pass(source),
-            Application::Http(_) => Demand::Http(gather(&rules, |rule| match &rule.application {
-                Application::Http(list) => list.clone(),
-                Application::Any if widens(rule) => vec![HttpRule::default()],
-                _ => Vec::new(),
+            Application::Http(_) => Demand::Http(gather(&rules, |number, rule| {
+                let admits = match rule.application {
+                    Application::Http(_) => true,
+                    Application::Any => widens(rule),
+                    _ => false,
+                };
+                admits.then_some(number).into_iter().collect()
             })),
-            Application::Dns(_) => Demand::Dns(gather(&rules, |rule| match &rule.application {
+            Application::Dns(_) => Demand::Dns(gather(&rules, |_, rule| match &rule.application {
                 Application::Dns(list) => list.clone(),
                 Application::Any if named(rule) || rule.source == RuleSource::NoDefaultDeny => {
                     vec![NamePattern::everything()]
@@ -57,21 +61,37 @@ impl CompiledPolicy {
             })),
             Application::Tls(_) => {
                 // Without default deny, what is no TLS passes too.
-                if rules.iter().any(|rule| rule.source == RuleSource::NoDefaultDeny) {
+                if rules.iter().any(|(_, rule)| rule.source == RuleSource::NoDefaultDeny) {
                     return Demand::Pass(RuleSource::NoDefaultDeny);
                 }
-                Demand::Tls(gather(&rules, |rule| match &rule.application {
+                Demand::Tls(gather(&rules, |_, rule| match &rule.application {
                     Application::Tls(list) => list.clone(),
                     _ => Vec::new(),
                 }))
             }
         }
     }
+
+    /// What the rules admit of HTTP, in the order of their precedence: the number of each with what
+    /// it asks of a request. One that asks nothing admits every request.
+    #[must_use]
+    pub fn http_rules(&self) -> Vec<(u32, HttpRule)> {
+        let asks = |rule: &RuleInfo| match &rule.application {
+            Application::Http(list) => list.clone(),
+            Application::Any if rule.action == Action::Allow => vec![HttpRule::default()],
+            _ => Vec::new(),
+        };
+        let rules = (0u32..).zip(&self.rules);
+        rules.flat_map(|(n, rule)| asks(rule).into_iter().map(move |ask| (n, ask))).collect()
+    }
 }
 
-fn gather<T>(rules: &[&RuleInfo], asks: impl Fn(&RuleInfo) -> Vec<T>) -> Vec<(RuleSource, T)> {
-    rules
-        .iter()
-        .flat_map(|rule| asks(rule).into_iter().map(|what| (rule.source.clone(), what)))
-        .collect()
+fn gather<T>(
+    rules: &[(u32, &RuleInfo)],
+    asks: impl Fn(u32, &RuleInfo) -> Vec<T>,
+) -> Vec<(RuleSource, T)> {
+    let asks = |(number, rule): &(u32, &RuleInfo)| {
+        asks(*number, rule).into_iter().map(|what| (rule.source.clone(), what)).collect::<Vec<_>>()
+    };
+    rules.iter().flat_map(asks).collect()
 }

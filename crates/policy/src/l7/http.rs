@@ -268,9 +268,20 @@ impl HttpMatcher {
     /// The first rule that matches a request; `None` denies it.
     #[must_use]
     pub fn judge(&self, request: &HttpRequest<'_>) -> Option<Match> {
+        self.judge_by(request, |_| true)
+    }
+
+    /// As [`Self::judge`], by those of the rules that count.
+    #[must_use]
+    pub fn judge_by(
+        &self,
+        request: &HttpRequest<'_>,
+        counts: impl Fn(usize) -> bool,
+    ) -> Option<Match> {
         let mut found: Option<Match> = None;
         let paths = self.paths.matching(request.target.as_bytes());
-        for (rule, ready) in self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule]) {
+        let rules = self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule] && counts(*rule));
+        for (rule, ready) in rules {
             let Some(edits) = ready.judge(request) else { continue };
             let found = found.get_or_insert_with(|| Match { rule, edits: Vec::new() });
             if !self.edits {
@@ -387,10 +398,10 @@ mod tests {
         }
     }
 
-    /// Rule after rule: what [`HttpMatcher::judge`] has to come to.
-    fn one_by_one(rules: &[Alone], request: &HttpRequest<'_>) -> Option<Match> {
+    /// Rule after rule: what [`HttpMatcher::judge_by`] has to come to.
+    fn one_by_one(rules: &[Alone], counts: &[bool], request: &HttpRequest<'_>) -> Option<Match> {
         let mut found: Option<Match> = None;
-        for (n, Alone(path, rest)) in rules.iter().enumerate() {
+        for (n, Alone(path, rest)) in rules.iter().enumerate().filter(|(n, _)| counts[*n]) {
             if !path.as_ref().is_none_or(|path| path.matches(request.target.as_bytes())) {
                 continue;
             }
@@ -468,7 +479,12 @@ mod tests {
                     headers: if random.once_in(2) { &headers } else { &[] },
                 };
                 let found = matcher.judge(&request);
-                assert_eq!(found, one_by_one(&alone, &request), "{rules:?} {request:?}");
+                let all = vec![true; count];
+                assert_eq!(found, one_by_one(&alone, &all, &request), "{rules:?} {request:?}");
+                let some: Vec<bool> = (0..count).map(|_| random.once_in(2)).collect();
+                let of_some = matcher.judge_by(&request, |rule| some[rule]);
+                let wanted = one_by_one(&alone, &some, &request);
+                assert_eq!(of_some, wanted, "{some:?} of {rules:?} {request:?}");
                 *if found.is_some() { &mut allowed } else { &mut denied } += 1;
             }
         }

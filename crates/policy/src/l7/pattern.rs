@@ -51,11 +51,14 @@ impl fmt::Display for Pattern {
     }
 }
 
+/// A text that was a pattern before, where it was written down: it is read again, but compiled, which
+/// tells whether it is too large, only by whoever matches with it.
 impl TryFrom<String> for Pattern {
     type Error = PatternError;
 
     fn try_from(text: String) -> Result<Self, PatternError> {
-        Self::new(&text)
+        parse(&text, Case::Sensitive)?;
+        Ok(Self(text))
     }
 }
 

@@ -84,9 +84,12 @@ impl Lookup {
         match (tables.demand(*identity, *prefix, *protocol, *port), question) {
             (Demand::Pass(rule), _) => Some(rule),
             (Demand::Http(rules), Question::Http(request, secrets)) => {
-                let list: Vec<HttpRule> = rules.iter().map(|(_, rule)| rule.clone()).collect();
+                let source = |rule: u32| rules.iter().find(|(_, number)| *number == rule);
+                let counting = tables.http_rules().into_iter();
+                let counting = counting.filter(|(number, _)| source(*number).is_some());
+                let (numbers, list): (Vec<u32>, Vec<HttpRule>) = counting.unzip();
                 let found = HttpMatcher::new(&list, secrets).expect("checked").judge(request)?;
-                Some(rules[found.rule].0.clone())
+                source(numbers[found.rule]).map(|(source, _)| source.clone())
             }
             (Demand::Dns(names), Question::Dns(name))
             | (Demand::Tls(names), Question::Tls(Some(name))) => {
