@@ -129,7 +129,7 @@ fn rules_that_change() {
         let world = World::new(rules(1, &[http(&["GET /public"])]));
         world.server.run(origin(12));
         let (some, more) = (http(&all[1..]), http(&all));
-        let mut elsewhere = rules(4, &[more.clone()]);
+        let mut elsewhere = rules(4, std::slice::from_ref(&more));
         elsewhere.addresses.remove(&world::CLIENT6);
         let versions =
             [("new", rules(2, &[some])), ("one more", rules(3, &[more])), ("the same", elsewhere)];

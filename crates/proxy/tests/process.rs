@@ -206,7 +206,7 @@ fn no_request_waits_for_rules_to_be_made_ready() {
         (status(head.as_bytes()), begun.elapsed())
     };
     assert_eq!(ask(&mut stream, "/api/v7/items/1").0, 200);
-    let all = rules(2, &[many.clone()]);
+    let all = rules(2, std::slice::from_ref(&many));
     let (over, mut times) = (AtomicBool::new(false), Vec::new());
     thread::scope(|scope| {
         scope.spawn(|| {

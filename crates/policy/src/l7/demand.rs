@@ -11,8 +11,8 @@ pub enum Demand {
     Deny(Option<RuleSource>),
     /// Everything passes, whatever is inside.
     Pass(RuleSource),
-    /// It is HTTP, and the requests pass that one of these rules admits: their numbers, whose
-    /// [`CompiledPolicy::http_rules`] say what each admits.
+    /// It is HTTP, and the requests pass that one of these rules admits; their numbers grow, and
+    /// [`CompiledPolicy::http_rules`] tell what each of them admits.
     Http(Vec<(RuleSource, u32)>),
     /// It is DNS, and questions for these names pass.
     Dns(Vec<(RuleSource, NamePattern)>),
