@@ -254,6 +254,7 @@ fn dumps(tables: &Tables) -> Vec<TableDump> {
         dump(&tables.pod_identities),
         dump(&tables.addresses),
         dump(&tables.prefixes),
+        dump(&tables.names),
         dump(&tables.policy_entries),
         dump(&tables.service_entries),
         dump(&tables.routes),

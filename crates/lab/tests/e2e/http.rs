@@ -95,7 +95,17 @@ impl Client {
 
     /// Asks and waits for the answer's status.
     pub(crate) fn ask(&mut self, method: &str, target: &str) -> io::Result<u16> {
-        let request = format!("{method} {target} HTTP/1.1\r\nhost: origin\r\n\r\n");
+        self.ask_with(method, target, "")
+    }
+
+    /// As [`Self::ask`], with more header lines.
+    pub(crate) fn ask_with(
+        &mut self,
+        method: &str,
+        target: &str,
+        headers: &str,
+    ) -> io::Result<u16> {
+        let request = format!("{method} {target} HTTP/1.1\r\nhost: origin\r\n{headers}\r\n");
         self.stream.write_all(request.as_bytes())?;
         self.status()
     }

@@ -1,0 +1,165 @@
+//! What people see of requests: through `palisade` and `kubectl` alone, in a real cluster.
+
+use std::net::SocketAddr;
+
+use super::{
+    connectivity::palisade,
+    harness::{Lab, eventually},
+    http::{Client, Origin},
+    names::{look_up, serve_names},
+};
+
+const PORT: u16 = 8080;
+const SERVER: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchLabels: {app: near}}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET, path: '/public'}]}}]}]}";
+/// The idiom for seeing all and denying nothing that reaches the port.
+const OPEN: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchLabels: {app: near}}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{}]}}]}]}";
+const NAMES: &str = "spec: {endpointSelector: {matchLabels: {app: near}}, egress: [
+    {toEndpoints: [{matchLabels: {app: server}}]},
+    {toEndpoints: [{matchLabels: {app: names}}],
+     toPorts: [{ports: [{port: '53', protocol: ANY}], rules: {dns: [{matchPattern: '*.example.com'}]}}]}]}";
+const SECRETIVE: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchLabels: {app: near}}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [
+        {path: '/secret', headerMatches: [{name: x-token, secret: {name: token}}]}]}}]}]}";
+
+/// Waits until `palisade observe` prints just one line that holds all of the words.
+fn sees(lab: &Lab, args: &[&str], words: &[&str]) {
+    let args = [&["observe", "--last", "1000"], args].concat();
+    let mut text = String::new();
+    let holds = || {
+        text = palisade(lab, &args).1;
+        let mut lines = text.lines();
+        let line = lines.next().unwrap_or_default();
+        lines.next().is_none() && words.iter().all(|word| line.contains(word))
+    };
+    eventually(&format!("{args:?} shows {words:?}"), holds);
+    println!("{text}");
+}
+
+#[test]
+fn requests_and_questions_are_seen_and_explained() {
+    let lab = Lab::up(1);
+    let [server, near, names] = lab.pods([("server", 1), ("near", 1), ("names", 1)]);
+    let _origin = Origin::start(&server, PORT);
+    let [v4, v6] = server.addresses;
+    serve_names(&names, vec![("api.example.com", v4), ("api.example.com", v6)]);
+    lab.apply_cilium_policy("default", "server", SERVER);
+    lab.apply_cilium_policy("default", "names", NAMES);
+
+    for to in server.addresses {
+        let to = SocketAddr::new(to, PORT);
+        let mut client = Client::connect(&near, to).unwrap();
+        assert_eq!(client.ask("GET", "/public").unwrap(), 200);
+        assert_eq!(client.ask("PUT", "/hidden").unwrap(), 403);
+        let ip = to.ip().to_string();
+        let ends = ["default/near:", "default/server:8080", "ingress"];
+        let allowed = [
+            "FORWARDED",
+            "GET http://origin/public: 200",
+            "CiliumNetworkPolicy default/server spec.ingress[0].toPorts[0].rules.http",
+        ];
+        sees(&lab, &["--ip", &ip, "--http-path", "/pub*"], &[&ends[..], &allowed].concat());
+        let denied = [
+            "DROPPED",
+            "PUT http://origin/hidden: 403",
+            "no rule of CiliumNetworkPolicy default/server allows it",
+        ];
+        for filter in [["--http-status", "4xx"], ["--http-method", "put"], ["--verdict", "dropped"]]
+        {
+            let args = [&["--ip", &ip, "--kind", "request"], &filter[..]].concat();
+            sees(&lab, &args, &[&ends[..], &denied].concat());
+        }
+        let opened = ["--ip", &ip, "--type", "open", "--verdict", "redirected"];
+        sees(&lab, &opened, &["REDIRECTED", "default/near:"]);
+    }
+    for (from, to) in names.addresses.into_iter().zip(server.addresses) {
+        look_up(&near, from, "api.example.com", false).unwrap();
+        look_up(&near, from, "api.example.org", false).unwrap();
+        let (ip, to) = (from.to_string(), to.to_string());
+        let answered = [
+            "FORWARDED",
+            "api.example.com: NOERROR",
+            &to,
+            "CiliumNetworkPolicy default/names spec.egress[1]",
+        ];
+        sees(&lab, &["--ip", &ip, "--dns-name", "*.example.com"], &answered);
+        let refused = [
+            "DROPPED",
+            "api.example.org",
+            "no rule of CiliumNetworkPolicy default/names allows it",
+        ];
+        sees(&lab, &["--ip", &ip, "--dns-name", "api.example.org"], &refused);
+    }
+    explained(&lab);
+    everything_is_seen_and_no_secret_told(&lab);
+    a_secret_that_is_not_there(&lab);
+}
+
+/// A rule that asks nothing allows every request, and has each of them told, but for what must not
+/// be.
+fn everything_is_seen_and_no_secret_told(lab: &Lab) {
+    lab.apply_cilium_policy("default", "server", OPEN);
+    let (server, near) = (lab.pod("default", "server"), lab.pod("default", "near"));
+    for to in server.addresses {
+        let mut client = Client::connect(&near, SocketAddr::new(to, PORT)).unwrap();
+        let secrets = "authorization: Bearer s3cret\r\ncookie: id=s3cret\r\nx-api-key: s3cret\r\n";
+        let target = "/hidden?a=1&access_token=s3cret&b=2";
+        assert_eq!(client.ask_with("DELETE", target, secrets).unwrap(), 200);
+        let ip = to.to_string();
+        let told = [
+            "FORWARDED",
+            "DELETE http://origin/hidden?a=1&access_token=[redacted]&b=2: 200",
+            "CiliumNetworkPolicy default/server spec.ingress[0].toPorts[0].rules.http",
+        ];
+        sees(lab, &["--ip", &ip, "--http-method", "DELETE"], &told);
+    }
+    for format in ["table", "json"] {
+        let (_, text) = palisade(lab, &["observe", "--last", "1000", "-o", format]);
+        assert!(text.contains("[redacted]") && !text.contains("s3cret"), "{text}");
+    }
+}
+
+fn explained(lab: &Lab) {
+    let explain = |request: &str| {
+        let ends = ["--from", "default/near", "--to", "default/server", "--port", "8080"];
+        palisade(lab, &[&["policy", "explain"], &ends[..], &["--http", request]].concat())
+    };
+    let (code, text) = explain("GET /public");
+    assert!(code == 0 && text.starts_with("ALLOWED"), "{code} {text}");
+    assert!(text.contains("CiliumNetworkPolicy default/server"), "{text}");
+    let (code, text) = explain("PUT /hidden");
+    assert!(code != 0 && text.starts_with("DENIED"), "{code} {text}");
+    assert!(text.contains("nearest: ") && text.contains("/public"), "{text}");
+}
+
+fn a_secret_that_is_not_there(lab: &Lab) {
+    let says = |status: &str, words: &[&str]| {
+        let path = "jsonpath={.status.conditions[?(@.type==\"Valid\")]}";
+        eventually(&format!("the condition is {status}, with {words:?}"), || {
+            let text = lab.kubectl(&["get", "cnp", "server", "-o", path]);
+            text.contains(&format!("\"status\":\"{status}\""))
+                && words.iter().all(|word| text.contains(word))
+        });
+    };
+    lab.apply_cilium_policy("default", "server", SECRETIVE);
+    let field = "spec.ingress[0].toPorts[0].rules.http[0].headerMatches";
+    says("False", &["SecretMissing", field, "default.token", "palisade-secrets"]);
+    let (server, near) = (lab.pod("default", "server"), lab.pod("default", "near"));
+    let ask = |token: &str| {
+        let mut client = Client::connect(&near, SocketAddr::new(server.addresses[0], PORT)).ok()?;
+        client.ask_with("GET", "/secret", &format!("x-token: {token}\r\n")).ok()
+    };
+    for token in ["", "right"] {
+        assert_eq!(ask(token), Some(403), "nothing opens without the Secret");
+    }
+    lab.try_kubectl(&["create", "namespace", "palisade-secrets"]);
+    let create = ["create", "secret", "generic", "default.token", "--from-literal=value=right"];
+    lab.kubectl(&[&["-n", "palisade-secrets"], &create[..]].concat());
+    says("True", &["Accepted"]);
+    eventually("the right header passes", || ask("right") == Some(200));
+    assert_eq!(ask("wrong"), Some(403));
+}
