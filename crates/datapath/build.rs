@@ -37,6 +37,7 @@ fn build(source: &Path, target: &Path, root: &Path) -> Result<(), Box<dyn Error>
         .args(["build", "--locked", "--release", "-Z", "build-std=core"])
         .args(["--target", "bpfel-unknown-none", "--target-dir"])
         .arg(target)
+        .args(["--config", &remapped(root)])
         .env("PATH", search_path(root)?);
     // What cargo tells this build script is about the host's build, not about this one.
     for (name, _) in env::vars() {
@@ -53,6 +54,20 @@ fn build(source: &Path, target: &Path, root: &Path) -> Result<(), Box<dyn Error>
         return Err(format!("building the eBPF programs failed; {HELP}\n{message}").into());
     }
     Ok(())
+}
+
+/// The object names its sources, and must not differ from machine to machine because of it.
+fn remapped(root: &Path) -> String {
+    let home = env::var_os("CARGO_HOME").map(PathBuf::from);
+    let cargo = home.or_else(|| Some(PathBuf::from(env::var_os("HOME")?).join(".cargo")));
+    let prefixes = [(Some(root.to_owned()), "/palisade"), (cargo, "/cargo")];
+    let flags: Vec<String> = prefixes
+        .iter()
+        .filter_map(|(from, to)| {
+            Some(format!("{:?}", format!("--remap-path-prefix={}={to}", from.as_ref()?.display())))
+        })
+        .collect();
+    format!("target.bpfel-unknown-none.rustflags=[{}]", flags.join(","))
 }
 
 /// `cargo` of a toolchain that builds `core`: rustup's nightly where it has the source, else
