@@ -301,6 +301,8 @@ fn remove(outcome: io::Result<()>, what: &str) -> Result<()> {
     match outcome {
         Ok(()) => println!("{what} removed"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
+        // Somebody mounted something there, which is empty now.
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => println!("{what} emptied"),
         Err(error) => return Err(error).with_context(|| format!("cannot remove {what}")),
     }
     Ok(())
