@@ -25,7 +25,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, Admin, Readiness},
     cni::{self, Attachments, Endpoints, NewEndpoint, Phase, Server, Settings},
-    endpoints::{self, Lifecycle, NodeLinks, ProgramHealth},
+    endpoints::{self, Lifecycle, NodeLinks, ProgramHealth, Succession},
     engine::{Engine, Outputs, Progress, Rounds},
     fqdn::Names,
     ipam::Ipam,
@@ -36,7 +36,10 @@ use crate::{
     reconcile::{Reconciler, Ways},
     reflect,
     resolve::{LastGood, Resolver, Scope},
-    tables::{TablesReader, TablesWriter, nodes::Node},
+    tables::{
+        TablesReader, TablesWriter,
+        nodes::{Node, Surroundings},
+    },
 };
 
 /// Events that may wait for the engine before their senders do.
@@ -100,7 +103,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         Routing::Native => Side::Uplink,
         Routing::Overlay => Side::Underlay,
     };
-    if let Some(uplink) = &options.uplink {
+    let succession = if datapath.is_anew() {
+        info!("the programs of before have tables of another layout: new ones are filled first");
+        Succession::Later
+    } else {
+        Succession::AtOnce
+    };
+    if let Some(uplink) = options.uplink.as_deref().filter(|_| succession == Succession::AtOnce) {
         datapath.attach(uplink, side)?;
     }
 
@@ -119,14 +128,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let resolver = Resolver::new(scope.clone(), prefixes).with_last_good(last_good);
     let (commands, queue) = mpsc::channel(QUEUE);
     let (progress_sender, progress) = watch::channel(Progress::default());
-    let (route_sender, routes) = watch::channel(Vec::new());
+    let (surroundings_sender, surroundings) = watch::channel(Surroundings::default());
     let (publications, publication_queue) = mpsc::unbounded_channel();
     let health = Arc::new(ProgramHealth::default());
     let proxy = Arc::new(ProxyLink::default());
     let rounds = Arc::new(Rounds::default());
     let outputs = Outputs {
         progress: progress_sender,
-        routes: route_sender,
+        surroundings: surroundings_sender,
         publications: publications.clone(),
         proxy: proxy.clone(),
         rounds: rounds.clone(),
@@ -181,12 +190,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let links = NodeLinks::new(datapath.clone(), netlink.clone());
     let recorded = recorded.iter().filter_map(recorded_endpoint).collect();
     let lifecycle =
-        Lifecycle::restore(links, reader.clone(), progress.clone(), outputs, recorded).await?;
+        Lifecycle::restore(links, reader.clone(), progress.clone(), outputs, recorded, succession)
+            .await?;
     let lifecycle = Arc::new(lifecycle);
-    tasks.spawn(lifecycle.clone().guard());
-    if let Some(uplink) = options.uplink.clone() {
-        tasks.spawn(endpoints::guard_uplink(datapath.clone(), uplink, side, health.clone()));
-    }
 
     // Who asks gets an answer from here on.
     let socket = options.run_dir.join("cni.sock");
@@ -203,14 +209,27 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         observer,
         datapath: datapath.clone(),
         proxy,
-        health,
+        health: health.clone(),
         readiness,
         attachments: server.attachments(),
     });
     tasks.spawn(admin::serve(admin, admin::listen(&options.run_dir)?));
 
-    // The node's own object says which addresses its pods have.
     let open = async {
+        if succession == Succession::Later {
+            synced(&progress).await;
+            datapath.attach_sockets()?;
+            if let Some(uplink) = &options.uplink {
+                datapath.attach(uplink, side)?;
+            }
+            lifecycle.attach_all().await;
+        }
+        let mut keeping = JoinSet::new();
+        keeping.spawn(lifecycle.clone().guard());
+        if let Some(uplink) = options.uplink.clone() {
+            keeping.spawn(endpoints::guard_uplink(datapath.clone(), uplink, side, health));
+        }
+        // The node's own object says which addresses its pods have.
         let node = own_node(&reader, &options.node_name, &progress).await;
         let ipam = Ipam::new(&node.pod_cidrs)?;
         netlink.add_router_addresses(&ipam.routers()).await?;
@@ -221,12 +240,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 Ways::native(netlink.clone())
             }
             Routing::Overlay => {
-                let overlay = Overlay::new(datapath, netlink.clone(), node, mtu)?;
+                let overlay = Overlay::new(datapath, netlink.clone(), mtu);
                 Ways::overlay(netlink.clone(), overlay)
             }
         };
-        let mut keeping = JoinSet::new();
-        keeping.spawn(keep_routes(ways, routes));
+        keeping.spawn(keep_ways(ways, surroundings));
         let settings = Settings { node: options.node_name.clone(), socket, records, mtu };
         let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
             .await
@@ -256,14 +274,19 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 }
 
 async fn client(options: &Options) -> anyhow::Result<Client> {
-    let Some(file) = &options.kubeconfig else {
-        let config = Config::incluster()
-            .context("no --kubeconfig is given, and this is no pod with a service account")?;
-        return Ok(Client::try_from(config)?);
+    let mut config = match &options.kubeconfig {
+        None => Config::incluster()
+            .context("no --kubeconfig is given, and this is no pod with a service account")?,
+        Some(file) => {
+            let kubeconfig = Kubeconfig::read_from(file)
+                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+        }
     };
-    let kubeconfig = Kubeconfig::read_from(file)
-        .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
-    let config = Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?;
+    // A connection can die without a word, as when this node gets another address. Watches notice;
+    // without this, requests would wait for ever.
+    config.read_timeout = Some(Duration::from_secs((reflect::WATCH_SECONDS + 10).into()));
+    config.reset_reader_on_write = true;
     Ok(Client::try_from(config)?)
 }
 
@@ -295,6 +318,14 @@ async fn mtu(
         (Routing::Overlay, Some(end)) => carries.saturating_sub(overlay::overhead(end)),
         _ => carries,
     })
+}
+
+/// Waits until the kernel's tables hold what follows from all inputs.
+async fn synced(progress: &watch::Receiver<Progress>) {
+    let mut progress = progress.clone();
+    if progress.wait_for(|progress| progress.synced).await.is_err() {
+        std::future::pending::<()>().await;
+    }
 }
 
 /// Waits for this node's object with pod networks.
@@ -330,14 +361,14 @@ fn new_endpoint(record: &cni::Record) -> NewEndpoint {
 }
 
 /// Follows what is wanted, and looks from time to time whether somebody undid it.
-async fn keep_routes(ways: Ways, mut routes: watch::Receiver<Vec<crate::tables::nodes::Route>>) {
+async fn keep_ways(ways: Ways, mut surroundings: watch::Receiver<Surroundings>) {
     const LOOK: Duration = Duration::from_secs(5);
     const RETRY: Duration = Duration::from_secs(1);
-    if routes.changed().await.is_err() {
+    if surroundings.changed().await.is_err() {
         return;
     }
     loop {
-        let wanted = routes.borrow_and_update().clone();
+        let wanted = surroundings.borrow_and_update().clone();
         let applied = ways.apply(&wanted).await;
         if let Err(error) = &applied {
             warn!("cannot set the ways to other nodes yet: {error:#}");
@@ -345,7 +376,7 @@ async fn keep_routes(ways: Ways, mut routes: watch::Receiver<Vec<crate::tables::
         let pause = if applied.is_ok() { LOOK } else { RETRY };
         tokio::select! {
             () = tokio::time::sleep(pause) => {}
-            changed = routes.changed() => {
+            changed = surroundings.changed() => {
                 if changed.is_err() {
                     return;
                 }

@@ -22,7 +22,7 @@ use crate::{
     publish::Publication,
     reconcile::{Reconciler, Report},
     resolve::{Outcome, Resolver},
-    tables::{Change, Intent, Tables, TablesWriter, nodes::Route, secrets},
+    tables::{Change, Intent, Tables, TablesWriter, nodes::Surroundings, secrets},
 };
 
 /// So many events at most are taken over in one round.
@@ -82,8 +82,8 @@ pub struct InForce {
 pub struct Outputs {
     /// What is in force.
     pub progress: watch::Sender<Progress>,
-    /// Routes that are wanted.
-    pub routes: watch::Sender<Vec<Route>>,
+    /// The ways to other nodes that are wanted.
+    pub surroundings: watch::Sender<Surroundings>,
     /// What the API server is to learn.
     pub publications: mpsc::UnboundedSender<Publication>,
     /// What the L7 proxy judges by.
@@ -286,10 +286,11 @@ impl Engine {
         for labels in &outcome.unnumbered {
             self.publish(Publication::Identity(labels.clone()));
         }
-        let routes: Vec<Route> = tables.routes.rows().map(|route| (**route).clone()).collect();
-        self.outputs.routes.send_if_modified(|known| {
-            let changed = *known != routes;
-            *known = routes;
+        let routes = tables.routes.rows().map(|route| (**route).clone()).collect();
+        let now = Surroundings { own: self.resolver.own_node(&tables), routes };
+        self.outputs.surroundings.send_if_modified(|known| {
+            let changed = *known != now;
+            *known = now;
             changed
         });
         let last_good = tables

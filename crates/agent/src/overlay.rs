@@ -16,7 +16,7 @@ use palisade_datapath::{
 
 use crate::{
     reconcile::mirror::{address_bytes, ipcache_key},
-    tables::nodes::{Node, Route, Way},
+    tables::nodes::{Node, Route, Surroundings, Way},
 };
 
 /// What an envelope adds: Ethernet, UDP and VXLAN headers, and an IP header of its family.
@@ -29,44 +29,36 @@ pub fn overhead(end: IpAddr) -> u32 {
 pub struct Overlay {
     datapath: Arc<Datapath>,
     netlink: Netlink,
-    node: Node,
-    end: IpAddr,
     mtu: u32,
 }
 
 impl Overlay {
-    /// The end of `node`, for packets of up to `mtu` bytes.
-    ///
-    /// # Errors
-    /// The node has no address.
-    pub fn new(
-        datapath: Arc<Datapath>,
-        netlink: Netlink,
-        node: Node,
-        mtu: u32,
-    ) -> anyhow::Result<Self> {
-        let missing = || format!("node {}: no InternalIP among its addresses", node.name);
-        let end = node.tunnel_end().with_context(missing)?;
-        Ok(Self { datapath, netlink, node, end, mtu })
+    /// For packets of up to `mtu` bytes.
+    pub fn new(datapath: Arc<Datapath>, netlink: Netlink, mtu: u32) -> Self {
+        Self { datapath, netlink, mtu }
     }
 
     /// Makes everything as it must be, whatever somebody did to it.
     ///
     /// # Errors
-    /// What the kernel says. Nothing comes out of the overlay unjudged then.
-    pub async fn apply(&self, routes: &[Route]) -> anyhow::Result<()> {
+    /// This node has no address, or what the kernel says. Nothing comes out of the overlay unjudged
+    /// then.
+    pub async fn apply(&self, wanted: &Surroundings) -> anyhow::Result<()> {
+        let own = wanted.own.as_ref().context("this node has no Node object")?;
+        let missing = || format!("node {}: no InternalIP among its addresses", own.name);
+        let end = own.tunnel_end().with_context(missing)?;
         let link = self.netlink.make_overlay(self.mtu).await?;
+        // A node that cannot be reached from this end cannot come from there either.
+        let reachable: Vec<&Route> =
+            wanted.routes.iter().filter(|route| route.via.is_ipv4() == end.is_ipv4()).collect();
+        let entries: BTreeMap<_, _> = reachable.iter().filter_map(|route| entry(route)).collect();
+        self.datapath.set_tunnels(&entries)?;
         if !self.datapath.is_side_attached(OVERLAY, Side::Overlay)
             && let Err(error) = self.datapath.attach(OVERLAY, Side::Overlay)
         {
             self.netlink.set_down(link.ifindex, "palisade: no program judges here").await?;
             return Err(error.into());
         }
-        // A node that cannot be reached from this end cannot come from there either.
-        let reachable: Vec<&Route> =
-            routes.iter().filter(|route| route.via.is_ipv4() == self.end.is_ipv4()).collect();
-        let entries: BTreeMap<_, _> = reachable.iter().filter_map(|route| entry(route)).collect();
-        self.datapath.set_tunnels(&entries)?;
         if !link.up {
             self.netlink.set_up(link.ifindex).await.with_context(|| {
                 format!("{OVERLAY}: another VXLAN network may hold its UDP port")
@@ -74,22 +66,23 @@ impl Overlay {
         }
         let present: HashSet<IpAddr> =
             self.netlink.addresses().await?.iter().map(|found| found.address.addr()).collect();
-        let tunnels = reachable.iter().filter_map(|route| self.tunnel(route, &present));
-        let pods = self.node.pod_cidrs.clone();
+        let tunnels = reachable.iter().filter_map(|route| tunnel(own, end, route, &present));
+        let pods = own.pod_cidrs.clone();
         Ok(self.netlink.set_tunnels(link.ifindex, tunnels.collect(), pods).await?)
     }
+}
 
-    fn tunnel(&self, route: &Route, present: &HashSet<IpAddr>) -> Option<Tunnel> {
-        let traveller = match route.way {
-            Way::NextHop => return None,
-            Way::Overlay => Traveller::Anybody,
-            Way::OverlayOfPods => Traveller::Pods,
-        };
-        let own = self.node.address_of_family(&route.destination);
-        let source = own.filter(|own| traveller == Traveller::Anybody && present.contains(own));
-        let (dst, remote) = (route.destination, route.via);
-        Some(Tunnel { dst, remote, local: self.end, source, traveller })
-    }
+fn tunnel(own: &Node, end: IpAddr, route: &Route, present: &HashSet<IpAddr>) -> Option<Tunnel> {
+    let traveller = match route.way {
+        Way::NextHop => return None,
+        Way::Overlay => Traveller::Anybody,
+        Way::OverlayOfPods => Traveller::Pods,
+    };
+    let source = own
+        .address_of_family(&route.destination)
+        .filter(|own| traveller == Traveller::Anybody && present.contains(own));
+    let (dst, remote) = (route.destination, route.via);
+    Some(Tunnel { dst, remote, local: end, source, traveller })
 }
 
 fn entry(route: &Route) -> Option<(palisade_abi::IpcacheKey, TunnelValue)> {

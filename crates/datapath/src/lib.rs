@@ -10,6 +10,7 @@ mod grace;
 mod load;
 mod maps;
 pub mod netlink;
+mod pins;
 mod step;
 mod wire;
 

@@ -27,6 +27,7 @@ use crate::{
     events::EventReader,
     grace::Expedited,
     maps::{FlowStats, Maps, Metrics},
+    pins,
     step::Kernel,
 };
 
@@ -113,11 +114,13 @@ pub struct Datapath {
     object: Mutex<Ebpf>,
     maps: Arc<Maps>,
     links: PathBuf,
+    cgroup: PathBuf,
+    anew: bool,
 }
 
 impl Datapath {
     /// Loads the programs, with the tables that are pinned already where there are any, and
-    /// attaches the socket programs.
+    /// attaches the socket programs, unless [`Self::is_anew`].
     ///
     /// # Errors
     /// See [`LoadError`].
@@ -128,6 +131,7 @@ impl Datapath {
             fs::create_dir_all(path)
                 .map_err(|source| LoadError::Bpffs { path: path.clone(), source })?;
         }
+        let anew = pins::make_way(OBJECT, &tables)?;
         let mut object = EbpfLoader::new().default_map_pin_directory(&tables).load(OBJECT)?;
         for name in PACKET_PROGRAMS {
             classifier(&mut object, name)?
@@ -136,9 +140,24 @@ impl Datapath {
         }
         set_clock(&mut object)?;
         let maps = Arc::new(Maps::take(&mut object)?);
-        let datapath = Self { object: Mutex::new(object), maps, links };
-        datapath.attach_sockets(&config.cgroup)?;
+        let cgroup = config.cgroup.clone();
+        let datapath = Self { object: Mutex::new(object), maps, links, cgroup, anew };
+        if anew {
+            datapath
+                .maps
+                .begin_revisions()
+                .map_err(|source| LoadError::Map { name: map::ENDPOINT_ROWS, source })?;
+        } else {
+            datapath.attach_sockets()?;
+        }
         Ok(datapath)
+    }
+
+    /// Whether the tables are new and empty while programs of before judge by their own, of
+    /// another layout. Then the programs here are to be attached when the tables are filled.
+    #[must_use]
+    pub fn is_anew(&self) -> bool {
+        self.anew
     }
 
     /// The tables.
@@ -220,6 +239,15 @@ impl Datapath {
         self.maps
             .set_tunnels(wanted)
             .map_err(|source| LoadError::Map { name: map::TUNNELS, source })
+    }
+
+    /// Whether programs, be they of before, judge what passes an interface both ways.
+    #[must_use]
+    pub fn is_judged(&self, interface: &str) -> bool {
+        [TcAttachType::Ingress, TcAttachType::Egress].into_iter().all(|direction| {
+            SchedClassifier::query_tcx(interface, direction)
+                .is_ok_and(|(_, attached)| !attached.is_empty())
+        })
     }
 
     fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {
@@ -356,9 +384,13 @@ impl Datapath {
         Ok(())
     }
 
-    fn attach_sockets(&self, cgroup: &Path) -> Result<(), LoadError> {
-        let directory = fs::File::open(cgroup)
-            .map_err(|source| LoadError::Cgroup { path: cgroup.to_owned(), source })?;
+    /// Attaches the socket programs.
+    ///
+    /// # Errors
+    /// [`LoadError::Cgroup`], [`LoadError::Program`] or [`LoadError::Pin`].
+    pub fn attach_sockets(&self) -> Result<(), LoadError> {
+        let directory = fs::File::open(&self.cgroup)
+            .map_err(|source| LoadError::Cgroup { path: self.cgroup.clone(), source })?;
         let mut object = self.lock();
         for name in SOCKET_PROGRAMS {
             let pin = self.pin(name, "cgroup");
@@ -411,7 +443,7 @@ fn pinned(path: &Path) -> Result<Option<FdLink>, LoadError> {
     }
 }
 
-fn remove_pin(path: &Path) -> Result<(), LoadError> {
+pub(crate) fn remove_pin(path: &Path) -> Result<(), LoadError> {
     match fs::remove_file(path) {
         Err(error) if error.kind() != io::ErrorKind::NotFound => Err(pin_error(path, error)),
         _ => Ok(()),

@@ -16,6 +16,7 @@ use palisade_abi::{
     METRICS_LEN, MetricsValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue,
     TunnelValue, event_flags, flow_flags, limits, map, metric_index, row_flags,
 };
+use rustix::rand::{GetRandomFlags, getrandom};
 
 use crate::{
     load::LoadError,
@@ -113,6 +114,20 @@ impl Maps {
 
     fn lock(&self) -> MutexGuard<'_, Tables> {
         self.tables.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+
+    /// Lets the revisions of tables that are new begin where none of before is met: flows that were
+    /// judged by other tables are still there.
+    pub(crate) fn begin_revisions(&self) -> Result<(), MapError> {
+        let mut start = [0; size_of::<u32>()];
+        getrandom(&mut start, GetRandomFlags::empty())
+            .map_err(|error| MapError::IoError(error.into()))?;
+        let revision = u32::from_ne_bytes(start).max(1);
+        let mut tables = self.lock();
+        for row in 0..limits::ENDPOINT_ROWS {
+            tables.rows.set(row, Wire(EndpointRow { revision, ..EndpointRow::default() }), 0)?;
+        }
+        (0..limits::SHARDS).try_for_each(|shard| tables.shards.set(shard, revision, 0))
     }
 
     /// Removes the TCP flows that expired before `now` (low 32 bits of the jiffies).

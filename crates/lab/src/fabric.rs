@@ -8,7 +8,9 @@ use std::{fs, io};
 
 use anyhow::Context;
 use futures::TryStreamExt;
-use rtnetlink::packet_route::address::{AddressAttribute, AddressFlags, AddressHeaderFlags};
+use rtnetlink::packet_route::address::{
+    AddressAttribute, AddressFlags, AddressHeaderFlags, AddressScope,
+};
 use rtnetlink::{Handle, LinkBridge, LinkUnspec, LinkVeth, RouteMessageBuilder};
 
 use crate::layout::{API_PORT, FABRIC_NETNS, FABRIC_V4, FABRIC_V6, MTU, NodePlan};
@@ -138,10 +140,32 @@ async fn index(handle: &Handle, name: &str) -> anyhow::Result<u32> {
     Ok(link.with_context(|| format!("no interface {name}"))?.header.index)
 }
 
+/// The addresses at which a node is reached, IPv4 first.
+pub fn addresses(node: &NodePlan) -> anyhow::Result<Vec<IpAddr>> {
+    within(&node.netns_path(), || async {
+        let handle = connect()?;
+        let uplink = index(&handle, UPLINK).await?;
+        let request = handle.address().get().set_link_index_filter(uplink);
+        let found: Vec<_> = request.execute().try_collect().await?;
+        let of_message = |attributes: Vec<AddressAttribute>| {
+            attributes.into_iter().find_map(|attribute| match attribute {
+                AddressAttribute::Address(address) => Some(address),
+                _ => None,
+            })
+        };
+        let global = found.into_iter().filter(|it| it.header.scope == AddressScope::Universe);
+        let mut addresses: Vec<IpAddr> =
+            global.filter_map(|message| of_message(message.attributes)).collect();
+        addresses.sort_by_key(IpAddr::is_ipv6);
+        Ok(addresses)
+    })
+}
+
 /// Runs `work` in the network namespace at `path`, with a runtime of its own.
-fn within<F, W>(path: &Path, work: W) -> anyhow::Result<()>
+fn within<T, F, W>(path: &Path, work: W) -> anyhow::Result<T>
 where
-    F: Future<Output = anyhow::Result<()>>,
+    T: Send + 'static,
+    F: Future<Output = anyhow::Result<T>>,
     W: FnOnce() -> F + Send + 'static,
 {
     netns::run_in(path, move || {

@@ -1,5 +1,6 @@
 //! Nodes as the cluster sees them: programs that are kept running, and Node objects that tell of it.
 
+use std::net::IpAddr;
 use std::os::unix::fs::MetadataExt;
 use std::os::unix::process::ExitStatusExt;
 use std::path::{Path, PathBuf};
@@ -18,7 +19,7 @@ use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
 use tokio::net::UnixStream;
 use tokio::process::{Child, Command};
 
-use crate::fabric::UPLINK;
+use crate::fabric::{self, UPLINK};
 use crate::layout::{Layout, NodePlan};
 
 /// How often a ready agent is asked.
@@ -171,7 +172,7 @@ impl Keeper {
     /// Keeps the Node object true until the lab ends.
     pub async fn keep_status(&self, client: &Client) {
         let api = Api::<Node>::all(client.clone());
-        let mut told: Option<bool> = None;
+        let mut told: Option<(bool, Vec<IpAddr>)> = None;
         let mut since = jiff::Timestamp::now();
         let mut written = tokio::time::Instant::now();
         loop {
@@ -185,21 +186,36 @@ impl Keeper {
                 Err(_) => Some("agent does not answer in time".to_owned()),
             };
             let ready = problem.is_none();
-            if told != Some(ready) || written.elapsed() > HEARTBEAT {
-                if told != Some(ready) {
+            let now = (ready, self.addresses().await);
+            if told.as_ref() != Some(&now) || written.elapsed() > HEARTBEAT {
+                if told.as_ref().is_none_or(|(told, _)| *told != ready) {
                     since = jiff::Timestamp::now();
                 }
-                let status = node_status(&self.node, since, problem);
+                let status = node_status(&self.node, &now.1, since, problem);
                 let patch = Patch::Merge(json!({"status": status}));
                 match api.patch_status(&self.node.name, &PatchParams::default(), &patch).await {
                     Ok(_) => {
-                        told = Some(ready);
+                        told = Some(now);
                         written = tokio::time::Instant::now();
                     }
                     Err(error) => tracing::warn!("status of {}: {error}", self.node.name),
                 }
             }
             tokio::time::sleep(if ready { PERIOD } else { IMPATIENT }).await;
+        }
+    }
+
+    /// As the node's interface has them, which somebody may give others.
+    async fn addresses(&self) -> Vec<IpAddr> {
+        let node = self.node.clone();
+        let found = tokio::task::spawn_blocking(move || fabric::addresses(&node)).await;
+        match found {
+            Ok(Ok(found)) => found,
+            Ok(Err(error)) => {
+                tracing::warn!("addresses of {}: {error:#}", self.node.name);
+                Vec::new()
+            }
+            Err(_) => Vec::new(),
         }
     }
 
@@ -218,7 +234,12 @@ impl Keeper {
     }
 }
 
-fn node_status(node: &NodePlan, since: jiff::Timestamp, problem: Option<String>) -> Value {
+fn node_status(
+    node: &NodePlan,
+    addresses: &[IpAddr],
+    since: jiff::Timestamp,
+    problem: Option<String>,
+) -> Value {
     let now = json!(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(jiff::Timestamp::now()));
     let since = json!(k8s_openapi::apimachinery::pkg::apis::meta::v1::Time(since));
     let condition = |kind: &str, status: bool, reason: &str, message: &str| {
@@ -245,7 +266,7 @@ fn node_status(node: &NodePlan, since: jiff::Timestamp, problem: Option<String>)
         "ephemeral-storage": "10Gi",
     });
     let mut addresses: Vec<Value> =
-        node.addresses().iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
+        addresses.iter().map(|ip| json!({"type": "InternalIP", "address": ip})).collect();
     addresses.push(json!({"type": "Hostname", "address": node.name}));
     json!({
         "addresses": addresses,

@@ -43,6 +43,8 @@ pub trait Attach: Send + Sync + 'static {
     fn sweep(&self) -> impl Future<Output = Result<(), String>> + Send;
     /// Whether they are there.
     fn is_attached(&self, interface: &str) -> bool;
+    /// Whether programs, be they of an agent before, judge what passes the interface.
+    fn is_judged(&self, interface: &str) -> bool;
     /// How the interface is.
     ///
     /// # Errors
@@ -95,6 +97,10 @@ impl Attach for NodeLinks {
 
     fn is_attached(&self, interface: &str) -> bool {
         self.datapath.is_attached(interface)
+    }
+
+    fn is_judged(&self, interface: &str) -> bool {
+        self.datapath.is_judged(interface)
     }
 
     async fn link(&self, endpoint: &Endpoint) -> Result<LinkState, String> {

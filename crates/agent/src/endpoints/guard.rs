@@ -99,6 +99,13 @@ impl<A: Attach> Lifecycle<A> {
         }
     }
 
+    /// Attaches all programs, in place of those of before.
+    pub async fn attach_all(&self) {
+        for guarded in self.guarded() {
+            self.secure(&guarded).await;
+        }
+    }
+
     /// Attaches the programs, or else takes the interface down. Returns how the interface is then.
     pub(super) async fn secure(&self, guarded: &Guarded) -> LinkState {
         let Guarded { attachment, endpoint } = guarded;

@@ -20,6 +20,7 @@ struct Fake {
     refuses: AtomicBool,
     immovable: AtomicBool,
     attached: AtomicBool,
+    attached_before: AtomicBool,
     gone: AtomicBool,
     down: AtomicBool,
 }
@@ -44,6 +45,10 @@ impl Attach for Arc<Fake> {
 
     fn is_attached(&self, _: &str) -> bool {
         self.attached.load(Ordering::SeqCst)
+    }
+
+    fn is_judged(&self, _: &str) -> bool {
+        self.attached_before.load(Ordering::SeqCst) || self.attached.load(Ordering::SeqCst)
     }
 
     async fn link(&self, _: &Endpoint) -> Result<LinkState, String> {
@@ -84,6 +89,10 @@ struct Bench {
 
 impl Bench {
     async fn restart(link: Arc<Fake>) -> Self {
+        Self::restart_with(link, Succession::AtOnce).await
+    }
+
+    async fn restart_with(link: Arc<Fake>, succession: Succession) -> Self {
         let (commands, told) = mpsc::channel(8);
         let (publications, _) = mpsc::unbounded_channel();
         let health = Arc::new(ProgramHealth::default());
@@ -91,9 +100,10 @@ impl Bench {
         let tables = TablesWriter::default().reader();
         let progress = watch::channel(Progress::default()).1;
         let recorded = vec![(record(), 7)];
-        let lifecycle = Lifecycle::restore(link.clone(), tables, progress, outputs, recorded)
-            .await
-            .expect("an engine that listens");
+        let lifecycle =
+            Lifecycle::restore(link.clone(), tables, progress, outputs, recorded, succession)
+                .await
+                .expect("an engine that listens");
         Self { link, lifecycle, health, told }
     }
 
@@ -169,6 +179,24 @@ async fn an_endpoint_without_interface_is_none() {
     let mut bench = Bench::restart(link).await;
     assert_eq!(bench.restored(), 0);
     assert_eq!(bench.health.problems(), Vec::<String>::new());
+}
+
+#[tokio::test]
+async fn programs_of_before_judge_until_the_new_tables_are_filled() {
+    let link = Arc::new(Fake::default());
+    link.attached_before.store(true, Ordering::SeqCst);
+    let mut bench = Bench::restart_with(link, Succession::Later).await;
+    assert!(!bench.link.attached.load(Ordering::SeqCst));
+    assert_eq!(bench.restored(), 1, "the tables are filled for it");
+    bench.lifecycle.attach_all().await;
+    assert!(bench.link.attached.load(Ordering::SeqCst));
+    assert_eq!(bench.health.reattached(), 0, "nobody detached anything");
+}
+
+#[tokio::test]
+async fn a_pod_that_nothing_judges_is_not_left_so() {
+    let bench = Bench::restart_with(Arc::new(Fake::default()), Succession::Later).await;
+    assert!(bench.link.attached.load(Ordering::SeqCst));
 }
 
 #[tokio::test]

@@ -26,6 +26,7 @@ use crate::{
     resolve::{Resolver, Scope},
     tables::{
         ObjectName, POLICY_KINDS, TablesWriter,
+        nodes::Surroundings,
         nodes::{Node, NodeSource},
         pods::Endpoint,
         policies::{PolicyContent, PolicyObject},
@@ -98,7 +99,7 @@ impl Bench {
         let (progress_sender, progress) = watch::channel(Progress::default());
         let outputs = Outputs {
             progress: progress_sender,
-            routes: watch::channel(Vec::new()).0,
+            surroundings: watch::channel(Surroundings::default()).0,
             publications: mpsc::unbounded_channel().0,
             proxy: Arc::default(),
             rounds: Arc::default(),

@@ -7,7 +7,7 @@ use palisade_datapath::netlink::{Netlink, NetlinkError, Route as KernelRoute};
 
 use crate::{
     overlay::Overlay,
-    tables::nodes::{Route, Way},
+    tables::nodes::{Route, Surroundings, Way},
 };
 
 /// Keeps the ways to other nodes as they are wanted.
@@ -31,11 +31,11 @@ impl Ways {
     ///
     /// # Errors
     /// The kernel refuses.
-    pub async fn apply(&self, wanted: &[Route]) -> anyhow::Result<()> {
+    pub async fn apply(&self, wanted: &Surroundings) -> anyhow::Result<()> {
         if let Some(overlay) = &self.overlay {
             overlay.apply(wanted).await?;
         }
-        let next_hops = wanted.iter().filter(|route| route.way == Way::NextHop);
+        let next_hops = wanted.routes.iter().filter(|route| route.way == Way::NextHop);
         Ok(self.set_next_hops(next_hops).await?)
     }
 

@@ -13,6 +13,11 @@ use crate::tables::{
 };
 
 impl Resolver {
+    /// This node, as nobody but the cluster's administrators can write it.
+    pub fn own_node(&self, tables: &Tables) -> Option<Node> {
+        tables.nodes.get(&self.scope.node).map(|node| (**node).clone())
+    }
+
     /// Takes over the addresses of nodes.
     pub(super) fn note_nodes(&mut self, tables: &mut Tables, dirty: &mut Dirty) {
         let mut deltas = tables.nodes.take_changes();
@@ -21,8 +26,10 @@ impl Resolver {
             return;
         }
         dirty.nodes = true;
-        for delta in &deltas {
-            dirty.addresses.extend(both(delta).flat_map(|node| node.own_addresses()));
+        for node in deltas.iter().flat_map(both) {
+            dirty.addresses.extend(node.own_addresses());
+            let claims = tables.cilium_nodes.get(&node.name);
+            dirty.addresses.extend(claims.into_iter().flat_map(|claims| claims.own_addresses()));
         }
         self.node_addresses.clear();
         let (own, others): (Vec<_>, Vec<_>) =
@@ -31,11 +38,22 @@ impl Resolver {
         // agent's writing, and whoever can edit that must not be able to name a pod the host.
         let own = own.into_iter().filter(|node| node.source == NodeSource::Node);
         for node in own.chain(others) {
-            for address in node.own_addresses() {
+            for address in node.own_addresses().filter(|address| may_claim(tables, node, address)) {
                 self.node_addresses.entry(address).or_insert_with(|| node.name.clone());
             }
         }
     }
+}
+
+/// A `CiliumNode` is its agent's writing, and comes late where the node got other addresses: it adds
+/// nothing to what the node's own object says but addresses in the node's pod networks.
+fn may_claim(tables: &Tables, node: &Node, address: &IpAddr) -> bool {
+    if node.source == NodeSource::Node {
+        return true;
+    }
+    tables.nodes.get(&node.name).is_none_or(|told| {
+        told.addresses.contains(address) || told.pod_cidrs.iter().any(|net| net.contains(address))
+    })
 }
 
 /// One route for each network of another node's pods, over the node's address of that family.

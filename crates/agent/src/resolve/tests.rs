@@ -89,6 +89,19 @@ fn a_node_is_host_to_itself_and_remote_to_others() {
 }
 
 #[test]
+fn an_address_that_a_node_lost_is_nobodys_whatever_its_cilium_node_says() {
+    let before = || {
+        vec![
+            node(FAR, NodeSource::Node, &["192.0.2.2"]),
+            node(FAR, NodeSource::CiliumNode, &["192.0.2.2"]),
+        ]
+    };
+    assert_eq!(owner_of("192.0.2.2", before()).map(|it| it.identity), Some(number::REMOTE_NODE));
+    let after = before().into_iter().chain([node(FAR, NodeSource::Node, &["192.0.2.3"])]).collect();
+    assert_eq!(owner_of("192.0.2.2", after), None);
+}
+
+#[test]
 fn no_object_turns_an_endpoint_into_the_host() {
     for source in [NodeSource::Node, NodeSource::CiliumNode] {
         for name in [OWN, FAR] {

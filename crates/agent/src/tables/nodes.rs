@@ -115,3 +115,12 @@ impl Row for Route {
         vec![self.destination.to_string(), self.via.to_string(), self.node.clone()]
     }
 }
+
+/// What the ways to other nodes follow from.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Surroundings {
+    /// This node, as its own object says; its addresses may change.
+    pub own: Option<Node>,
+    /// The ways that are wanted.
+    pub routes: Vec<Route>,
+}

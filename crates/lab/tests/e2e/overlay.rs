@@ -26,7 +26,7 @@ const TRAP: u16 = 9999;
 const MTU: usize = 1450;
 const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Echo];
 
-fn answers(from: &Pod, to: &[IpAddr]) -> Vec<Answer> {
+pub(crate) fn answers(from: &Pod, to: &[IpAddr]) -> Vec<Answer> {
     probe::allow_echo(from);
     let targets = to
         .iter()
@@ -34,7 +34,7 @@ fn answers(from: &Pod, to: &[IpAddr]) -> Vec<Answer> {
     probe::start(from, targets.collect()).join().unwrap().unwrap()
 }
 
-fn all(answers: &[Answer], expected: Answer) -> bool {
+pub(crate) fn all(answers: &[Answer], expected: Answer) -> bool {
     answers.iter().all(|answer| *answer == expected)
 }
 
@@ -48,7 +48,7 @@ fn seen(from: &Pod, at: &Pod, address: IpAddr) -> IpAddr {
     peer.ip()
 }
 
-fn command(pod: &Pod, line: &str) -> String {
+pub(crate) fn command(pod: &Pod, line: &str) -> String {
     let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
     pod.run(move || Ok(text(&Command::new(&words[0]).args(&words[1..]).output()?)))
 }
