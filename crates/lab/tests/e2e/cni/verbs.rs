@@ -2,7 +2,7 @@
 
 use std::{
     fs,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
 };
 
 use palisade_lab::{nodes::Program, sys::netns};
@@ -12,7 +12,7 @@ use super::{Container, Node, Traces, addresses, keep_away};
 use crate::{
     harness::{Lab, Pod, eventually},
     probe::{self, Answer, Protocol, Target, allow_echo},
-    traffic::serve_echo_on,
+    traffic::{serve_echo_at, serve_echo_on},
 };
 
 fn start() -> (Lab, Node) {
@@ -193,7 +193,10 @@ fn a_collection_removes_what_it_must_and_nothing_else(node: &Node) {
 fn the_first_packet_arrives(lab: &Lab, node: &Node) {
     const PORT: u16 = 4321;
     let host = lab.node(1);
-    serve_echo_on(&host, PORT);
+    // At its addresses one by one: a datagram's answer comes from where it was asked.
+    for address in host.addresses {
+        serve_echo_at(&host, SocketAddr::new(address, PORT));
+    }
     allow_echo(&host);
     for round in 0..20 {
         let container = Container::new(node, &format!("first{round}"));
