@@ -32,11 +32,13 @@ pub enum DropReason {
     ProxyBypassed = 14,
     /// The proxy has to see the traffic, and it does not listen.
     ProxyGone = 15,
+    /// It would leave with a pod's address, and the node's cannot stand for it.
+    NotMasqueraded = 16,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 15] = [
+    pub const ALL: [Self; 16] = [
         Self::EgressDenied,
         Self::IngressDenied,
         Self::PolicyMissing,
@@ -52,6 +54,7 @@ impl DropReason {
         Self::Internal,
         Self::ProxyBypassed,
         Self::ProxyGone,
+        Self::NotMasqueraded,
     ];
 
     /// The reason with this number; none for a number that no program of this version writes.
@@ -79,6 +82,7 @@ impl DropReason {
             Self::Internal => "internal error",
             Self::ProxyBypassed => "proxy bypassed",
             Self::ProxyGone => "proxy not running",
+            Self::NotMasqueraded => "cannot be masqueraded",
         }
     }
 }

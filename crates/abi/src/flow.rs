@@ -147,8 +147,8 @@ pub struct FlowValue {
     pub nat_address: [u8; 16],
     /// Port that goes with it.
     pub nat_port: u16,
-    /// Zero.
-    pub reserved: u16,
+    /// The node's port of a masqueraded flow; 0 where it has none.
+    pub masquerade_port: u16,
     /// Zero.
     pub reserved2: u32,
 }

@@ -14,6 +14,7 @@ mod event;
 mod flow;
 mod fragment;
 pub mod limits;
+mod masquerade;
 mod metrics;
 mod policy;
 mod proxy;
@@ -28,6 +29,7 @@ pub use endpoint::{
 pub use event::{Event, EventKind, event_flags};
 pub use flow::{FlowKey4, FlowKey6, FlowValue, flow_direction, flow_flags};
 pub use fragment::{FragmentKey, FragmentValue};
+pub use masquerade::{MASQUERADE_FIRST_PORT, MasqueradeKey, MasqueradeSettings, MasqueradeValue};
 pub use metrics::{METRICS_LEN, MetricsValue, metric_index};
 pub use policy::{
     CHUNK_RULES, ChunkKey, ChunkValue, MAX_CHUNKS, PREFIX_ID_BIT, PREFIX_POD_BIT, PeerKey,
@@ -78,6 +80,10 @@ pub mod map {
     pub const SOCKETS: &str = "SOCKETS";
     /// [`crate::FragmentKey`] → [`crate::FragmentValue`], LRU hash.
     pub const FRAGMENTS: &str = "FRAGMENTS";
+    /// Index 0: [`crate::MasqueradeSettings`], array.
+    pub const MASQUERADE: &str = "MASQUERADE";
+    /// [`crate::MasqueradeKey`] → [`crate::MasqueradeValue`], LRU hash.
+    pub const MASQUERADED: &str = "MASQUERADED";
     /// [`crate::metric_index`] → [`crate::MetricsValue`], per-CPU array.
     pub const METRICS: &str = "METRICS";
     /// [`crate::Event`] records, ring buffer.

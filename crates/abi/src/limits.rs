@@ -28,5 +28,7 @@ pub const BACKENDS: u32 = 262_144;
 pub const SOCKETS: u32 = 131_072;
 /// Fragmented datagrams in flight.
 pub const FRAGMENTS: u32 = 8192;
+/// Ports of masqueraded flows.
+pub const MASQUERADED: u32 = 131_072;
 /// Bytes of the event ring.
 pub const EVENTS_BYTES: u32 = 2 << 20;

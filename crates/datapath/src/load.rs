@@ -21,7 +21,7 @@ use aya::{
         tc::{SchedClassifierLink, TcAttachOptions},
     },
 };
-use palisade_abi::{IpcacheKey, TunnelValue, map};
+use palisade_abi::{IpcacheKey, MasqueradeSettings, TunnelValue, map};
 
 use crate::{
     events::EventReader,
@@ -248,6 +248,16 @@ impl Datapath {
             SchedClassifier::query_tcx(interface, direction)
                 .is_ok_and(|(_, attached)| !attached.is_empty())
         })
+    }
+
+    /// Says whether pods are masqueraded, and with which addresses.
+    ///
+    /// # Errors
+    /// The kernel refuses a read or a write.
+    pub fn set_masquerade(&self, wanted: &MasqueradeSettings) -> Result<(), LoadError> {
+        self.maps
+            .set_masquerade(wanted)
+            .map_err(|source| LoadError::Map { name: map::MASQUERADE, source })
     }
 
     fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {

@@ -13,8 +13,9 @@ use aya::{
 use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, DropReason, EndpointKey, EndpointRow,
     EndpointValue, Event, EventKind, FlowKey4, FlowKey6, FlowValue, IpcacheKey, IpcacheValue,
-    METRICS_LEN, MetricsValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue,
-    TunnelValue, event_flags, flow_flags, limits, map, metric_index, row_flags,
+    METRICS_LEN, MasqueradeSettings, MetricsValue, PeerKey, PeerValue, PortKey, PortValue,
+    ServiceKey, ServiceValue, TunnelValue, event_flags, flow_flags, limits, map, metric_index,
+    row_flags,
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -40,6 +41,7 @@ struct Tables {
     backends: Hash<BackendKey, BackendValue>,
     flows4: [Hash<FlowKey4, FlowValue>; 2],
     flows6: [Hash<FlowKey6, FlowValue>; 2],
+    masquerade: Array<MapData, Wire<MasqueradeSettings>>,
     metrics: PerCpuArray<MapData, Wire<MetricsValue>>,
 }
 
@@ -107,6 +109,7 @@ impl Maps {
             backends: take(object, map::BACKENDS)?,
             flows4: [take(object, map::FLOWS4)?, take(object, map::FLOWS4_ANY)?],
             flows6: [take(object, map::FLOWS6)?, take(object, map::FLOWS6_ANY)?],
+            masquerade: take(object, map::MASQUERADE)?,
             metrics: take(object, map::METRICS)?,
         };
         Ok(Self { tables: Mutex::new(tables) })
@@ -182,6 +185,15 @@ impl Maps {
             tunnels.insert(&LpmKey::new(key.prefix_len, key.address), Wire(*value), 0)?;
         }
         Ok(())
+    }
+
+    /// Written only where it changes: packets read it meanwhile.
+    pub(crate) fn set_masquerade(&self, wanted: &MasqueradeSettings) -> Result<(), MapError> {
+        let map = &mut self.lock().masquerade;
+        if map.get(&0, 0)?.0 == *wanted {
+            return Ok(());
+        }
+        map.set(0, Wire(*wanted), 0)
     }
 
     pub(crate) fn metrics(&self) -> Result<Metrics, MapError> {

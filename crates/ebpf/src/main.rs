@@ -13,12 +13,14 @@ mod fast;
 mod flow;
 mod guard;
 mod maps;
+mod masquerade;
 mod net;
 mod packet;
 mod policy;
 mod proxied;
 mod proxy;
 mod refuse;
+mod rewrite;
 mod service;
 mod slow;
 mod socket;
@@ -120,14 +122,17 @@ pub fn from_overlay(context: TcContext) -> i32 {
 #[classifier]
 pub fn to_net(context: TcContext) -> i32 {
     let skb = context.as_ptr().cast();
-    if !proxy::sent(skb) {
-        return slow::TC_ACT_OK;
+    let sent = proxy::sent(skb);
+    if sent {
+        let verdict = proxied(skb, Hook::ToNet);
+        let verdict = if verdict == UNDECIDED { slow::slow(skb, Hook::ToNet) } else { verdict };
+        // From the overlay it goes on to the uplink in an envelope, which is the node's own.
+        proxy::unmark(skb);
+        if verdict != slow::TC_ACT_OK {
+            return verdict;
+        }
     }
-    let verdict = proxied(skb, Hook::ToNet);
-    let verdict = if verdict == UNDECIDED { slow::slow(skb, Hook::ToNet) } else { verdict };
-    // From the overlay it goes on to the uplink in an envelope, which is the node's own.
-    proxy::unmark(skb);
-    verdict
+    masquerade::leave(skb, sent)
 }
 
 #[classifier]

@@ -8,8 +8,9 @@ use aya_ebpf::{
 use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, EndpointKey, EndpointRow,
     EndpointValue, FlowKey4, FlowKey6, FlowValue, FragmentKey, FragmentValue, IpcacheValue,
-    METRICS_LEN, MetricsValue, PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue,
-    SocketKey, SocketValue, TunnelValue, limits,
+    METRICS_LEN, MasqueradeKey, MasqueradeSettings, MasqueradeValue, MetricsValue, PeerKey,
+    PeerValue, PortKey, PortValue, ServiceKey, ServiceValue, SocketKey, SocketValue, TunnelValue,
+    limits,
 };
 
 // Policy and service tables change while packets read them. Without preallocation an element that
@@ -60,6 +61,13 @@ pub static BACKENDS: HashMap<BackendKey, BackendValue> =
     HashMap::pinned(limits::BACKENDS, BPF_F_NO_PREALLOC);
 #[map]
 pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::pinned(limits::SOCKETS, 0);
+
+#[map]
+pub static MASQUERADE: Array<MasqueradeSettings> = Array::pinned(1, 0);
+/// A full table evicts the port that was used last; its flow gets another, or the same one again.
+#[map]
+pub static MASQUERADED: LruHashMap<MasqueradeKey, MasqueradeValue> =
+    LruHashMap::pinned(limits::MASQUERADED, 0);
 
 #[map]
 pub static METRICS: PerCpuArray<MetricsValue> = PerCpuArray::pinned(METRICS_LEN, 0);

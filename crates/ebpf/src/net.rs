@@ -15,6 +15,7 @@ use palisade_abi::{
 use crate::{
     event,
     maps::{ENDPOINTS, TUNNELS},
+    masquerade,
     packet::{ETH_LEN, ETH_P_IP, ETH_P_IPV6, load, mapped},
 };
 
@@ -24,7 +25,7 @@ const TC_ACT_SHOT: i32 = 2;
 const PACKET_HOST: u32 = 0;
 
 #[inline(always)]
-fn source(skb: *mut __sk_buff) -> Result<Option<(Address, bool)>, DropReason> {
+pub fn source(skb: *mut __sk_buff) -> Result<Option<(Address, bool)>, DropReason> {
     // SAFETY: a live context.
     match unsafe { (*skb).protocol } {
         ETH_P_IP => Ok(Some((mapped(load(skb, ETH_LEN + 12)?), false))),
@@ -67,7 +68,7 @@ pub fn from_net(skb: *mut __sk_buff) -> i32 {
     if lives_here(&address) {
         return refuse(skb, &address, ipv6, DropReason::Spoofed);
     }
-    TC_ACT_OK
+    masquerade::arrive(skb, ipv6)
 }
 
 #[inline(always)]
@@ -86,7 +87,7 @@ pub fn from_underlay(skb: *mut __sk_buff) -> i32 {
     if lives_here(&address) || is_pod() {
         return refuse(skb, &address, ipv6, DropReason::Spoofed);
     }
-    TC_ACT_OK
+    masquerade::arrive(skb, ipv6)
 }
 
 /// The tunnel's end. The envelope says who sent; nothing in it says who that may speak for.
@@ -100,7 +101,8 @@ pub fn from_overlay(skb: *mut __sk_buff) -> i32 {
     if lives_here(&address) || own_node.is_none() || own_node != sender(skb) {
         return refuse(skb, &address, ipv6, DropReason::Spoofed);
     }
-    let destination = if ipv6 { load(skb, ETH_LEN + 24) } else { load(skb, ETH_LEN + 16).map(mapped) };
+    let destination =
+        if ipv6 { load(skb, ETH_LEN + 24) } else { load(skb, ETH_LEN + 16).map(mapped) };
     // Nobody is sent on to somewhere else.
     if !destination.is_ok_and(|destination| lives_here(&destination)) {
         return refuse(skb, &address, ipv6, DropReason::UnknownEndpoint);

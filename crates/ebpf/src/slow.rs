@@ -23,8 +23,10 @@ use crate::{
     policy::Query,
     proxy,
     proxy::Leg,
-    refuse, service,
-    service::{Choice, End},
+    refuse,
+    rewrite::{End, rewrite},
+    service,
+    service::Choice,
 };
 
 pub const TC_ACT_OK: i32 = 0;
@@ -127,7 +129,7 @@ fn tell(skb: *mut __sk_buff, s: &mut Scratch, reason: DropReason) -> Result<i32,
         DropReason::TranslationCollision if s.hook == Hook::FromPod && opens_tcp(&s.packet) => {
             if s.translated {
                 let (address, port) = (s.service, s.service_port);
-                service::rewrite(skb, &mut s.packet, End::Destination, &address, port)?;
+                rewrite(skb, &mut s.packet, End::Destination, &address, port)?;
             }
         }
         _ => return Err(reason),
@@ -401,7 +403,7 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     }
     if !opener && flow.flags & flow_flags::TRANSLATED != 0 {
         let (address, port) = (flow.nat_address, flow.nat_port);
-        service::rewrite(skb, &mut s.packet, End::Source, &address, port)?;
+        rewrite(skb, &mut s.packet, End::Source, &address, port)?;
     }
     Ok(())
 }
@@ -575,6 +577,8 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
         other_identity: destination.identity,
         nat_address: s.service,
         nat_port: s.service_port,
+        // SAFETY: a live map value.
+        masquerade_port: known.map_or(0, |known| unsafe { (*known).masquerade_port }),
         ..FlowValue::default()
     };
     let retransmitted = is_retransmission(known, flags, now);
@@ -693,7 +697,7 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     s.service = s.packet.destination;
     s.service_port = s.packet.destination_port;
     s.translated = true;
-    service::rewrite(skb, &mut s.packet, End::Destination, &address, port)
+    rewrite(skb, &mut s.packet, End::Destination, &address, port)
 }
 
 #[inline(always)]

@@ -8,6 +8,7 @@ mod message;
 mod namespace;
 mod overlay;
 mod pod;
+mod reserve;
 mod socket;
 mod steer;
 mod sysctl;

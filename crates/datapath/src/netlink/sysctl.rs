@@ -5,10 +5,23 @@ use std::io;
 
 use super::NetlinkError;
 
+/// Reads a setting; nothing where the kernel lacks it.
+pub(super) fn get(name: &str) -> Result<String, NetlinkError> {
+    let path = path(name);
+    match fs::read_to_string(&path) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(String::new()),
+        result => result.map_err(|source| NetlinkError::Sysctl { path, source }),
+    }
+}
+
+fn path(name: &str) -> String {
+    format!("/proc/sys/net/{name}")
+}
+
 /// Writes a setting unless it has the value already: some writes take the kernel's global lock.
 /// A family that the kernel lacks has no settings, and needs none.
 pub(super) fn set(name: &str, value: &str) -> Result<(), NetlinkError> {
-    let path = format!("/proc/sys/net/{name}");
+    let path = path(name);
     match fs::read_to_string(&path) {
         Ok(present) if present.trim() == value => return Ok(()),
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(()),
