@@ -13,7 +13,7 @@ use kube::{
     Client, Config,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use palisade_api::routing::Routing;
+use palisade_api::routing::{self, Routing};
 use palisade_datapath::{Config as DatapathConfig, Datapath, Side, netlink::Netlink};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -29,6 +29,7 @@ use crate::{
     engine::{Engine, Outputs, Progress, Rounds},
     fqdn::Names,
     ipam::Ipam,
+    masquerade::{self, Masquerade},
     observer::{Namer, Observer},
     overlay::{self, Overlay},
     proxy::{self, Desk, ProxyLink},
@@ -71,12 +72,16 @@ pub struct Options {
     /// Name of the cluster.
     #[arg(long, env = "PALISADE_AGENT_CLUSTER_NAME", default_value = "default")]
     pub cluster_name: String,
-    /// Interface to the other nodes.
+    /// Interface to the other nodes, and to what is outside the cluster.
     #[arg(long, env = "PALISADE_AGENT_UPLINK")]
     pub uplink: Option<String>,
     /// How pods of different nodes reach each other: `native` or `overlay`.
     #[arg(long, env = "PALISADE_AGENT_ROUTING", default_value_t)]
     pub routing: Routing,
+    /// Whether pods reach what is outside the cluster with their node's address: `auto` (with an
+    /// overlay), `always` or `never`.
+    #[arg(long, env = "PALISADE_AGENT_MASQUERADE", default_value_t)]
+    pub masquerade: routing::Masquerade,
 }
 
 /// Runs the agent until it is told to stop. Programs and tables stay as they are then.
@@ -227,12 +232,29 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         let mut keeping = JoinSet::new();
         keeping.spawn(lifecycle.clone().guard());
         if let Some(uplink) = options.uplink.clone() {
-            keeping.spawn(endpoints::guard_uplink(datapath.clone(), uplink, side, health));
+            keeping.spawn(endpoints::guard_uplink(datapath.clone(), uplink, side, health.clone()));
         }
         // The node's own object says which addresses its pods have.
         let node = own_node(&reader, &options.node_name, &progress).await;
         let ipam = Ipam::new(&node.pod_cidrs)?;
         netlink.add_router_addresses(&ipam.routers()).await?;
+        if options.masquerade.applies(options.routing) {
+            let uplink = match &options.uplink {
+                Some(uplink) => uplink.clone(),
+                None => masquerade::find_uplink(&netlink, &node).await?,
+            };
+            if options.uplink.is_none() {
+                datapath.attach(&uplink, side)?;
+                let (datapath, uplink) = (datapath.clone(), uplink.clone());
+                keeping.spawn(endpoints::guard_uplink(datapath, uplink, side, health.clone()));
+            }
+            let masquerade =
+                Masquerade::new(datapath.clone(), netlink.clone(), node.clone(), uplink);
+            masquerade.apply().await?;
+            keeping.spawn(masquerade.keep());
+        } else {
+            masquerade::end(&datapath)?;
+        }
         let mtu = mtu(&netlink, &node, options.uplink.as_deref(), options.routing).await?;
         let ways = match options.routing {
             Routing::Native => {

@@ -7,6 +7,7 @@ pub mod endpoints;
 pub mod engine;
 pub mod fqdn;
 pub mod ipam;
+pub mod masquerade;
 mod names;
 pub mod observer;
 pub mod overlay;

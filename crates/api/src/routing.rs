@@ -1,4 +1,4 @@
-//! How pods of different nodes reach each other.
+//! How pods of different nodes reach each other, and what is outside the cluster.
 
 use std::{fmt, str::FromStr};
 
@@ -29,6 +29,54 @@ impl FromStr for Routing {
             "native" => Ok(Self::Native),
             "overlay" => Ok(Self::Overlay),
             _ => Err("it is `native` or `overlay`".into()),
+        }
+    }
+}
+
+/// Whether pods reach what is outside the cluster with their node's address. The words are those of
+/// every setting.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub enum Masquerade {
+    /// With an overlay, where the network knows no pods.
+    #[default]
+    Auto,
+    /// With either routing.
+    Always,
+    /// Pods have their own addresses everywhere.
+    Never,
+}
+
+impl Masquerade {
+    /// Whether it is done with this routing.
+    #[must_use]
+    pub fn applies(self, routing: Routing) -> bool {
+        match self {
+            Self::Auto => routing == Routing::Overlay,
+            Self::Always => true,
+            Self::Never => false,
+        }
+    }
+}
+
+impl fmt::Display for Masquerade {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Self::Auto => "auto",
+            Self::Always => "always",
+            Self::Never => "never",
+        })
+    }
+}
+
+impl FromStr for Masquerade {
+    type Err = String;
+
+    fn from_str(text: &str) -> Result<Self, String> {
+        match text {
+            "auto" => Ok(Self::Auto),
+            "always" => Ok(Self::Always),
+            "never" => Ok(Self::Never),
+            _ => Err("it is `auto`, `always` or `never`".into()),
         }
     }
 }

@@ -12,7 +12,7 @@ use k8s_openapi::api::core::v1::Node;
 use kube::api::{Patch, PatchParams};
 use kube::{Api, Client};
 use palisade_api::admin::{Request, Response, Status};
-use palisade_api::routing::Routing;
+use palisade_api::routing::{Masquerade, Routing};
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 use tokio::io::{AsyncBufReadExt, AsyncWriteExt, BufReader};
@@ -48,6 +48,8 @@ pub struct Keeper {
     pub programs: PathBuf,
     /// How pods of different nodes reach each other.
     pub routing: Routing,
+    /// Whether pods reach the outside with their node's address.
+    pub masquerade: Masquerade,
 }
 
 /// The process of a node's program, if it runs: the one in the node's network.
@@ -153,6 +155,7 @@ impl Keeper {
             command
                 .args(["--node-name", &node.name, "--cluster-name", "default", "--uplink", UPLINK])
                 .args(["--routing", &self.routing.to_string()])
+                .args(["--masquerade", &self.masquerade.to_string()])
                 .arg("--kubeconfig")
                 .arg(layout.node_kubeconfig())
                 .arg("--bpffs")

@@ -7,7 +7,7 @@ mod up;
 
 use std::path::PathBuf;
 
-use palisade_api::routing::Routing;
+use palisade_api::routing::{Masquerade, Routing};
 use serde::{Deserialize, Serialize};
 
 pub use down::down;
@@ -27,6 +27,10 @@ pub struct Options {
     /// How pods of different nodes reach each other: native or overlay
     #[arg(long, default_value_t)]
     pub routing: Routing,
+    /// Whether pods reach the outside with their node's address: auto (with overlay), always or
+    /// never
+    #[arg(long, default_value_t)]
+    pub masquerade: Masquerade,
     /// Keep the cluster's objects in this directory; without it they end with the lab
     #[arg(long, value_name = "DIR")]
     pub data: Option<PathBuf>,

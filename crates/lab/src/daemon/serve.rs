@@ -176,6 +176,7 @@ impl Lab {
                 cgroup: cgroup.clone(),
                 programs: beside.parent().unwrap_or(Path::new("/")).to_owned(),
                 routing: options.routing,
+                masquerade: options.masquerade,
             };
             for program in Program::ALL {
                 let keeper = keeper.clone();

@@ -83,6 +83,7 @@ fn detached(options: &Options, layout: &Layout, json: bool) -> anyhow::Result<Ex
     let mut command = Command::new(std::env::current_exe()?);
     command.arg("daemon").args(["--nodes", &options.nodes.to_string()]);
     command.args(["--routing", &options.routing.to_string()]);
+    command.args(["--masquerade", &options.masquerade.to_string()]);
     if let Some(data) = &options.data {
         command.arg("--data").arg(data);
     }

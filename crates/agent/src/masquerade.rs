@@ -1,0 +1,100 @@
+//! Pods reach what is outside the cluster with their node's address: which one that is.
+
+use std::{net::IpAddr, sync::Arc, time::Duration};
+
+use anyhow::Context;
+use palisade_abi::MasqueradeSettings;
+use palisade_datapath::{
+    Datapath,
+    netlink::{Address, Netlink},
+};
+use tracing::warn;
+
+use crate::{reconcile::mirror::address_bytes, tables::nodes::Node};
+
+/// How often the addresses are looked at.
+const LOOK: Duration = Duration::from_secs(5);
+
+/// This node's part.
+pub struct Masquerade {
+    datapath: Arc<Datapath>,
+    netlink: Netlink,
+    node: Node,
+    uplink: String,
+}
+
+impl Masquerade {
+    /// With the addresses of `uplink`, where the programs are.
+    pub fn new(datapath: Arc<Datapath>, netlink: Netlink, node: Node, uplink: String) -> Self {
+        Self { datapath, netlink, node, uplink }
+    }
+
+    /// Begins, or goes on with the addresses of now.
+    ///
+    /// # Errors
+    /// What the kernel says, or there is no such interface.
+    pub async fn apply(&self) -> anyhow::Result<()> {
+        let missing = || format!("there is no interface {}", self.uplink);
+        let uplink = self.netlink.link(&self.uplink).await?.with_context(missing)?;
+        self.netlink.reserve_ports().await?;
+        let mut addresses = self.netlink.addresses().await?;
+        addresses.retain(|found| found.ifindex == uplink.ifindex);
+        let [ipv4, ipv6] = [false, true].map(|ipv6| self.choose(&addresses, ipv6));
+        Ok(self.datapath.set_masquerade(&MasqueradeSettings { ipv4, ipv6, enabled: 1 })?)
+    }
+
+    /// The address that other nodes know, if the uplink has it, or else its first one. Without one
+    /// nothing leaves.
+    fn choose(&self, present: &[Address], ipv6: bool) -> palisade_abi::Address {
+        let mut usable = present
+            .iter()
+            .map(|found| found.address.addr())
+            .filter(|ip| ip.is_ipv6() == ipv6 && !is_link_local(ip));
+        let known = usable.clone().find(|ip| self.node.addresses.contains(ip));
+        known.or_else(|| usable.next()).map(address_bytes).unwrap_or_default()
+    }
+
+    /// Follows the addresses for ever.
+    pub async fn keep(self) {
+        loop {
+            tokio::time::sleep(LOOK).await;
+            if let Err(error) = self.apply().await {
+                warn!("cannot follow the addresses of {}: {error:#}", self.uplink);
+            }
+        }
+    }
+}
+
+fn is_link_local(address: &IpAddr) -> bool {
+    match address {
+        IpAddr::V4(v4) => v4.is_link_local(),
+        IpAddr::V6(v6) => v6.is_unicast_link_local(),
+    }
+}
+
+/// Ends it: pods have their own addresses everywhere.
+///
+/// # Errors
+/// What the kernel says.
+pub fn end(datapath: &Datapath) -> anyhow::Result<()> {
+    Ok(datapath.set_masquerade(&MasqueradeSettings::default())?)
+}
+
+/// The interface that has an address of the node.
+///
+/// # Errors
+/// What the kernel says, or there is none.
+pub async fn find_uplink(netlink: &Netlink, node: &Node) -> anyhow::Result<String> {
+    let addresses = netlink.addresses().await?;
+    let own = addresses.iter().find(|found| node.addresses.contains(&found.address.addr()));
+    let links = netlink.links().await?;
+    let link = own.and_then(|own| links.into_iter().find(|link| link.ifindex == own.ifindex));
+    let missing = || {
+        format!(
+            "node {}: no interface has one of its addresses; name the one to masquerade at with \
+             --uplink, or say --masquerade never",
+            node.name
+        )
+    };
+    Ok(link.with_context(missing)?.name)
+}
