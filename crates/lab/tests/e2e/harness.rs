@@ -146,6 +146,61 @@ impl Outside {
     }
 }
 
+impl Outside {
+    /// From now on it has no way to pods, but by those who speak for them.
+    pub(crate) fn forget_pods(&self, lab: &Lab) {
+        for node in &lab.nodes {
+            ip(&format!("-n {} route del {}", Self::NETNS, node.pods_v4()));
+            ip(&format!("-n {} -6 route del {}", Self::NETNS, node.pods_v6()));
+        }
+    }
+}
+
+/// A machine further away, which the outside routes to.
+pub(crate) struct Beyond {
+    pub(crate) pod: Pod,
+}
+
+impl Beyond {
+    const NETNS: &str = "palisade-test-beyond";
+
+    /// The way to it is narrow.
+    pub(crate) fn new(lab: &Lab, outside: &Outside, mtu: u32) -> Self {
+        let netns = netns::create(Self::NETNS).unwrap();
+        let (here, inside) = (format!("-n {}", Outside::NETNS), format!("-n {}", Self::NETNS));
+        ip(&format!(
+            "{here} link add beyond mtu {mtu} type veth peer eth0 mtu {mtu} netns {}",
+            Self::NETNS
+        ));
+        ip(&format!("{here} link set beyond up"));
+        ip(&format!("{inside} link set eth0 up"));
+        let [v4, v6] = ["198.51.100.2", "fd99::2"];
+        ip(&format!("{here} addr add 198.51.100.1/24 dev beyond"));
+        ip(&format!("{here} addr add fd99::1/64 dev beyond nodad"));
+        ip(&format!("{inside} addr add {v4}/24 dev eth0"));
+        ip(&format!("{inside} addr add {v6}/64 dev eth0 nodad"));
+        ip(&format!("{inside} route add default via 198.51.100.1"));
+        ip(&format!("{inside} -6 route add default via fd99::1"));
+        outside.pod.run(|| {
+            fs::write("/proc/sys/net/ipv4/ip_forward", "1")?;
+            fs::write("/proc/sys/net/ipv6/conf/all/forwarding", "1")
+        });
+        let [near4, near6] = outside.pod.addresses;
+        for node in &lab.nodes {
+            ip(&format!("-n {} route add 198.51.100.0/24 via {near4}", node.netns()));
+            ip(&format!("-n {} -6 route add fd99::/64 via {near6}", node.netns()));
+        }
+        let address = |text: &str| text.parse().unwrap();
+        Self { pod: Pod::in_network(netns, [address(v4), address(v6)]) }
+    }
+}
+
+impl Drop for Beyond {
+    fn drop(&mut self) {
+        netns::remove(Self::NETNS).unwrap();
+    }
+}
+
 impl Drop for Outside {
     fn drop(&mut self) {
         netns::remove(Self::NETNS).unwrap();

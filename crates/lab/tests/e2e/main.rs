@@ -16,6 +16,7 @@ mod install;
 mod kill;
 mod l7;
 mod lifecycle;
+mod masquerade;
 mod matrices;
 mod names;
 mod nodes;

@@ -1,0 +1,333 @@
+//! Pods and what is outside the cluster: it meets nodes only, whatever becomes of the pods' packets.
+
+use std::{
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    process::Command,
+    thread,
+    time::Duration,
+};
+
+use palisade_lab::nodes::Program;
+use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
+
+use super::{
+    connectivity::palisade,
+    harness::{Beyond, Lab, Outside, Pod, eventually, text},
+    probe::{self, Answer, Protocol, Target, allow_echo},
+    traffic::{Conversations, Counter, Flow, PORT, serve_echo},
+};
+
+const PROTOCOLS: [Protocol; 3] = [Protocol::Tcp, Protocol::Udp, Protocol::Echo];
+/// A port where nobody listens.
+const CLOSED: u16 = 9;
+/// First of the ports that masqueraded flows have on a node.
+const FIRST: u16 = 0xc000;
+const WAIT: Duration = Duration::from_secs(1);
+
+/// A cluster that the outside knows the nodes of, and no more.
+struct World {
+    lab: Lab,
+    /// Two of the first node, one of the second.
+    pods: [Pod; 3],
+    outside: Outside,
+    /// Counts what arrives there from a pod's own address.
+    leaks: Counter,
+}
+
+impl World {
+    fn new(options: &[&str]) -> Self {
+        let lab = Lab::up_with(2, options);
+        let pods = lab.pods([("one", 1), ("two", 1), ("far", 2)]);
+        let outside = Outside::new(&lab);
+        outside.forget_pods(&lab);
+        serve_echo(&outside.pod);
+        for pod in pods.iter().chain([&outside.pod]) {
+            allow_echo(pod);
+        }
+        let leaks = Counter::start(&outside.pod, &pods.each_ref());
+        Self { lab, pods, outside, leaks }
+    }
+
+    /// The node that a pod runs on.
+    fn node_of(&self, pod: usize) -> Pod {
+        self.lab.node(if pod == 2 { 2 } else { 1 })
+    }
+
+    /// What each protocol and both families say.
+    fn answers(&self, pod: usize) -> Vec<Answer> {
+        let targets =
+            self.outside.pod.addresses.into_iter().flat_map(|address| {
+                PROTOCOLS.map(|protocol| Target { protocol, address, port: PORT })
+            });
+        probe::start(&self.pods[pod], targets.collect()).join().unwrap().unwrap()
+    }
+
+    fn end(self) {
+        assert_eq!(self.leaks.count(), 0, "packets came from pods' own addresses");
+    }
+}
+
+fn any(address: IpAddr, port: u16) -> SocketAddr {
+    match address {
+        IpAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, port).into(),
+        IpAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, port).into(),
+    }
+}
+
+/// By which address and port a server outside knows a datagram's sender, who has `port`.
+fn known_as(from: &Pod, port: u16, server: &UdpSocket) -> SocketAddr {
+    let to = server.local_addr().unwrap();
+    let word = [port.to_be_bytes(), from_word(from)].concat();
+    let sent = word.clone();
+    let socket = from.run(move || UdpSocket::bind(any(to.ip(), port)));
+    socket.set_read_timeout(Some(WAIT)).unwrap();
+    socket.send_to(&sent, to).unwrap();
+    let mut buffer = [0; 16];
+    let (length, peer) = server.recv_from(&mut buffer).unwrap();
+    assert_eq!(buffer[..length], word);
+    server.send_to(&word, peer).unwrap();
+    let (length, answered) = socket.recv_from(&mut buffer).unwrap();
+    assert_eq!((&buffer[..length], answered), (&word[..], to));
+    peer
+}
+
+fn from_word(pod: &Pod) -> [u8; 2] {
+    match pod.addresses[0] {
+        IpAddr::V4(v4) => [v4.octets()[2], v4.octets()[3]],
+        IpAddr::V6(_) => unreachable!("IPv4 comes first"),
+    }
+}
+
+fn command(pod: &Pod, line: &str) -> String {
+    let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
+    pod.run(move || Ok(text(&Command::new(&words[0]).args(&words[1..]).output()?)))
+}
+
+fn everybody_is_answered_and_known_by_the_node(world: &World) {
+    for pod in 0..3 {
+        assert_eq!(world.answers(pod), [Answer::Open; 6], "pod {pod}");
+    }
+    for address in world.outside.pod.addresses {
+        let server = world.outside.pod.run(move || UdpSocket::bind(SocketAddr::new(address, 0)));
+        server.set_read_timeout(Some(WAIT)).unwrap();
+        // One port of three pods to one server: three flows, and three ports where they meet.
+        let peers: Vec<SocketAddr> =
+            (0..3).map(|pod| known_as(&world.pods[pod], 5555, &server)).collect();
+        for (pod, peer) in peers.iter().enumerate() {
+            assert!(world.node_of(pod).addresses.contains(&peer.ip()), "pod {pod} is {peer}");
+            assert!(peer.port() >= FIRST, "pod {pod} is {peer}");
+        }
+        assert_ne!(peers[0], peers[1], "two pods of one node");
+        // The same flow keeps its port.
+        assert_eq!(known_as(&world.pods[0], 5555, &server), peers[0]);
+    }
+    // What the node itself says has its own ports, and pods' flows are not in its way.
+    let node = world.lab.node(1);
+    allow_echo(&node);
+    let targets = world
+        .outside
+        .pod
+        .addresses
+        .into_iter()
+        .flat_map(|address| PROTOCOLS.map(|protocol| Target { protocol, address, port: PORT }));
+    let answers = probe::start(&node, targets.collect()).join().unwrap().unwrap();
+    assert_eq!(answers, [Answer::Open; 6], "the node");
+    let reserved = command(&node, "cat /proc/sys/net/ipv4/ip_local_reserved_ports");
+    assert!(reserved.contains("49152-65535"), "{reserved}");
+}
+
+/// Records are about pods, not about what stands for them outside.
+fn records_show_the_pod(world: &World) {
+    for address in world.outside.pod.addresses {
+        Flow::tcp(&world.pods[0], address).unwrap().ask(1).unwrap();
+        let target = address.to_string();
+        let question = ["observe", "--from-pod", "default/one", "--ip", &target, "-t", "open"];
+        eventually("the flow is told of", || {
+            let (code, told) = palisade(&world.lab, &question);
+            assert_eq!(code, 0, "{told}");
+            told.contains(&SocketAddr::new(address, PORT).to_string())
+        });
+    }
+}
+
+/// Errors about a flow reach who must know them.
+fn errors_come_back(world: &World) {
+    for address in world.outside.pod.addresses {
+        let to = SocketAddr::new(address, CLOSED);
+        let refused = world.pods[0].run(move || {
+            let socket = UdpSocket::bind(any(address, 0))?;
+            socket.set_read_timeout(Some(WAIT))?;
+            socket.connect(to)?;
+            socket.send(b"?")?;
+            Ok(socket.recv(&mut [0; 8]).unwrap_err().kind())
+        });
+        assert_eq!(refused, io::ErrorKind::ConnectionRefused, "{address}");
+        let refused = world.pods[0].run(move || Ok(TcpStream::connect_timeout(&to, WAIT)));
+        assert_eq!(refused.unwrap_err().kind(), io::ErrorKind::ConnectionRefused, "{address}");
+    }
+}
+
+/// A narrower way behind the outside: whoever sends too much is told, and sends less.
+fn the_path_may_be_narrow(world: &World) {
+    let beyond = Beyond::new(&world.lab, &world.outside, 1300);
+    for address in beyond.pod.addresses {
+        let ping = command(&world.pods[0], &format!("ping -c2 -i0.2 -W1 -Mdo -s1350 {address}"));
+        let told = ["Frag needed and DF set (mtu = 1300)", "Packet too big: mtu=1300"];
+        assert!(told.iter().any(|told| ping.contains(told)), "{address}: {ping}");
+        // Its router cannot look for it before duplicate detection of the router's own address ends.
+        eventually("what is small enough gets there", || {
+            let ping = command(&world.pods[1], &format!("ping -c1 -W1 -Mdo -s1200 {address}"));
+            ping.contains(" 0% packet loss")
+        });
+        transfer(&world.pods[2], &beyond.pod, address);
+    }
+}
+
+/// Sends a million bytes each way.
+fn transfer(from: &Pod, at: &Pod, address: IpAddr) {
+    const BYTES: usize = 1 << 20;
+    let listener = at.run(move || TcpListener::bind(SocketAddr::new(address, 0)));
+    let to = listener.local_addr().unwrap();
+    let serving = thread::spawn(move || {
+        let mut stream = listener.accept().unwrap().0;
+        stream.set_read_timeout(Some(5 * WAIT)).unwrap();
+        let mut bytes = vec![0; BYTES];
+        stream.read_exact(&mut bytes).unwrap();
+        stream.write_all(&bytes).unwrap();
+    });
+    let mut stream = from.run(move || TcpStream::connect_timeout(&to, WAIT));
+    stream.set_read_timeout(Some(5 * WAIT)).unwrap();
+    let sent = vec![7; BYTES];
+    stream.write_all(&sent).unwrap();
+    let mut back = vec![0; BYTES];
+    stream.read_exact(&mut back).unwrap();
+    assert!(sent == back, "{address}");
+    serving.join().unwrap();
+}
+
+/// Datagrams in several pieces, both ways.
+fn fragments_keep_together(world: &World) {
+    for address in world.outside.pod.addresses {
+        let server = world.outside.pod.run(move || UdpSocket::bind(SocketAddr::new(address, 0)));
+        server.set_read_timeout(Some(WAIT)).unwrap();
+        let to = server.local_addr().unwrap();
+        let socket = world.pods[1].run(move || UdpSocket::bind(any(address, 0)));
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        let sent: Vec<u8> = (0..5000_u32).map(|number| number as u8).collect();
+        let mut buffer = vec![0; 6000];
+        socket.send_to(&sent, to).unwrap();
+        let (length, peer) = server.recv_from(&mut buffer).unwrap();
+        assert!(buffer[..length] == sent[..], "{address}: {length} bytes there");
+        // The way to the pod is narrower than the uplink: the first answer may bring an error, which
+        // says how large the pieces may be.
+        let answered = (0..3).find_map(|_| {
+            server.send_to(&sent, peer).ok()?;
+            socket.recv(&mut buffer).ok()
+        });
+        let length = answered.unwrap_or_default();
+        assert!(buffer[..length] == sent[..], "{address}: {length} bytes back");
+    }
+}
+
+/// What cannot have the node's address does not leave, and is told of.
+fn what_cannot_be_masqueraded_stays(world: &World) {
+    let timestamp = [13, 0, 0xf2, 0xff, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0];
+    let IpAddr::V4(address) = world.outside.pod.addresses[0] else { unreachable!() };
+    world.pods[0].run(move || {
+        let socket = Socket::new(Domain::IPV4, Type::RAW, Some(IpProtocol::ICMPV4))?;
+        socket.send_to(&timestamp, &SocketAddr::from((address, 0)).into()).map(drop)
+    });
+    eventually("the drop is told of", || {
+        let (_, told) = palisade(&world.lab, &["observe", "--verdict", "dropped"]);
+        told.lines().any(|line| line.contains("cannot be masqueraded"))
+    });
+}
+
+/// A pod's port on the node is for those whom the pod asked.
+fn strangers_do_not_get_in(world: &World) {
+    for (address, second) in world.outside.pod.addresses.into_iter().zip(world.outside.second) {
+        let bind = move |address| move || UdpSocket::bind(SocketAddr::new(address, 0));
+        let server = world.outside.pod.run(bind(address));
+        let stranger = world.outside.pod.run(bind(second));
+        let other_port = world.outside.pod.run(bind(address));
+        server.set_read_timeout(Some(WAIT)).unwrap();
+        let to = server.local_addr().unwrap();
+        let socket = world.pods[0].run(move || UdpSocket::bind(any(address, 0)));
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        socket.send_to(b"hello", to).unwrap();
+        let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
+        for from in [&stranger, &other_port] {
+            from.send_to(b"forged", peer).unwrap();
+        }
+        server.send_to(b"true", peer).unwrap();
+        let mut word = [0; 8];
+        let (length, _) = socket.recv_from(&mut word).unwrap();
+        assert_eq!(&word[..length], b"true", "{address}");
+    }
+}
+
+#[test]
+fn the_outside_meets_nodes_only() {
+    let world = World::new(&["--routing", "overlay"]);
+    everybody_is_answered_and_known_by_the_node(&world);
+    records_show_the_pod(&world);
+    errors_come_back(&world);
+    fragments_keep_together(&world);
+    strangers_do_not_get_in(&world);
+    the_path_may_be_narrow(&world);
+    what_cannot_be_masqueraded_stays(&world);
+    world.end();
+}
+
+/// Policies and deaths under open flows to the outside.
+#[test]
+fn masqueraded_flows_follow_policy_and_outlive_the_agent() {
+    let world = World::new(&["--routing", "native", "--masquerade", "always"]);
+    let flows = |pod: &Pod| -> Vec<Flow> {
+        let all = world.outside.pod.addresses.into_iter();
+        all.flat_map(|to| [Flow::tcp(pod, to), Flow::udp(pod, to)])
+            .collect::<Result<_, _>>()
+            .unwrap()
+    };
+    let allowed = Conversations::start(flows(&world.pods[1]));
+    let mut denied = flows(&world.pods[0]);
+    for flow in &mut denied {
+        flow.ask(1).unwrap();
+    }
+    world.lab.apply_policy(
+        "default",
+        "stay",
+        "{podSelector: {matchLabels: {app: one}}, policyTypes: [Egress]}",
+    );
+    for flow in &mut denied {
+        assert!(flow.ask(2).is_err(), "a denied flow goes on");
+    }
+    assert_eq!(world.answers(0), [Answer::Silence; 6], "denied");
+    assert_eq!(world.answers(1), [Answer::Open; 6], "allowed");
+    world.lab.kubectl(&["delete", "netpol", "stay"]);
+    world.lab.await_policies(0);
+    for flow in &mut flows(&world.pods[0]) {
+        flow.ask(3).unwrap();
+    }
+    for _ in 0..3 {
+        let before = world.lab.process(1, Program::Agent);
+        world.lab.kill(1, Program::Agent);
+        eventually("the agent is ready again", || {
+            let status = world.lab.statuses().into_iter().next().flatten();
+            status.is_some_and(|now| {
+                now.ready && now.pid != before.as_raw_nonzero().get().cast_unsigned()
+            })
+        });
+        assert_eq!(world.answers(1), [Answer::Open; 6], "after the agent's death");
+    }
+    let (interrupted, words, slowest) = allowed.end();
+    println!("allowed flows: {interrupted} interrupted, {words} words, slowest {slowest:?}");
+    assert_eq!(interrupted, 0);
+    // Without an overlay, too, pods of different nodes meet under their own addresses.
+    serve_echo(&world.pods[2]);
+    for address in world.pods[2].addresses {
+        Flow::tcp(&world.pods[0], address).unwrap().ask(4).unwrap();
+    }
+    world.end();
+}
