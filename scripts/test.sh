@@ -9,4 +9,10 @@ if [ "$(id -u)" -ne 0 ]; then
     exit 1
 fi
 
-cargo test --workspace --locked --no-fail-fast
+status=0
+cargo test --workspace --locked --no-fail-fast || status=$?
+
+# The same policies and Services once more, with pods that meet in the overlay.
+PALISADE_TEST_ROUTING=overlay \
+    cargo test --workspace --locked --test e2e -- matrices:: services:: || status=$?
+exit "$status"
