@@ -159,6 +159,7 @@ pub(super) fn create(call: &Call) -> Result<Reply, ApiError> {
     if let Some(text) = call.resource.custom.as_ref().and_then(|c| c.deprecation.clone()) {
         warnings.push(text);
     }
+    warnings.extend(services::beyond_the_lab(&call.resource, &value));
     let dry_run = call.query.dry_run()?;
     place(call, &mut value)?;
     let created = call

@@ -13,6 +13,20 @@ use super::store::Transaction;
 /// The first addresses are for the cluster's own services.
 const RESERVED: u16 = 16;
 
+/// What a service asks for and does not get here.
+pub(super) fn beyond_the_lab(resource: &Resource, service: &Value) -> Option<String> {
+    if resource.builtin_key() != "/services" {
+        return None;
+    }
+    let kind = service["spec"]["type"]
+        .as_str()
+        .filter(|kind| ["NodePort", "LoadBalancer"].contains(kind))?;
+    Some(format!(
+        "the lab has no ports of nodes and no load balancers: this {kind} service is reached at its \
+         cluster IP, or from outside with kubectl port-forward"
+    ))
+}
+
 /// Gives a service its cluster addresses, or keeps those that it has.
 pub(super) fn allocate(
     resource: &Resource,
