@@ -279,13 +279,13 @@ pub(crate) struct ObserveArgs {
     #[arg(short, long)]
     pub(crate) follow: bool,
     /// Either end: `namespace/pod`, a prefix of it, or a pod of the namespace `default`.
-    #[arg(long, value_name = "POD")]
+    #[arg(long, value_name = "POD", value_parser = pod)]
     pub(crate) pod: Vec<String>,
     /// The sender.
-    #[arg(long, value_name = "POD")]
+    #[arg(long, value_name = "POD", value_parser = pod)]
     pub(crate) from_pod: Vec<String>,
     /// The receiver.
-    #[arg(long, value_name = "POD")]
+    #[arg(long, value_name = "POD", value_parser = pod)]
     pub(crate) to_pod: Vec<String>,
     /// Either end is in this namespace.
     #[arg(short, long, value_name = "NAMESPACE")]
@@ -341,6 +341,16 @@ pub(crate) struct ObserveArgs {
 }
 
 /// A status, or a class of them.
+fn pod(text: &str) -> Result<String, String> {
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    match namespace.is_empty() || name.contains('/') {
+        true => {
+            Err("a pod is named as namespace/pod, or as pod in the namespace default".to_owned())
+        }
+        false => Ok(text.to_owned()),
+    }
+}
+
 fn http_status(text: &str) -> Result<String, String> {
     let is_place = |byte: u8| byte.is_ascii_digit() || byte.eq_ignore_ascii_case(&b'x');
     match text.len() == 3 && text.bytes().all(is_place) {

@@ -21,7 +21,7 @@ use tokio::io::{AsyncRead, AsyncReadExt};
 
 pub(crate) use installation::{Container, Installation, PodState, Replicas};
 
-use crate::cli::Global;
+use crate::{cli::Global, exit::Failure};
 
 /// The lab writes it when it comes up.
 const LAB_KUBECONFIG: &str = "/run/palisade/lab/kubeconfig";
@@ -104,25 +104,51 @@ pub(crate) fn on_runtime<T>(
     })
 }
 
-/// The way to the API server that was asked for, or the one that is there.
+/// The way to the API server that was asked for, or the one that is there. It answers.
 pub(crate) async fn client(global: &Global) -> Result<Client> {
-    let options =
-        KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
-    let mut config = match chosen(global.kubeconfig.as_deref()) {
-        Some(file) => {
-            let read = Kubeconfig::read_from(&file).map_err(|error| anyhow::anyhow!("{error}"))?;
-            Config::from_custom_kubeconfig(read, &options).await?
-        }
-        None if global.context.is_some() => Config::from_kubeconfig(&options).await?,
-        None => {
-            named_but_missing()?;
-            // Its text holds those of its causes.
-            Config::infer().await.map_err(|error| anyhow::anyhow!("{error}"))?
-        }
-    };
+    let mut config = config(global).await?;
     config.connect_timeout = Some(TIMEOUT);
     config.read_timeout = Some(WATCH);
-    Ok(Client::try_from(config)?)
+    let url = config.cluster_url.clone();
+    let client = Client::try_from(config)?;
+    match client.apiserver_version().await {
+        // Whatever it says, it is there.
+        Ok(_) | Err(kube::Error::Api(_)) => Ok(client),
+        Err(error) => Err(Failure::unreachable(
+            format!("the API server at {url} cannot be reached: {}", root(&error)),
+            "Does it run? Name another one with --kubeconfig FILE or --context NAME.",
+        )
+        .into()),
+    }
+}
+
+/// What was wrong in the end: the errors around it say that something was.
+fn root(error: &dyn std::error::Error) -> String {
+    let causes = std::iter::successors(error.source(), |error| error.source());
+    causes.last().map_or_else(|| error.to_string(), ToString::to_string)
+}
+
+async fn config(global: &Global) -> Result<Config> {
+    let read = match chosen(global.kubeconfig.as_deref()) {
+        Some(file) => Kubeconfig::read_from(&file),
+        None if global.context.is_some() || env::var_os("KUBECONFIG").is_some() => {
+            named_but_missing()?;
+            Kubeconfig::read()
+        }
+        // Its text holds those of its causes.
+        None => return Config::infer().await.map_err(|error| anyhow::anyhow!("{error}")),
+    };
+    let read = read.map_err(|error| anyhow::anyhow!("{error}"))?;
+    let contexts: Vec<String> = read.contexts.iter().map(|it| it.name.clone()).collect();
+    let options =
+        KubeConfigOptions { context: global.context.clone(), ..KubeConfigOptions::default() };
+    Config::from_custom_kubeconfig(read, &options).await.map_err(|error| {
+        let advice = match contexts.as_slice() {
+            [] => "It has no contexts at all. Name another one with --kubeconfig FILE.".to_owned(),
+            some => format!("Choose one of its contexts with --context: {}", some.join(", ")),
+        };
+        Failure::refused(format!("the kubeconfig is of no use: {error}"), advice).into()
+    })
 }
 
 /// Runs a command in a container of a pod; whether it succeeded, and what it said.
@@ -157,7 +183,6 @@ async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result<Str
     Ok(String::from_utf8_lossy(&text).into_owned())
 }
 
-/// The file given, else none where `KUBECONFIG` is for kube to read, else the lab's.
 /// `KUBECONFIG` that names nothing there is a slip of its own.
 fn named_but_missing() -> Result<()> {
     let Some(named) = env::var_os("KUBECONFIG") else { return Ok(()) };
@@ -172,6 +197,7 @@ fn named_but_missing() -> Result<()> {
     anyhow::bail!("$KUBECONFIG names {}, which does not exist", Path::new(&named).display())
 }
 
+/// The file given, else none where `KUBECONFIG` is for kube to read, else the lab's.
 fn chosen(given: Option<&Path>) -> Option<PathBuf> {
     if let Some(given) = given {
         return Some(given.to_owned());

@@ -47,6 +47,9 @@ fn asked(args: &ExplainArgs) -> Result<Explain> {
         "icmpv6" => 58,
         _ => 6,
     };
+    if args.port == 0 && matches!(protocol, 6 | 17 | 132) {
+        bail!("--port 0: nobody listens there; write a number from 1 to 65535");
+    }
     let (from, to) = (args.from.clone(), args.to.clone());
     Ok(Explain { from, to, protocol, port: args.port, inside })
 }
