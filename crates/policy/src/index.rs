@@ -1,6 +1,9 @@
 //! Which selectors match which identities, kept up to date one event at a time.
 
-use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::{
+    collections::{BTreeMap, BTreeSet, HashMap},
+    sync::Arc,
+};
 
 use roaring::RoaringBitmap;
 
@@ -91,7 +94,7 @@ pub(crate) struct Index {
     entries: HashMap<SelectorId, Entry>,
     anchored: Anchored<SelectorId>,
     next: u32,
-    identities: BTreeMap<u32, Labels>,
+    identities: BTreeMap<u32, Arc<Labels>>,
     by_label: HashMap<(String, String), RoaringBitmap>,
 }
 
@@ -138,7 +141,7 @@ impl Index {
     }
 
     /// Adds an identity; returns the selectors that match it.
-    pub(crate) fn insert(&mut self, identity: u32, labels: Labels) -> BTreeSet<SelectorId> {
+    pub(crate) fn insert(&mut self, identity: u32, labels: Arc<Labels>) -> BTreeSet<SelectorId> {
         let mut matched = BTreeSet::new();
         for id in self.anchored.candidates(&labels) {
             let Some(entry) = self.entries.get_mut(&id) else { continue };
@@ -147,7 +150,7 @@ impl Index {
                 matched.insert(id);
             }
         }
-        for label in &labels {
+        for label in &*labels {
             let key = (label.key.clone(), label.value.clone());
             self.by_label.entry(key).or_default().insert(identity);
         }
@@ -158,7 +161,7 @@ impl Index {
     /// Removes an identity; returns the selectors that matched it.
     pub(crate) fn remove(&mut self, identity: u32) -> BTreeSet<SelectorId> {
         let Some(labels) = self.identities.remove(&identity) else { return BTreeSet::new() };
-        for label in &labels {
+        for label in &*labels {
             let key = (label.key.clone(), label.value.clone());
             if let Some(identities) = self.by_label.get_mut(&key) {
                 identities.remove(identity);
@@ -177,11 +180,11 @@ impl Index {
     }
 
     pub(crate) fn labels(&self, identity: u32) -> Option<&Labels> {
-        self.identities.get(&identity)
+        self.identities.get(&identity).map(Arc::as_ref)
     }
 
     pub(crate) fn identities(&self) -> impl Iterator<Item = (u32, &Labels)> {
-        self.identities.iter().map(|(id, labels)| (*id, labels))
+        self.identities.iter().map(|(id, labels)| (*id, labels.as_ref()))
     }
 
     /// Identities that a selector matches.

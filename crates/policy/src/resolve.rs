@@ -193,7 +193,6 @@ struct Group {
 /// The engine. Methods note events; [`Repository::commit`] says what follows from them.
 #[derive(Debug)]
 pub struct Repository {
-    policies: BTreeMap<PolicyRef, Policy>,
     policy_sections: BTreeMap<PolicyRef, BTreeMap<(usize, Direction), SectionId>>,
     sections: BTreeMap<SectionId, Section>,
     subjects: Anchored<SectionId>,
@@ -228,10 +227,10 @@ impl Repository {
     pub fn new() -> Self {
         let mut index = Index::default();
         for identity in RESERVED {
-            index.insert(identity, identity::reserved(identity).unwrap_or_default());
+            let labels = identity::reserved(identity).unwrap_or_default();
+            index.insert(identity, Arc::new(labels));
         }
         Self {
-            policies: BTreeMap::new(),
             policy_sections: BTreeMap::new(),
             sections: BTreeMap::new(),
             subjects: Anchored::default(),
@@ -260,27 +259,23 @@ impl Repository {
     }
 
     /// A policy is new or was changed.
-    pub fn upsert_policy(&mut self, policy: Policy) {
+    pub fn upsert_policy(&mut self, policy: impl Into<Arc<Policy>>) {
+        let policy = policy.into();
         let mut old = self.policy_sections.remove(&policy.id).unwrap_or_default();
         let mut new = BTreeMap::new();
-        for (n, rule) in policy.rules.iter().enumerate() {
+        for n in 0..policy.rules.len() {
             for direction in Direction::BOTH {
-                let section = rule.section(direction);
-                if section.is_empty() {
+                let section = Section::new(policy.clone(), n, direction);
+                if section.said().is_empty() {
                     continue;
                 }
                 let kept = old.get(&(n, direction)).copied().filter(|id| {
-                    self.sections
-                        .get(id)
-                        .is_some_and(|old| old.subject == rule.subject && old.section == *section)
-                });
-                let id = kept.unwrap_or_else(|| {
-                    let order = (policy.id.clone(), n);
-                    self.add_section(Section::new(order, direction, rule))
+                    self.sections.get(id).is_some_and(|old| old.says_the_same(&section))
                 });
                 if kept.is_some() {
                     old.remove(&(n, direction));
                 }
+                let id = kept.unwrap_or_else(|| self.add_section(section));
                 new.insert((n, direction), id);
             }
         }
@@ -288,21 +283,20 @@ impl Repository {
             self.remove_section(id);
         }
         self.policy_sections.insert(policy.id.clone(), new);
-        self.policies.insert(policy.id.clone(), policy);
     }
 
     /// A policy is gone.
     pub fn remove_policy(&mut self, id: &PolicyRef) {
-        self.policies.remove(id);
         for section in self.policy_sections.remove(id).unwrap_or_default().into_values() {
             self.remove_section(section);
         }
     }
 
     /// An identity is new, or its labels were changed.
-    pub fn upsert_identity(&mut self, identity: u32, labels: Labels) {
+    pub fn upsert_identity(&mut self, identity: u32, labels: impl Into<Arc<Labels>>) {
+        let labels = labels.into();
         // The unknown identity is whatever has no labels: it is matched by rule, not by label.
-        if identity == number::UNKNOWN || self.index.labels(identity) == Some(&labels) {
+        if identity == number::UNKNOWN || self.index.labels(identity) == Some(&*labels) {
             return;
         }
         let changed = self.index.labels(identity).is_some();
@@ -334,7 +328,7 @@ impl Repository {
             .candidates(&info.labels)
             .into_iter()
             .filter(|section| {
-                self.sections.get(section).is_some_and(|s| s.subject.matches(&info.labels))
+                self.sections.get(section).is_some_and(|s| s.subject().matches(&info.labels))
             })
             .collect();
         let old = self.endpoints.remove(&id);
@@ -500,11 +494,6 @@ impl Repository {
         self.index.identities()
     }
 
-    /// The policies, in order.
-    pub fn policies(&self) -> impl Iterator<Item = &Policy> {
-        self.policies.values()
-    }
-
     /// The groups as of the last commit: number, direction, endpoints and tables.
     pub fn groups(
         &self,
@@ -522,20 +511,20 @@ impl Repository {
         let id = SectionId(self.next_section);
         self.next_section += 1;
         for (endpoint_id, endpoint) in &mut self.endpoints {
-            if section.subject.matches(&endpoint.info.labels) {
+            if section.subject().matches(&endpoint.info.labels) {
                 endpoint.sections.insert(id);
                 section.endpoints.insert(*endpoint_id);
                 self.stale_endpoints.insert(*endpoint_id);
             }
         }
-        self.subjects.insert(&section.subject, id);
+        self.subjects.insert(section.subject(), id);
         self.sections.insert(id, section);
         id
     }
 
     fn remove_section(&mut self, id: SectionId) {
         let Some(section) = self.sections.get_mut(&id) else { return };
-        self.subjects.remove(&section.subject, id);
+        self.subjects.remove(section.subject(), id);
         let endpoints = std::mem::take(&mut section.endpoints);
         for endpoint_id in endpoints {
             if let Some(endpoint) = self.endpoints.get_mut(&endpoint_id) {
@@ -644,7 +633,7 @@ impl Repository {
         if sections.is_empty() && !init {
             return None;
         }
-        sections.sort_by(|(_, a), (_, b)| a.order.cmp(&b.order));
+        sections.sort_by(|(_, a), (_, b)| a.order().cmp(&b.order()));
         let names = match direction {
             Direction::Egress => Vec::new(),
             Direction::Ingress => {
@@ -814,9 +803,9 @@ impl Group {
     ) {
         let selecting: Vec<&Section> =
             self.key.sections.iter().filter_map(|id| sections.get(id)).collect();
-        let closed = |section: &&&Section| section.section.default_deny;
+        let closed = |section: &&&Section| section.said().default_deny;
         let mut default_deny_by: Vec<PolicyRef> =
-            selecting.iter().filter(closed).map(|section| section.order.0.clone()).collect();
+            selecting.iter().filter(closed).map(|section| section.policy.id.clone()).collect();
         default_deny_by.dedup();
         let open = !self.key.init && default_deny_by.is_empty();
         self.bits = section::bits(&selecting, &self.key.names, self.key.direction, open);
@@ -824,7 +813,7 @@ impl Group {
         let limit = (CHUNK_RULES * MAX_CHUNKS) as usize;
         if self.bits.len() > limit {
             let mut policies: Vec<PolicyRef> =
-                selecting.iter().map(|section| section.order.0.clone()).collect();
+                selecting.iter().map(|section| section.policy.id.clone()).collect();
             policies.dedup();
             self.error = Some(TooManyRules {
                 group: id,

@@ -28,7 +28,7 @@ pub(super) fn explain(
         .policies
         .rows()
         .map(|row| match &row.content {
-            PolicyContent::Accepted(policy) => policy,
+            PolicyContent::Accepted(policy) => policy.as_ref(),
             PolicyContent::Refused { lockdown, .. } => lockdown,
         })
         .collect();

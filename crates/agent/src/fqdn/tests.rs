@@ -205,7 +205,7 @@ fn policy() -> PolicyObject {
     };
     let egress = Section { default_deny: true, entries: vec![entry] };
     let rule = Rules { egress, ..Rules::default() };
-    let content = PolicyContent::Accepted(Policy { id: id.clone(), rules: vec![rule] });
+    let content = PolicyContent::Accepted(Policy { id: id.clone(), rules: vec![rule] }.into());
     PolicyObject { id, uid: "names".into(), generation: 1, content, reported: None }
 }
 

@@ -326,7 +326,7 @@ fn policy(kind: PolicyKind, name: &str, spec: &Value) -> Intent {
     let id = policy_name(kind, name);
     let object = json!({ "metadata": { "name": name, "namespace": "default" }, "spec": spec });
     let accepted = convert(kind, &object, "default").expect("a policy");
-    let content = PolicyContent::Accepted(accepted);
+    let content = PolicyContent::Accepted(accepted.into());
     let object = PolicyObject { id, uid: name.into(), generation: 1, content, reported: None };
     Intent::Policy(kind, Change::Put(object))
 }

@@ -38,7 +38,7 @@ impl Parse for Reflect {
             fields.insert("metadata".into(), metadata);
         }
         let content = match convert(self.kind, &whole, &self.cluster) {
-            Ok(policy) => PolicyContent::Accepted(policy),
+            Ok(policy) => PolicyContent::Accepted(policy.into()),
             Err(refusal) => PolicyContent::Refused {
                 message: refusal.to_string(),
                 lockdown: refusal.lockdown(),

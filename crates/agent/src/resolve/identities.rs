@@ -44,7 +44,7 @@ impl Resolver {
             if let Some(after) = &delta.after {
                 self.numbers.entry(after.labels.clone()).or_default().insert(after.id);
                 dirty.pods.extend(self.holders.get(&after.labels).into_iter().flatten().cloned());
-                self.repository.upsert_identity(after.id, (*after.labels).clone());
+                self.repository.upsert_identity(after.id, after.labels.clone());
             }
         }
     }

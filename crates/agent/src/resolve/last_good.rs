@@ -9,6 +9,7 @@ use std::{
     fs::{self, File},
     io::{self, Write},
     path::{Path, PathBuf},
+    sync::Arc,
 };
 
 use palisade_policy::model::{Policy, PolicyRef};
@@ -19,7 +20,7 @@ use tracing::warn;
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 struct Version {
     uid: String,
-    policy: Policy,
+    policy: Arc<Policy>,
     /// It is in force because a newer one is refused.
     #[serde(skip)]
     kept: bool,
@@ -62,7 +63,7 @@ impl LastGood {
     }
 
     /// A version was accepted.
-    pub(super) fn accept(&mut self, uid: &str, policy: &Policy) {
+    pub(super) fn accept(&mut self, uid: &str, policy: &Arc<Policy>) {
         self.forget_file(&policy.id);
         let version = Version { uid: uid.to_owned(), policy: policy.clone(), kept: false };
         self.versions.insert(policy.id.clone(), version);
@@ -148,10 +149,10 @@ mod tests {
 
     use super::*;
 
-    fn policy(name: &str) -> Policy {
+    fn policy(name: &str) -> Arc<Policy> {
         let kind = PolicyKind::CiliumNetworkPolicy;
         let id = PolicyRef { kind, namespace: Some("default".into()), name: name.into() };
-        Policy { id, rules: vec![Rule::default()] }
+        Arc::new(Policy { id, rules: vec![Rule::default()] })
     }
 
     struct Directory(PathBuf);
@@ -179,8 +180,8 @@ mod tests {
         let mut versions = open(&place);
         versions.accept("1", &good);
         assert!(!open(&place).has(&good.id), "nothing is refused yet");
-        assert_eq!(versions.stand_in(&good.id, "1"), Some(&good));
-        assert_eq!(open(&place).stand_in(&good.id, "1"), Some(&good));
+        assert_eq!(versions.stand_in(&good.id, "1"), Some(&*good));
+        assert_eq!(open(&place).stand_in(&good.id, "1"), Some(&*good));
         // Another object of the same name is not that one.
         assert_eq!(open(&place).stand_in(&good.id, "2"), None);
         assert!(!open(&place).has(&good.id));

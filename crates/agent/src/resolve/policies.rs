@@ -66,7 +66,7 @@ impl Resolver {
     }
 
     /// A refused policy closes its subjects, and what its last good version said stands.
-    fn policy_in_force(&mut self, object: &PolicyObject) -> Policy {
+    fn policy_in_force(&mut self, object: &PolicyObject) -> Arc<Policy> {
         match &object.content {
             PolicyContent::Accepted(policy) => {
                 self.last_good.accept(&object.uid, policy);
@@ -76,7 +76,7 @@ impl Resolver {
                 let good = self.last_good.stand_in(&object.id, &object.uid);
                 let good = good.map(|policy| &policy.rules);
                 let rules = good.into_iter().flatten().chain(&lockdown.rules).cloned().collect();
-                Policy { id: object.id.clone(), rules }
+                Arc::new(Policy { id: object.id.clone(), rules })
             }
         }
     }

@@ -146,7 +146,8 @@ fn secretive(reported: Option<Condition>) -> Intent {
         "metadata": { "name": "a", "namespace": "default" },
         "spec": { "endpointSelector": {}, "ingress": [{ "toPorts": [ports] }] },
     });
-    let content = PolicyContent::Accepted(convert(kind, &object, "default").expect("a policy"));
+    let content =
+        PolicyContent::Accepted(convert(kind, &object, "default").expect("a policy").into());
     let id = PolicyRef { kind, namespace: Some("default".into()), name: "a".into() };
     let object = PolicyObject { id, uid: "a".into(), generation: 3, content, reported };
     Intent::Policy(kind, Change::Put(object))

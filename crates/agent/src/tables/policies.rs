@@ -29,7 +29,7 @@ pub struct PolicyObject {
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub enum PolicyContent {
     /// All of it is understood.
-    Accepted(Policy),
+    Accepted(Arc<Policy>),
     /// Something in it is wrong or not supported.
     Refused {
         /// What, where, and what to write instead.

@@ -3,6 +3,7 @@
 use std::{
     collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
+    sync::Arc,
 };
 
 use ipnet::IpNet;
@@ -15,7 +16,7 @@ use crate::{
     index::{Index, SelectorId},
     l7::NamePattern,
     model::{
-        self, Action, Application, Cidr, Direction, Peer, Peers, PolicyRef, PortSpec, Ports, Rule,
+        self, Action, Application, Cidr, Direction, Peer, Peers, Policy, PolicyRef, PortSpec, Ports,
     },
     pods::{Agreement, Numbers, Pods, PortName},
     prefix::{Prefixes, is_ipv4_mapped},
@@ -28,11 +29,10 @@ pub(super) struct SectionId(pub(super) u32);
 
 #[derive(Debug)]
 pub(super) struct Section {
-    /// Policy and rule: the order of precedence among equals.
-    pub(super) order: (PolicyRef, usize),
+    /// The whole policy, of which all sections share one copy.
+    pub(super) policy: Arc<Policy>,
+    rule: usize,
     pub(super) direction: Direction,
-    pub(super) subject: Selector,
-    pub(super) section: model::Section,
     /// Names of ports that the entries use.
     pub(super) names: BTreeSet<PortName>,
     pub(super) endpoints: BTreeSet<EndpointId>,
@@ -72,19 +72,35 @@ fn entry_names(ports: &Ports) -> BTreeSet<PortName> {
 }
 
 impl Section {
-    pub(super) fn new(order: (PolicyRef, usize), direction: Direction, rule: &Rule) -> Self {
-        let section = rule.section(direction).clone();
+    pub(super) fn new(policy: Arc<Policy>, rule: usize, direction: Direction) -> Self {
+        let entries = &policy.rules[rule].section(direction).entries;
         Self {
-            order,
+            names: entries.iter().flat_map(|entry| entry_names(&entry.ports)).collect(),
+            policy,
+            rule,
             direction,
-            subject: rule.subject.clone(),
-            names: section.entries.iter().flat_map(|entry| entry_names(&entry.ports)).collect(),
-            section,
             endpoints: BTreeSet::new(),
             groups: BTreeSet::new(),
             removed: false,
             resolved: Vec::new(),
         }
+    }
+
+    pub(super) fn subject(&self) -> &Selector {
+        &self.policy.rules[self.rule].subject
+    }
+
+    pub(super) fn said(&self) -> &model::Section {
+        self.policy.rules[self.rule].section(self.direction)
+    }
+
+    pub(super) fn says_the_same(&self, other: &Self) -> bool {
+        self.subject() == other.subject() && self.said() == other.said()
+    }
+
+    /// Precedence among equals.
+    pub(super) fn order(&self) -> (&PolicyRef, usize) {
+        (&self.policy.id, self.rule)
     }
 
     pub(super) fn selectors(&self) -> impl Iterator<Item = SelectorId> {
@@ -97,7 +113,7 @@ impl Section {
 
     /// Names whose addresses the entries speak of.
     pub(super) fn fqdns(&self) -> impl Iterator<Item = &NamePattern> {
-        self.section
+        self.said()
             .entries
             .iter()
             .flat_map(|entry| match &entry.peers {
@@ -113,7 +129,7 @@ impl Section {
     /// Takes hold of the selectors and prefixes.
     pub(super) fn resolve(&mut self, index: &mut Index, prefixes: &mut Prefixes) {
         self.resolved = self
-            .section
+            .said()
             .entries
             .iter()
             .map(|entry| Resolved {
@@ -149,7 +165,8 @@ impl Section {
         prefixes: &mut Prefixes,
     ) -> bool {
         let mut changed = false;
-        for (entry, resolved) in self.section.entries.iter().zip(&mut self.resolved) {
+        let said = self.policy.rules[self.rule].section(self.direction);
+        for (entry, resolved) in said.entries.iter().zip(&mut self.resolved) {
             let named = resolve_names(&entry_names(&entry.ports), &resolved.peers, index, pods);
             if named == resolved.named {
                 continue;
@@ -289,9 +306,9 @@ pub(super) fn bits(
         rules.deny.push(synthetic(RuleSource::AllowLocalhost, peers));
     }
     for section in sections {
-        for (entry, resolved) in section.section.entries.iter().zip(&section.resolved) {
+        for (entry, resolved) in section.said().entries.iter().zip(&section.resolved) {
             let source =
-                RuleSource::Policy { policy: section.order.0.clone(), path: entry.path.clone() };
+                RuleSource::Policy { policy: section.policy.id.clone(), path: entry.path.clone() };
             let mut ports = resolved.ports.clone();
             let wanted = entry_names(&entry.ports);
             for ((name, numbers), protocol) in names.iter().map(|pair| (pair, pair.0.1)) {

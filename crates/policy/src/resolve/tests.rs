@@ -423,8 +423,8 @@ fn a_new_identity_is_one_entry() {
     repository.upsert_policy(policy("p", vec![allow(peers, 80, "spec.ingress[0]")]));
     repository.upsert_endpoint(EndpointId(1), pod(256));
     repository.commit();
-    repository.upsert_identity(300, [Label::k8s("app", "x")].into_iter().collect());
-    repository.upsert_identity(301, [Label::k8s("app", "y")].into_iter().collect());
+    repository.upsert_identity(300, Labels::from_iter([Label::k8s("app", "x")]));
+    repository.upsert_identity(301, Labels::from_iter([Label::k8s("app", "y")]));
     let changes = repository.commit();
     assert!(changes.endpoints.is_empty());
     let GroupUpdate::Peers(_, delta) = &changes.groups[0].update else { panic!("a delta") };
