@@ -11,10 +11,12 @@ use std::{
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
+use futures::TryStreamExt;
 use palisade_abi::{OVERLAY, ROUTE_PROTOCOL};
 use palisade_api::admin::{self, Client, Request, Response};
 use rtnetlink::packet_route::{
     AddressFamily,
+    route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType},
     rule::{RuleAttribute, RuleMessage},
 };
 use rustix::{
@@ -264,7 +266,7 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
-/// The overlay's interface, and the rules that lead to tables of ours.
+/// The overlay's interface, the ways to other nodes and to the proxy, and the rules that lead there.
 async fn clean_network() -> Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
     tokio::spawn(connection);
@@ -275,6 +277,13 @@ async fn clean_network() -> Result<()> {
         println!("{OVERLAY} removed");
     }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
+        let mut all = RouteMessage::default();
+        all.header.address_family = family;
+        let routes: Vec<RouteMessage> = handle.route().get(all).execute().try_collect().await?;
+        for route in routes.into_iter().filter(leads_away) {
+            let removed = handle.route().del(route).execute().await;
+            removed.context("cannot remove the routes to other nodes and to the proxy")?;
+        }
         let mut rule = RuleMessage::default();
         rule.header.family = family;
         rule.attributes.push(RuleAttribute::Protocol(ROUTE_PROTOCOL.into()));
@@ -288,6 +297,13 @@ async fn clean_network() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// A route of ours that does not lead to a pod of this node, which keeps its own.
+fn leads_away(route: &RouteMessage) -> bool {
+    let has_gateway = || route.attributes.iter().any(|it| matches!(it, RouteAttribute::Gateway(_)));
+    let is_local = route.header.kind == RouteType::Local;
+    route.header.protocol == RouteProtocol::Other(ROUTE_PROTOCOL) && (is_local || has_gateway())
 }
 
 /// There is no such rule, or the kernel does not know the family at all.
