@@ -14,7 +14,7 @@ use crate::load::{LoadError, remove_pin};
 
 /// The tables that packets fill; each can be kept or not for itself. The agent writes all others:
 /// these refer to each other, so they are kept together or not at all.
-const LEARNED: [&str; 9] = [
+const LEARNED: [&str; 10] = [
     map::EVENTS,
     map::FLOWS4,
     map::FLOWS4_ANY,
@@ -22,6 +22,7 @@ const LEARNED: [&str; 9] = [
     map::FLOWS6_ANY,
     map::METRICS,
     map::FRAGMENTS,
+    map::MASQUERADED,
     map::SOCKETS,
     "SETTINGS",
 ];
