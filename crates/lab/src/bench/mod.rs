@@ -41,26 +41,28 @@ pub fn run(options: Options, json: bool) -> Result<ExitCode> {
         eprintln!("warning: this is a development build; for figures that count:  make bench");
     }
     let runtime = tokio::runtime::Builder::new_multi_thread().enable_all().build()?;
-    let report = runtime.block_on(async {
+    let mut report = Report::default();
+    let measured = runtime.block_on(async {
         let mut interrupt = signal(SignalKind::interrupt())?;
         let mut terminate = signal(SignalKind::terminate())?;
         // What was set up is taken down when the future is dropped, an interrupt included.
         tokio::select! {
-            report = measure(options) => report,
+            measured = measure(options, &mut report) => measured,
             _ = interrupt.recv() => Err(anyhow!("interrupted")),
             _ = terminate.recv() => Err(anyhow!("terminated")),
         }
     });
     runtime.shutdown_background();
-    report?.print(json)?;
+    // What was measured before something failed is as good.
+    report.print(json)?;
+    measured?;
     Ok(ExitCode::SUCCESS)
 }
 
-async fn measure(options: Options) -> Result<Report> {
+async fn measure(options: Options, report: &mut Report) -> Result<()> {
     progress("bringing a lab up");
     let cluster = Cluster::up().await?;
     let baselines = Baselines::build()?;
-    let mut report = Report::default();
     let pods = cluster.start_pods().await?;
 
     progress("agent");
@@ -94,8 +96,7 @@ async fn measure(options: Options) -> Result<Report> {
     }
     drop((baselines, cluster));
     progress("a large cluster");
-    report.extend(scale::measure().await?);
-    Ok(report)
+    scale::measure(report).await
 }
 
 /// Measuring blocks its thread, and starts threads in other network namespaces.

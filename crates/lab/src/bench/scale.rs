@@ -29,7 +29,7 @@ use serde_json::json;
 use super::{
     cluster::{Cluster, object},
     control, progress,
-    report::{Goal, Row},
+    report::{Goal, Report, Row},
 };
 
 /// The node that the pods are on. It has no networks: nothing leads there.
@@ -53,16 +53,15 @@ const MIDDLE: Size = Size { namespaces: 50, pods: 5_000, policies: 1_000, identi
 const LARGE: Size = Size { policies: 10_000, identities: 50_000, ..MIDDLE };
 
 /// Fills a cluster, and looks at the agent meanwhile.
-pub(super) async fn measure() -> Result<Vec<Row>> {
+pub(super) async fn measure(report: &mut Report) -> Result<()> {
     let cluster = &Cluster::up().await?;
     let pods = cluster.start_pods().await?;
     control::serve(&pods.path())?;
     let filling = Filling { cluster };
     filling.nowhere().await?;
-    let mut rows = Vec::new();
 
     let mut row = |what: &str, value, unit| {
-        rows.push(Row::new(format!("5,000 pods, 1,000 policies: {what}"), value, unit));
+        report.push(Row::new(format!("5,000 pods, 1,000 policies: {what}"), value, unit));
     };
     let agent = Agent::of(cluster)?;
     let before = agent.processor()?;
@@ -79,12 +78,12 @@ pub(super) async fn measure() -> Result<Vec<Row>> {
     filling.grow(MIDDLE, LARGE).await?;
     let title = |what: &str| format!("10,000 policies, 50,000 identities: {what}");
     let memory = control::resident(agent.pid)?;
-    rows.push(Row::new(title("agent memory (RSS)"), memory, "MB").goal(Goal::AtMost(250.0)));
+    report.push(Row::new(title("agent memory (RSS)"), memory, "MB").goal(Goal::AtMost(250.0)));
     let denied = control::denied(cluster, &pods).await?;
-    rows.push(Row::new(title("policy written, until denied"), denied, "ms"));
+    report.push(Row::new(title("policy written, until denied"), denied, "ms"));
     let ready = restart(cluster, LARGE).await?;
-    rows.push(Row::new(title("agent killed, until it is ready again"), ready, "ms"));
-    Ok(rows)
+    report.push(Row::new(title("agent killed, until it is ready again"), ready, "ms"));
+    Ok(())
 }
 
 /// A process, and what it has used.
