@@ -15,8 +15,8 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, MapError, RingBuf},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, SchedClassifier, TcAttachType,
-        TestRun, TestRunOptions,
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, ProgramInfo, SchedClassifier,
+        TcAttachType, TestRun, TestRunOptions,
         links::{FdLink, LinkError, PinnedLink},
         tc::{SchedClassifierLink, TcAttachOptions},
     },
@@ -241,12 +241,14 @@ impl Datapath {
             .map_err(|source| LoadError::Map { name: map::TUNNELS, source })
     }
 
-    /// Whether programs, be they of before, judge what passes an interface both ways.
+    /// Whether our programs, be they of before, judge what a pod's interface passes, both ways.
     #[must_use]
     pub fn is_judged(&self, interface: &str) -> bool {
-        [TcAttachType::Ingress, TcAttachType::Egress].into_iter().all(|direction| {
+        let directions = [TcAttachType::Ingress, TcAttachType::Egress];
+        POD_PROGRAMS.into_iter().zip(directions).all(|(name, direction)| {
+            let is_it = |info: &ProgramInfo| info.name_as_str() == Some(name);
             SchedClassifier::query_tcx(interface, direction)
-                .is_ok_and(|(_, attached)| !attached.is_empty())
+                .is_ok_and(|(_, attached)| attached.iter().any(is_it))
         })
     }
 

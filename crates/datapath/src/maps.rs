@@ -120,14 +120,14 @@ impl Maps {
     }
 
     /// Lets the revisions of tables that are new begin where none of before is met: flows that were
-    /// judged by other tables are still there.
+    /// judged by other tables are still there. Row 0, which stands for ends without one, keeps 0.
     pub(crate) fn begin_revisions(&self) -> Result<(), MapError> {
         let mut start = [0; size_of::<u32>()];
         getrandom(&mut start, GetRandomFlags::empty())
             .map_err(|error| MapError::IoError(error.into()))?;
         let revision = u32::from_ne_bytes(start).max(1);
         let mut tables = self.lock();
-        for row in 0..limits::ENDPOINT_ROWS {
+        for row in 1..limits::ENDPOINT_ROWS {
             tables.rows.set(row, Wire(EndpointRow { revision, ..EndpointRow::default() }), 0)?;
         }
         (0..limits::SHARDS).try_for_each(|shard| tables.shards.set(shard, revision, 0))
