@@ -170,6 +170,8 @@ async fn put(rules: Rules, proxy: &Proxy) -> io::Result<FromProxy> {
     proxy.rules.put(rules);
     proxy.rules.save()?;
     proxy.workers.settle().await;
+    // The main thread is no worker, and answers questions.
+    _ = proxy.main.spawn(async {}).await;
     Ok(FromProxy::Ack { version })
 }
 

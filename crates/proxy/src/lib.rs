@@ -29,7 +29,7 @@ pub mod tls;
 
 use std::{path::PathBuf, sync::Arc, thread};
 
-use tokio::runtime::{Builder, Runtime};
+use tokio::runtime::{Builder, Handle, Runtime};
 
 use crate::{accept::Workers, dns::Dns, log::Log, rules::Store};
 
@@ -58,6 +58,8 @@ pub struct Proxy {
     pub dns: Dns,
     /// Who serves the connections.
     pub workers: Workers,
+    /// Where questions in datagrams are answered.
+    pub main: Handle,
 }
 
 /// Runs until the process is told to end.
@@ -75,11 +77,12 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     sandbox::raise_descriptors();
     sandbox::enter(&options.state_dir)?;
     let (log, dns, workers) = (Log::default(), Dns::new(agent), Workers::start(cores)?);
-    let proxy = Arc::new(Proxy { rules, log, dns, workers });
+    let main = runtime()?;
+    let proxy = Arc::new(Proxy { rules, log, dns, workers, main: main.handle().clone() });
     // Rules may be many: no connection and no question waits until they are read and made ready.
     let (link, linked) = (link.run(Arc::clone(&proxy)), runtime()?);
     thread::Builder::new().name("agent".into()).spawn(move || linked.block_on(link))?;
-    runtime()?.block_on(async {
+    main.block_on(async {
         dns::serve_udp(&proxy, datagrams)?;
         accept::serve(listeners, proxy).await
     })

@@ -37,7 +37,7 @@ use std::{
 use palisade_abi::{identity, protocol};
 use palisade_api::flow::{self, L7};
 use palisade_policy::l7::may_learn;
-use tokio::{net::TcpStream, runtime::Handle, time::timeout};
+use tokio::{net::TcpStream, time::timeout};
 
 pub use self::{
     answer::{Answer, MAX_ADDRESSES, Stray},
@@ -117,18 +117,21 @@ impl Dns {
     }
 }
 
-/// Serves the questions that come in datagrams, in tasks of the runtime at hand. They are received
+/// Serves the questions that come in datagrams, in tasks of the main thread. They are received
 /// by a thread that does nothing else: one that were busy with the questions of one pod would lose
 /// those of others.
 ///
 /// # Errors
 /// The system gives no more threads or descriptors.
 pub fn serve_udp(proxy: &Arc<Proxy>, sockets: Sockets) -> io::Result<()> {
-    let (proxy, raw, tasks) = (Arc::clone(proxy), Arc::new(sockets.raw), Handle::current());
+    let (proxy, raw) = (Arc::clone(proxy), Arc::new(sockets.raw));
     let receiver = runtime()?;
     let receive = move || {
-        let [v4, v6] = sockets.asked.map(|asked| udp::serve(&proxy, asked, &raw, &tasks));
-        receiver.block_on(async { tokio::try_join!(v4, v6) })
+        let [v4, v6] = sockets.asked.map(|asked| udp::serve(&proxy, asked, &raw));
+        let ended = receiver.block_on(async { tokio::try_join!(v4, v6) });
+        tracing::error!(?ended, "no questions can be received any more");
+        // Whoever keeps this process running starts another.
+        std::process::exit(1);
     };
     thread::Builder::new().name("questions".into()).spawn(receive)?;
     Ok(())

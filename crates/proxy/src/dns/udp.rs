@@ -17,7 +17,7 @@ use nix::{
     },
 };
 use socket2::{Protocol, Type};
-use tokio::{io::Interest, net::UdpSocket, runtime::Handle};
+use tokio::{io::Interest, net::UdpSocket};
 
 use super::{Flow, Transport, exchange, raw::Raw};
 use crate::{Proxy, net};
@@ -58,7 +58,6 @@ pub(super) async fn serve(
     proxy: &Arc<Proxy>,
     socket: std::net::UdpSocket,
     raw: &Arc<Raw>,
-    tasks: &Handle,
 ) -> io::Result<Infallible> {
     let socket = UdpSocket::from_std(socket)?;
     let mut buffer = vec![0; MAX_QUESTION + 1];
@@ -70,11 +69,11 @@ pub(super) async fn serve(
         }
         // Whoever has many under way is not even read: the questions of all wait in one queue.
         let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { continue };
-        let (proxy, raw) = (Arc::clone(proxy), Arc::clone(raw));
+        let (shared, raw) = (Arc::clone(proxy), Arc::clone(raw));
         let message = buffer[..length].to_vec();
-        tasks.spawn(async move {
+        proxy.main.spawn(async move {
             let _held = under_way;
-            let Some(reply) = exchange(&proxy, flow, &message).await else { return };
+            let Some(reply) = exchange(&shared, flow, &message).await else { return };
             if let Err(error) = answer(flow, &reply, &raw) {
                 tracing::debug!(%error, ?flow, "cannot answer");
             }

@@ -13,6 +13,7 @@ use palisade_policy::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
+    runtime::Handle,
     sync::mpsc,
     task::JoinHandle,
     time::Instant,
@@ -42,7 +43,8 @@ impl Bench {
         let (agent, _) = agent::link(directory.join("nobody"));
         let workers = Workers::start(NonZero::<usize>::MIN).unwrap();
         let (log, dns) = (Log::default(), Dns::new(agent));
-        let proxy = Arc::new(Proxy { rules: store, log, dns, workers });
+        let main = Handle::current();
+        let proxy = Arc::new(Proxy { rules: store, log, dns, workers, main });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, peer) = listener.accept().await.unwrap();
