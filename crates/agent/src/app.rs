@@ -103,6 +103,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     })?);
     let netlink = Netlink::current()?;
     netlink.prepare_node().await?;
+    let masquerades = options.masquerade.applies(options.routing);
+    if masquerades {
+        // Before the node's own connections of this process get ports.
+        netlink.reserve_ports().await?;
+    }
     netlink.steer_to_proxy().await?;
     let side = match options.routing {
         Routing::Native => Side::Uplink,
@@ -222,12 +227,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let open = async {
         if succession == Succession::Later {
-            synced(&progress).await;
+            filled(&progress).await;
             datapath.attach_sockets()?;
             if let Some(uplink) = &options.uplink {
                 datapath.attach(uplink, side)?;
             }
             lifecycle.attach_all().await;
+            datapath.taken_over()?;
         }
         let mut keeping = JoinSet::new();
         keeping.spawn(lifecycle.clone().guard());
@@ -238,19 +244,20 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         let node = own_node(&reader, &options.node_name, &progress).await;
         let ipam = Ipam::new(&node.pod_cidrs)?;
         netlink.add_router_addresses(&ipam.routers()).await?;
-        if options.masquerade.applies(options.routing) {
+        if masquerades {
             let uplink = match &options.uplink {
                 Some(uplink) => uplink.clone(),
-                None => masquerade::find_uplink(&netlink, &node).await?,
+                None => masquerade::await_uplink(&netlink, &reader, &options.node_name).await,
             };
+            let (tables, name) = (reader.clone(), options.node_name.clone());
+            let masquerade =
+                Masquerade::new(datapath.clone(), netlink.clone(), tables, name, uplink.clone());
+            masquerade.apply().await?;
             if options.uplink.is_none() {
                 datapath.attach(&uplink, side)?;
-                let (datapath, uplink) = (datapath.clone(), uplink.clone());
+                let datapath = datapath.clone();
                 keeping.spawn(endpoints::guard_uplink(datapath, uplink, side, health.clone()));
             }
-            let masquerade =
-                Masquerade::new(datapath.clone(), netlink.clone(), node.clone(), uplink);
-            masquerade.apply().await?;
             keeping.spawn(masquerade.keep());
         } else {
             masquerade::end(&datapath)?;
@@ -342,11 +349,17 @@ async fn mtu(
     })
 }
 
-/// Waits until the kernel's tables hold what follows from all inputs.
-async fn synced(progress: &watch::Receiver<Progress>) {
+/// Waits until the kernel's tables hold what follows from all inputs, for a while even where the
+/// kernel refuses a part. That part stays closed; what was there before would stay open.
+async fn filled(progress: &watch::Receiver<Progress>) {
+    const PATIENCE: Duration = Duration::from_secs(30);
     let mut progress = progress.clone();
-    if progress.wait_for(|progress| progress.synced).await.is_err() {
+    if progress.wait_for(|progress| progress.told).await.is_err() {
         std::future::pending::<()>().await;
+    }
+    let synced = progress.wait_for(|progress| progress.synced);
+    if tokio::time::timeout(PATIENCE, synced).await.is_err() {
+        warn!("the kernel refuses a part of the tables, which stays closed");
     }
 }
 

@@ -48,6 +48,9 @@ pub enum Command {
 pub struct Progress {
     /// All inputs were complete, and the kernel holds what follows from them.
     pub synced: bool,
+    /// All inputs were complete, and the kernel was told what follows from them. What it refused is
+    /// closed.
+    pub told: bool,
     /// Goes up with each change of policy that is in force.
     pub revision: u64,
     /// Endpoints whose rows are in force.
@@ -307,6 +310,7 @@ impl Engine {
             progress.synced |= synced;
             *progress = Progress {
                 synced: progress.synced,
+                told: true,
                 revision,
                 endpoints,
                 names,

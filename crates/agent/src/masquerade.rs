@@ -6,27 +6,40 @@ use anyhow::Context;
 use palisade_abi::MasqueradeSettings;
 use palisade_datapath::{
     Datapath,
-    netlink::{Address, Netlink},
+    netlink::{Address, Link, Netlink},
 };
 use tracing::warn;
 
-use crate::{reconcile::mirror::address_bytes, tables::nodes::Node};
+use crate::{
+    reconcile::mirror::address_bytes,
+    tables::{TablesReader, nodes::Node},
+};
 
 /// How often the addresses are looked at.
 const LOOK: Duration = Duration::from_secs(5);
+
+/// An address of the node's may be here too; nothing leaves here.
+const LOOPBACK: &str = "lo";
 
 /// This node's part.
 pub struct Masquerade {
     datapath: Arc<Datapath>,
     netlink: Netlink,
-    node: Node,
+    tables: TablesReader,
+    node: String,
     uplink: String,
 }
 
 impl Masquerade {
     /// With the addresses of `uplink`, where the programs are.
-    pub fn new(datapath: Arc<Datapath>, netlink: Netlink, node: Node, uplink: String) -> Self {
-        Self { datapath, netlink, node, uplink }
+    pub fn new(
+        datapath: Arc<Datapath>,
+        netlink: Netlink,
+        tables: TablesReader,
+        node: String,
+        uplink: String,
+    ) -> Self {
+        Self { datapath, netlink, tables, node, uplink }
     }
 
     /// Begins, or goes on with the addresses of now.
@@ -36,7 +49,6 @@ impl Masquerade {
     pub async fn apply(&self) -> anyhow::Result<()> {
         let missing = || format!("there is no interface {}", self.uplink);
         let uplink = self.netlink.link(&self.uplink).await?.with_context(missing)?;
-        self.netlink.reserve_ports().await?;
         let mut addresses = self.netlink.addresses().await?;
         addresses.retain(|found| found.ifindex == uplink.ifindex);
         let [ipv4, ipv6] = [false, true].map(|ipv6| self.choose(&addresses, ipv6));
@@ -50,7 +62,8 @@ impl Masquerade {
             .iter()
             .map(|found| found.address.addr())
             .filter(|ip| ip.is_ipv6() == ipv6 && !is_link_local(ip));
-        let known = usable.clone().find(|ip| self.node.addresses.contains(ip));
+        let node = self.tables.read().node(&self.node).cloned();
+        let known = node.and_then(|node| usable.clone().find(|ip| node.addresses.contains(ip)));
         known.or_else(|| usable.next()).map(address_bytes).unwrap_or_default()
     }
 
@@ -80,21 +93,33 @@ pub fn end(datapath: &Datapath) -> anyhow::Result<()> {
     Ok(datapath.set_masquerade(&MasqueradeSettings::default())?)
 }
 
-/// The interface that has an address of the node.
-///
-/// # Errors
-/// What the kernel says, or there is none.
-pub async fn find_uplink(netlink: &Netlink, node: &Node) -> anyhow::Result<String> {
+/// The interface that has an address of the node, waited for where there is none yet: until a node
+/// that got another address says so, nothing leaves.
+pub async fn await_uplink(netlink: &Netlink, tables: &TablesReader, node: &str) -> String {
+    loop {
+        let known = tables.read().node(node).cloned();
+        let found = match known {
+            Some(known) => find_uplink(netlink, &known).await,
+            None => Ok(None),
+        };
+        match found {
+            Ok(Some(uplink)) => return uplink,
+            Ok(None) => warn!(
+                "node {node}: no interface has one of its addresses; name the one to masquerade \
+                 at with --uplink, or say --masquerade never"
+            ),
+            Err(error) => warn!("cannot look for the uplink: {error:#}"),
+        }
+        tokio::time::sleep(LOOK).await;
+    }
+}
+
+async fn find_uplink(netlink: &Netlink, node: &Node) -> anyhow::Result<Option<String>> {
     let addresses = netlink.addresses().await?;
-    let own = addresses.iter().find(|found| node.addresses.contains(&found.address.addr()));
     let links = netlink.links().await?;
-    let link = own.and_then(|own| links.into_iter().find(|link| link.ifindex == own.ifindex));
-    let missing = || {
-        format!(
-            "node {}: no interface has one of its addresses; name the one to masquerade at with \
-             --uplink, or say --masquerade never",
-            node.name
-        )
+    let has = |link: &Link| {
+        let mut own = addresses.iter().filter(|found| found.ifindex == link.ifindex);
+        own.any(|found| node.addresses.contains(&found.address.addr()))
     };
-    Ok(link.with_context(missing)?.name)
+    Ok(links.into_iter().find(|link| link.name != LOOPBACK && has(link)).map(|link| link.name))
 }

@@ -100,5 +100,7 @@ fn entry(route: &Route) -> Option<(palisade_abi::IpcacheKey, TunnelValue)> {
 /// What the kernel says.
 pub async fn remove(datapath: &Datapath, netlink: &Netlink) -> anyhow::Result<()> {
     netlink.remove_overlay().await?;
+    // `from_underlay` may still be at an uplink that nobody named.
+    datapath.set_tunnels(&BTreeMap::new())?;
     Ok(datapath.detach(OVERLAY, Side::Overlay)?)
 }

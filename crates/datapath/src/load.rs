@@ -116,6 +116,8 @@ pub struct Datapath {
     links: PathBuf,
     cgroup: PathBuf,
     anew: bool,
+    /// There while other tables are filled, see [`Self::is_anew`].
+    begun: PathBuf,
 }
 
 impl Datapath {
@@ -131,7 +133,8 @@ impl Datapath {
             fs::create_dir_all(path)
                 .map_err(|source| LoadError::Bpffs { path: path.clone(), source })?;
         }
-        let anew = pins::make_way(OBJECT, &tables)?;
+        let begun = config.bpffs.join("anew");
+        let anew = pins::make_way(OBJECT, &tables, &begun)?;
         let mut object = EbpfLoader::new().default_map_pin_directory(&tables).load(OBJECT)?;
         for name in PACKET_PROGRAMS {
             classifier(&mut object, name)?
@@ -141,7 +144,7 @@ impl Datapath {
         set_clock(&mut object)?;
         let maps = Arc::new(Maps::take(&mut object)?);
         let cgroup = config.cgroup.clone();
-        let datapath = Self { object: Mutex::new(object), maps, links, cgroup, anew };
+        let datapath = Self { object: Mutex::new(object), maps, links, cgroup, anew, begun };
         if anew {
             datapath
                 .maps
@@ -154,10 +157,20 @@ impl Datapath {
     }
 
     /// Whether the tables are new and empty while programs of before judge by their own, of
-    /// another layout. Then the programs here are to be attached when the tables are filled.
+    /// another layout. Then the programs here are to be attached when the tables are filled, which
+    /// [`Self::taken_over`] ends.
     #[must_use]
     pub fn is_anew(&self) -> bool {
         self.anew
+    }
+
+    /// The programs here judge by their own tables everywhere: the next ones begin with these.
+    ///
+    /// # Errors
+    /// [`LoadError::Bpffs`].
+    pub fn taken_over(&self) -> Result<(), LoadError> {
+        let path = self.begun.clone();
+        fs::remove_dir(&path).map_err(|source| LoadError::Bpffs { path, source })
     }
 
     /// The tables.

@@ -14,8 +14,10 @@ use crate::load::{LoadError, remove_pin};
 
 /// The tables that packets fill; each can be kept or not for itself. The agent writes all others:
 /// these refer to each other, so they are kept together or not at all.
-const LEARNED: [&str; 10] = [
+const LEARNED: [&str; 11] = [
     map::EVENTS,
+    // The agent's, but it refers to no other table, and with an empty one pods' own addresses leave.
+    map::MASQUERADE,
     map::FLOWS4,
     map::FLOWS4_ANY,
     map::FLOWS6,
@@ -29,11 +31,12 @@ const LEARNED: [&str; 10] = [
 
 /// Takes away the pins of tables that are not as `object` wants them, so that it gets new ones.
 /// Programs that use the old ones go on with them. Returns whether that happened to those that the
-/// agent writes.
+/// agent writes, be it for an agent that ended before it had taken over: `begun` is a directory that
+/// is there from before the first pin goes until then.
 ///
 /// Only sizes, kinds and flags can be compared: a table whose entries get another meaning at the
 /// same size gets another name.
-pub(crate) fn make_way(object: &[u8], directory: &Path) -> Result<bool, LoadError> {
+pub(crate) fn make_way(object: &[u8], directory: &Path, begun: &Path) -> Result<bool, LoadError> {
     let wanted: BTreeMap<String, Map> = Object::parse(object)
         .map_err(aya::EbpfError::from)?
         .maps
@@ -51,8 +54,13 @@ pub(crate) fn make_way(object: &[u8], directory: &Path) -> Result<bool, LoadErro
     let (learned, written): (BTreeSet<_>, BTreeSet<_>) = found.into_iter().partition(is_learned);
     learned.iter().filter(|name| !fits(name)).try_for_each(remove)?;
     let complete = wanted.keys().all(|name| is_learned(name) || written.contains(name));
-    if written.is_empty() || (complete && written.iter().all(fits)) {
-        return Ok(false);
+    let bpffs = |source| LoadError::Bpffs { path: begun.to_owned(), source };
+    let unfinished = begun.try_exists().map_err(bpffs)?;
+    if (written.is_empty() && !unfinished) || (complete && written.iter().all(fits)) {
+        return Ok(unfinished);
+    }
+    if !unfinished {
+        fs::create_dir(begun).map_err(bpffs)?;
     }
     written.iter().try_for_each(remove)?;
     Ok(true)

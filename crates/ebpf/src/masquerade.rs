@@ -215,6 +215,10 @@ fn show(skb: *mut __sk_buff, s: &mut Scratch, port: u16) -> Result<(), DropReaso
 #[inline(always)]
 fn hide_error(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     quoted(skb, s)?;
+    // It is for whoever sent what it quotes, or else about nothing that is known.
+    if s.quoted.source != s.packet.destination {
+        return without_flow(&s.packet.destination);
+    }
     let side = s.key.set(&s.quoted);
     let Some(flow) = living(&s.key) else { return without_flow(&s.packet.destination) };
     // SAFETY: a live map value.
