@@ -66,6 +66,17 @@ pub(super) fn resident(pid: u32) -> Result<f64> {
     Ok(kilobytes * 1024.0 / 1e6)
 }
 
+/// Time that a process spent, all threads together (proc_pid_stat(5)).
+pub(super) fn cpu_time(pid: u32) -> Result<Duration> {
+    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
+    let fields = stat.rsplit_once(')').context("no process name")?.1;
+    let mut fields = fields.split_whitespace().skip(11);
+    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
+    let used = ticks().zip(ticks()).map(|(user, system)| user + system).context("no times")?;
+    Ok(Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second())?
+        * u32::try_from(used)?)
+}
+
 /// From the start of the plugin to its answer, as a container runtime sees it.
 pub(super) async fn cni_add(cluster: &Cluster) -> Result<Row> {
     let mut times = Vec::new();

@@ -4,7 +4,7 @@
 use std::{
     future::Future,
     net::{Ipv4Addr, Ipv6Addr},
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use anyhow::{Context, Result, bail, ensure};
@@ -20,10 +20,7 @@ use kube::{
     },
 };
 use palisade_api::admin::Status;
-use rustix::{
-    param::clock_ticks_per_second,
-    process::{Pid, Signal, kill_process},
-};
+use rustix::process::{Pid, Signal, kill_process};
 use serde_json::json;
 
 use super::{
@@ -64,7 +61,7 @@ pub(super) async fn measure(report: &mut Report) -> Result<()> {
         report.push(Row::new(format!("5,000 pods, 1,000 policies: {what}"), value, unit));
     };
     let agent = Agent::of(cluster)?;
-    let before = agent.processor()?;
+    let before = control::cpu_time(agent.pid)?;
     let behind = filling.grow(NONE, MIDDLE).await?;
     row("CPU to take them up", agent.since(before)?, "ms");
     row("the last is written, until it is in force", behind, "ms");
@@ -96,18 +93,9 @@ impl Agent {
         Ok(Self { pid: cluster.status().context("the agent does not answer")?.pid })
     }
 
-    /// Processor time so far, in ticks (proc_pid_stat(5)).
-    fn processor(&self) -> Result<u64> {
-        let stat = std::fs::read_to_string(format!("/proc/{}/stat", self.pid))?;
-        // The name, in brackets, may hold anything.
-        let (_, fields) = stat.rsplit_once(')').context("no name")?;
-        let ticks = fields.split_whitespace().skip(11).take(2).map(str::parse::<u64>);
-        Ok(ticks.sum::<Result<u64, _>>()?)
-    }
-
     /// Milliseconds of processor time since then.
-    fn since(&self, before: u64) -> Result<f64> {
-        Ok((self.processor()? - before) as f64 * 1e3 / clock_ticks_per_second() as f64)
+    fn since(&self, before: Duration) -> Result<f64> {
+        Ok((control::cpu_time(self.pid)? - before).as_secs_f64() * 1e3)
     }
 }
 
@@ -250,7 +238,7 @@ impl Filling<'_> {
     /// The agent's processor time for a pod that comes and goes, in milliseconds.
     async fn churn(&self, agent: &Agent) -> Result<f64> {
         let numbers = MIDDLE.pods..MIDDLE.pods + CHURN;
-        let before = agent.processor()?;
+        let before = control::cpu_time(agent.pid)?;
         each(numbers.clone(), |number| self.pod(number)).await?;
         self.await_pods(MIDDLE.pods + CHURN).await?;
         each(numbers, |number| self.delete_pod(number)).await?;

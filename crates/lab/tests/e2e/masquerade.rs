@@ -1,10 +1,8 @@
 //! Pods and what is outside the cluster: it meets nodes only, whatever becomes of the pods' packets.
 
 use std::{
-    io::{self, Read, Write},
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
-    process::Command,
-    thread,
+    io,
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
     time::Duration,
 };
 
@@ -13,7 +11,8 @@ use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
 
 use super::{
     connectivity::palisade,
-    harness::{Beyond, Lab, Outside, Pod, eventually, text},
+    harness::{Beyond, Lab, Outside, Pod, eventually},
+    overlay::{command, transfer},
     probe::{self, Answer, Protocol, Target, allow_echo},
     traffic::{Conversations, Counter, Flow, PORT, serve_echo},
 };
@@ -99,11 +98,6 @@ fn from_word(pod: &Pod) -> [u8; 2] {
     }
 }
 
-fn command(pod: &Pod, line: &str) -> String {
-    let words: Vec<String> = line.split(' ').map(str::to_owned).collect();
-    pod.run(move || Ok(text(&Command::new(&words[0]).args(&words[1..]).output()?)))
-}
-
 fn everybody_is_answered_and_known_by_the_node(world: &World) {
     for pod in 0..3 {
         assert_eq!(world.answers(pod), [Answer::Open; 6], "pod {pod}");
@@ -180,30 +174,8 @@ fn the_path_may_be_narrow(world: &World) {
             let ping = command(&world.pods[1], &format!("ping -c1 -W1 -Mdo -s1200 {address}"));
             ping.contains(" 0% packet loss")
         });
-        transfer(&world.pods[2], &beyond.pod, address);
+        transfer(&world.pods[2], &beyond.pod, address, WAIT);
     }
-}
-
-/// Sends a million bytes each way.
-fn transfer(from: &Pod, at: &Pod, address: IpAddr) {
-    const BYTES: usize = 1 << 20;
-    let listener = at.run(move || TcpListener::bind(SocketAddr::new(address, 0)));
-    let to = listener.local_addr().unwrap();
-    let serving = thread::spawn(move || {
-        let mut stream = listener.accept().unwrap().0;
-        stream.set_read_timeout(Some(5 * WAIT)).unwrap();
-        let mut bytes = vec![0; BYTES];
-        stream.read_exact(&mut bytes).unwrap();
-        stream.write_all(&bytes).unwrap();
-    });
-    let mut stream = from.run(move || TcpStream::connect_timeout(&to, WAIT));
-    stream.set_read_timeout(Some(5 * WAIT)).unwrap();
-    let sent = vec![7; BYTES];
-    stream.write_all(&sent).unwrap();
-    let mut back = vec![0; BYTES];
-    stream.read_exact(&mut back).unwrap();
-    assert!(sent == back, "{address}");
-    serving.join().unwrap();
 }
 
 /// Datagrams in several pieces, both ways.

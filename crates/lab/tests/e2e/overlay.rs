@@ -53,8 +53,8 @@ pub(crate) fn command(pod: &Pod, line: &str) -> String {
     pod.run(move || Ok(text(&Command::new(&words[0]).args(&words[1..]).output()?)))
 }
 
-/// Sends a million bytes each way.
-fn transfer(from: &Pod, at: &Pod, address: IpAddr) {
+/// Sends a million bytes each way, over a connection that is made in time.
+pub(crate) fn transfer(from: &Pod, at: &Pod, address: IpAddr, connect: Duration) {
     const BYTES: usize = 1 << 20;
     let listener = at.run(move || TcpListener::bind(SocketAddr::new(address, 0)));
     let to = listener.local_addr().unwrap();
@@ -65,7 +65,7 @@ fn transfer(from: &Pod, at: &Pod, address: IpAddr) {
         stream.read_exact(&mut bytes).unwrap();
         stream.write_all(&bytes).unwrap();
     });
-    let mut stream = from.run(move || TcpStream::connect_timeout(&to, Duration::from_secs(2)));
+    let mut stream = from.run(move || TcpStream::connect_timeout(&to, connect));
     stream.set_read_timeout(Some(Duration::from_secs(5))).unwrap();
     let sent = vec![7; BYTES];
     stream.write_all(&sent).unwrap();
@@ -114,7 +114,7 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
     lab.await_policies(0);
 
     for address in server.addresses {
-        transfer(&friend, &server, address);
+        transfer(&friend, &server, address, Duration::from_secs(2));
         let header = if address.is_ipv4() { 28 } else { 48 };
         let ping = |size: usize| command(&friend, &format!("ping -c1 -W2 -Mdo -s{size} {address}"));
         let fits = ping(MTU - header);
@@ -131,7 +131,7 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
         let ping = command(&friend, &format!("ping -c2 -i0.2 -W2 -Mdo -s1440 {address}"));
         let told = ["Frag needed and DF set (mtu = 1450)", "Packet too big: mtu=1450"];
         assert!(told.iter().any(|told| ping.contains(told)), "{ping}");
-        transfer(&friend, &server, address);
+        transfer(&friend, &server, address, Duration::from_secs(2));
     }
 
     // Somebody takes the interface away: it comes back, with its programs and routes.

@@ -4,11 +4,7 @@
 mod envoy;
 mod http;
 
-use std::{
-    net::SocketAddr,
-    path::PathBuf,
-    time::{Duration, Instant},
-};
+use std::{net::SocketAddr, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result};
 
@@ -19,7 +15,7 @@ use self::{
 use super::{
     blocking,
     cluster::{Cluster, Pods},
-    control::resident,
+    control::{cpu_time, resident},
     report::{Goal, Row, median},
 };
 use crate::sys::netns;
@@ -137,15 +133,4 @@ fn rows(load: Load, ways: &[Way], samples: &mut [Samples]) -> Vec<Row> {
         rows.push(if load.connections == 1 { added.goal(Goal::AtMost(0.35)) } else { added });
     }
     rows
-}
-
-/// Time that a process spent, all threads together (proc_pid_stat(5)).
-fn cpu_time(pid: u32) -> Result<Duration> {
-    let stat = std::fs::read_to_string(format!("/proc/{pid}/stat"))?;
-    let fields = stat.rsplit_once(')').context("no process name")?.1;
-    let mut fields = fields.split_whitespace().skip(11);
-    let mut ticks = || fields.next().and_then(|field| field.parse::<u64>().ok());
-    let used = ticks().zip(ticks()).map(|(user, system)| user + system).context("no times")?;
-    Ok(Duration::from_secs(1) / u32::try_from(rustix::param::clock_ticks_per_second())?
-        * u32::try_from(used)?)
 }
