@@ -26,6 +26,9 @@ const NETLINK_ROUTE: Option<Protocol> = None;
 /// The kernel answers in microseconds; it may wait for its global lock behind hundreds of others.
 const ANSWER_TIMEOUT: Duration = Duration::from_secs(20);
 
+/// News that are waited for are asked for after so long without any.
+pub(super) const SILENCE: Duration = Duration::from_secs(1);
+
 /// Room for the answers to a batch, so that none is dropped.
 const RECEIVE_BUFFER: usize = 1 << 20;
 
@@ -84,31 +87,30 @@ impl Socket {
         Ok(Self { fd, sequence: 0, datagram: vec![0; DATAGRAM], parsed: VecDeque::new() })
     }
 
-    /// Waits until `holds` does, which asks the kernel: at once, and after each change of the kind.
-    /// `what` is not done yet where that takes too long.
+    /// Waits until `holds` does, which asks the kernel: at once, after each change of the kind, and
+    /// after a silence. `what` is not done yet where that takes too long.
     pub(super) fn wait_until(
         news: News,
         what: &str,
         mut holds: impl FnMut(&mut Self) -> Result<bool, NetlinkError>,
     ) -> Result<(), NetlinkError> {
         let failed = |errno| NetlinkError::kernel(what, errno);
-        let mut socket = Self::open()?;
+        // Questions go by a socket of their own: news that come between a question and its answer,
+        // which may not know of them yet, are not passed over for it.
+        let mut questions = Self::open()?;
+        let mut told = Self::open()?;
+        sockopt::set_socket_timeout(&told.fd, sockopt::Timeout::Recv, Some(SILENCE))
+            .map_err(failed)?;
         // Before the first question: no change is missed.
-        bind(&socket.fd, &SocketAddrNetlink::new(0, news as u32)).map_err(failed)?;
+        bind(&told.fd, &SocketAddrNetlink::new(0, news as u32)).map_err(failed)?;
         let deadline = Instant::now() + ANSWER_TIMEOUT;
-        while !holds(&mut socket)? {
-            let left = deadline.saturating_duration_since(Instant::now());
-            if left.is_zero() {
+        while !holds(&mut questions)? {
+            if Instant::now() > deadline {
                 return Err(failed(Errno::TIMEDOUT));
             }
-            sockopt::set_socket_timeout(&socket.fd, sockopt::Timeout::Recv, Some(left))
-                .map_err(failed)?;
-            match socket.receive(what) {
+            match told.receive(what) {
                 // What was lost may have been it.
-                Ok(_) | Err(NetlinkError::Kernel { errno: Errno::NOBUFS, .. }) => {}
-                Err(NetlinkError::Kernel { errno: Errno::AGAIN, .. }) => {
-                    return Err(failed(Errno::TIMEDOUT));
-                }
+                Ok(_) | Err(NetlinkError::Kernel { errno: Errno::NOBUFS | Errno::AGAIN, .. }) => {}
                 Err(error) => return Err(error),
             }
         }

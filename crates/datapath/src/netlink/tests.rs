@@ -25,8 +25,12 @@ impl TempNs {
     }
 
     fn ip(&self, args: &str) -> String {
+        Self::ip_in(&self.0, args)
+    }
+
+    fn ip_in(name: &str, args: &str) -> String {
         let output = Command::new("ip")
-            .args(["-n", &self.0])
+            .args(["-n", name])
             .args(args.split_whitespace())
             .output()
             .expect("run ip");
@@ -175,6 +179,28 @@ async fn dumps_are_complete_under_churn() {
         assert_eq!(stable.count(), 60);
     }
     churn.join().expect("thread").expect("namespace");
+}
+
+/// The answer to a question may be older than what is told before it arrives.
+#[tokio::test]
+async fn what_is_told_during_a_question_is_not_missed() {
+    let Some(node) = TempNs::new("news") else { return };
+    let name = node.0.clone();
+    let wait = move |_: &mut socket::Socket| {
+        let mut answers = 0;
+        let begun = Instant::now();
+        socket::Socket::wait_until(socket::News::Links, "wait for a link", |socket| {
+            answers += 1;
+            if answers == 1 {
+                TempNs::ip_in(&name, "link add late type veth peer name later");
+            }
+            socket.dump("list interfaces", &message::all_links())?;
+            Ok(answers > 1)
+        })?;
+        Ok(begun.elapsed())
+    };
+    let waited = node.netlink().run(wait).await.expect("told");
+    assert!(waited < socket::SILENCE, "{waited:?}");
 }
 
 #[test]
