@@ -9,6 +9,7 @@
 //! | `upstream` | what does the server say? |
 //! | `known` | what was the client told before? |
 //! | `limits` | may the client ask one more? |
+//! | `turns` | whose question is next? |
 //! | `udp`, `raw`, `tcp` | how do questions come in, and answers go out? |
 //!
 //! The client's bytes are passed on as they are, but for the id; so are the server's.
@@ -23,6 +24,7 @@ mod raw;
 mod tcp;
 #[cfg(test)]
 mod tests;
+mod turns;
 mod udp;
 mod upstream;
 

@@ -1,5 +1,6 @@
-//! Answers for whose address another process of the node has taken the port, as a name server of
-//! the node itself does: packets that are written here from their first byte.
+//! Answers that need no socket of their own: packets that are written here from their first byte.
+//! So are short ones, and those for whose address another process of the node has taken the port,
+//! as a name server of the node itself does.
 
 use std::{
     io,

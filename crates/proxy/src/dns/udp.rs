@@ -19,11 +19,13 @@ use nix::{
 use socket2::{Protocol, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::{Flow, Transport, exchange, raw::Raw};
+use super::{Flow, Transport, exchange, limits::UnderWayOne, raw::Raw, turns::Turns};
 use crate::{Proxy, net};
 
 /// Longest question that is read; real ones have no more than a name and some options.
 const MAX_QUESTION: usize = 4096;
+/// Answers up to this length are in one packet wherever they go (RFC 8200, section 5).
+const SHORT: usize = 1280 - 40 - 8;
 /// Room for questions that wait to be read.
 const BUFFER: usize = 1 << 20;
 
@@ -60,6 +62,7 @@ pub(super) async fn serve(
     raw: &Arc<Raw>,
 ) -> io::Result<Infallible> {
     let socket = UdpSocket::from_std(socket)?;
+    let turns = Arc::new(Turns::default());
     let mut buffer = vec![0; MAX_QUESTION + 1];
     loop {
         // An error belongs to one datagram, or to an answer that met nobody.
@@ -69,15 +72,26 @@ pub(super) async fn serve(
         }
         // Whoever has many under way is not even read: the questions of all wait in one queue.
         let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { continue };
-        let (shared, raw) = (Arc::clone(proxy), Arc::clone(raw));
-        let message = buffer[..length].to_vec();
-        proxy.main.spawn(async move {
-            let _held = under_way;
-            let Some(reply) = exchange(&shared, flow, &message).await else { return };
-            if let Err(error) = answer(flow, &reply, &raw) {
-                tracing::debug!(%error, ?flow, "cannot answer");
-            }
+        let question = Asked { flow, message: buffer[..length].to_vec(), _held: under_way };
+        let Some(questions) = turns.put(flow.client.ip(), question) else { continue };
+        let (proxy, raw, turns) = (Arc::clone(proxy), Arc::clone(raw), Arc::clone(&turns));
+        proxy.main.clone().spawn(async move {
+            turns.serve(questions, |asked| answer(&proxy, asked, &raw)).await;
         });
+    }
+}
+
+/// A question, and what it holds until it is answered.
+struct Asked {
+    flow: Flow,
+    message: Vec<u8>,
+    _held: UnderWayOne,
+}
+
+async fn answer(proxy: &Arc<Proxy>, asked: Asked, raw: &Raw) {
+    let Some(reply) = exchange(proxy, asked.flow, &asked.message).await else { return };
+    if let Err(error) = send(asked.flow, &reply, raw) {
+        tracing::debug!(%error, flow = ?asked.flow, "cannot answer");
     }
 }
 
@@ -119,7 +133,11 @@ fn v6(address: SockaddrIn6) -> SocketAddr {
 }
 
 /// Sends the answer as if the server did.
-fn answer(flow: Flow, reply: &[u8], raw: &Raw) -> io::Result<()> {
+fn send(flow: Flow, reply: &[u8], raw: &Raw) -> io::Result<()> {
+    // One call in place of six.
+    if reply.len() <= SHORT {
+        return raw.send(flow.server, flow.client, reply);
+    }
     let socket = net::transparent(flow.server, Type::DGRAM, Protocol::UDP)?;
     // Answers of the same server may be sent at the same time.
     socket.set_reuse_address(true)?;

@@ -1,0 +1,186 @@
+//! What one client does to the proxy, others do not notice: the slowest in a hundred of what they
+//! ask takes at most twice as long as when they are alone.
+
+#![allow(clippy::unwrap_used, clippy::panic, reason = "a test fails by panicking")]
+
+#[path = "support/dns_message.rs"]
+mod message;
+#[path = "support/name_server.rs"]
+mod name_server;
+#[path = "support/dns_pods.rs"]
+mod pods;
+mod world;
+
+use std::{
+    io::Write,
+    net::{TcpStream, UdpSocket},
+    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    thread,
+    time::{Duration, Instant},
+};
+
+use message::{A, Message};
+use name_server::NameServer;
+use pods::{OTHER4, plain, query, rcode, receive};
+use world::{
+    CLIENT4, PORT, SERVER4, WAIT, World,
+    agent::{http, rules},
+    frames::{END_HEADERS, GET, HEADERS, RST_STREAM, block, frame, raw},
+    origin::Origin,
+    until,
+};
+
+const SAMPLE: Duration = Duration::from_secs(2);
+/// Below this it is the machine's other work that is seen.
+const UNSEEN: Duration = Duration::from_millis(if cfg!(debug_assertions) { 100 } else { 1 });
+
+/// What the slowest in a hundred takes.
+fn slow(ask: &mut impl FnMut()) -> Duration {
+    let mut times = Vec::new();
+    let begun = Instant::now();
+    while begun.elapsed() < SAMPLE {
+        let asked = Instant::now();
+        ask();
+        times.push(asked.elapsed());
+    }
+    times.sort_unstable();
+    times[times.len() * 99 / 100]
+}
+
+/// Compares what somebody else asks, alone and while the flood goes on, which it does until it is
+/// told that it is over.
+#[track_caller]
+fn is_hardly_noticed(what: &str, mut ask: impl FnMut(), flood: impl FnOnce(&AtomicBool) + Send) {
+    let alone = slow(&mut ask);
+    let over = AtomicBool::new(false);
+    let beside = thread::scope(|scope| {
+        scope.spawn(|| flood(&over));
+        let beside = slow(&mut ask);
+        over.store(true, Relaxed);
+        beside
+    });
+    println!("{what}: the slowest in a hundred {alone:?} alone, {beside:?} beside it");
+    assert!(beside <= UNSEEN.max(2 * alone), "{what}: {alone:?} alone, {beside:?} beside it");
+}
+
+/// Does something so many times a second until it is over; how often it was done.
+fn pace(over: &AtomicBool, a_second: u64, mut step: impl FnMut(u64)) -> u64 {
+    let begun = Instant::now();
+    let mut done = 0;
+    while !over.load(Relaxed) && begun.elapsed() < WAIT {
+        let due = begun.elapsed().as_millis() as u64 * a_second / 1000;
+        if done >= due {
+            thread::sleep(Duration::from_millis(1));
+            continue;
+        }
+        step(done);
+        done += 1;
+    }
+    done
+}
+
+fn public() -> World {
+    World::new(rules(1, &[http(&["GET|POST /public(/.*)?"])]))
+}
+
+fn origin(world: &World) -> Origin {
+    Origin::new(&world.server, |head, stream| {
+        let answer = "HTTP/1.1 200 OK\r\ncontent-length: 4\r\n\r\nyes!";
+        // A part of a body is no request.
+        !head.starts_with("GET") || stream.write_all(answer.as_bytes()).is_ok()
+    })
+}
+
+/// Somebody who asks over a connection that it keeps.
+fn asker(world: &World) -> impl FnMut() + use<> {
+    let mut stream = world.connect(SERVER4);
+    move || {
+        stream.write_all(b"GET /public/other HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
+        assert!(until(&mut stream, "yes!").starts_with("HTTP/1.1 200"));
+    }
+}
+
+/// So many connections that say something.
+fn many(world: &World, count: usize, say: &'static [u8]) -> Vec<TcpStream> {
+    world.client.run(move || {
+        let connect = move |_| {
+            let mut stream = TcpStream::connect((SERVER4, PORT)).ok()?;
+            stream.write_all(say).ok()?;
+            Some(stream)
+        };
+        (0..count).filter_map(connect).collect()
+    })
+}
+
+#[test]
+fn heads_that_do_not_end() {
+    let world = public();
+    let _origin = origin(&world);
+    let ask = asker(&world);
+    is_hardly_noticed("10,000 heads without an end", ask, |over| {
+        let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+        let count = limit.map_or(10_000, |limit| 10_000.min(limit as usize / 2));
+        let mut streams = many(&world, count, b"GET /pub");
+        pace(over, 1000, |n| {
+            let stream = n as usize % streams.len();
+            // Many of them are ended by now.
+            _ = streams[stream].write_all(b"l");
+        });
+    });
+}
+
+#[test]
+fn bodies_that_come_byte_by_byte() {
+    let world = public();
+    let _origin = origin(&world);
+    let ask = asker(&world);
+    is_hardly_noticed("1,000 bodies, a byte a second", ask, |over| {
+        let head = b"POST /public HTTP/1.1\r\nHost: a\r\nContent-Length: 10000\r\n\r\n";
+        let mut streams = many(&world, 1000, head);
+        pace(over, 1000, |n| _ = streams[n as usize % 1000].write_all(b"x"));
+    });
+}
+
+#[test]
+fn requests_that_are_taken_back() {
+    let world = public();
+    let _origin = origin(&world);
+    let ask = asker(&world);
+    is_hardly_noticed("1,000 requests a second that are taken back", ask, |over| {
+        let mut stream = raw(&world);
+        let mut number = 1;
+        pace(over, 1000, |_| {
+            let asked = frame(HEADERS, END_HEADERS, number, &block(&GET));
+            let taken = frame(RST_STREAM, 0, number, &[0, 0, 0, 8]);
+            number += 2;
+            // The proxy ends it after a while, and another begins.
+            if stream.write_all(&[asked, taken].concat()).is_err() {
+                stream = raw(&world);
+                number = 1;
+            }
+        });
+    });
+}
+
+#[test]
+fn questions_without_an_end() {
+    const A_SECOND: u64 = 50_000;
+    for name in ["evil.org", "mute.cdn.example.com"] {
+        let world = pods::world(pods::usual());
+        let _server = NameServer::new(&world.server, |asked| {
+            if asked.name() == "api.example.com" { plain(asked) } else { Vec::new() }
+        });
+        let other = pods::socket(&world, OTHER4, SERVER4);
+        let ask = || {
+            other.send(&query("api.example.com")).unwrap();
+            assert_eq!(rcode(&receive(&other)), 0);
+        };
+        is_hardly_noticed(&format!("50,000 questions a second for {name}"), ask, |over| {
+            let greedy: UdpSocket = pods::socket(&world, CLIENT4, SERVER4);
+            let done = pace(over, A_SECOND, |n| {
+                greedy.send(&Message::query(n as u16, name, A).bytes()).unwrap();
+            });
+            println!("{done} questions");
+        });
+    }
+}
