@@ -6,8 +6,10 @@ use std::{
     collections::{BTreeMap, BTreeSet, HashSet},
     fs, io,
     net::IpAddr,
+    panic,
     path::{Path, PathBuf},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
+    thread,
     time::Duration,
 };
 
@@ -15,8 +17,8 @@ use aya::{
     Ebpf, EbpfError, EbpfLoader,
     maps::{Array, MapError, RingBuf},
     programs::{
-        CgroupAttachMode, CgroupSockAddr, LinkOrder, ProgramError, ProgramInfo, SchedClassifier,
-        TcAttachType, TestRun, TestRunOptions,
+        CgroupAttachMode, CgroupSockAddr, LinkOrder, Program, ProgramError, ProgramInfo,
+        SchedClassifier, TcAttachType, TestRun, TestRunOptions,
         links::{FdLink, LinkError, PinnedLink},
         tc::{SchedClassifierLink, TcAttachOptions},
     },
@@ -136,11 +138,7 @@ impl Datapath {
         let begun = config.bpffs.join("anew");
         let anew = pins::make_way(OBJECT, &tables, &begun)?;
         let mut object = EbpfLoader::new().default_map_pin_directory(&tables).load(OBJECT)?;
-        for name in PACKET_PROGRAMS {
-            classifier(&mut object, name)?
-                .load()
-                .map_err(|source| LoadError::Program { name, source })?;
-        }
+        load_classifiers(&mut object)?;
         set_clock(&mut object)?;
         let maps = Arc::new(Maps::take(&mut object)?);
         let cgroup = config.cgroup.clone();
@@ -278,8 +276,7 @@ impl Datapath {
     fn has_programs(&self, interface: &str, programs: &[(&str, TcAttachType)]) -> bool {
         let object = self.lock();
         programs.iter().all(|(name, direction)| {
-            let Some(aya::programs::Program::SchedClassifier(program)) = object.program(name)
-            else {
+            let Some(Program::SchedClassifier(program)) = object.program(name) else {
                 return false;
             };
             let Ok(own) = program.info() else { return false };
@@ -438,6 +435,28 @@ impl Datapath {
         }
         Ok(())
     }
+}
+
+/// Loads the packet programs side by side: the kernel takes a large part of a second to verify them
+/// all, and verifies those of a privileged user on as many cores as there are.
+fn load_classifiers(object: &mut Ebpf) -> Result<(), LoadError> {
+    let programs = object.programs_mut().filter_map(|(found, program)| {
+        let name = PACKET_PROGRAMS.into_iter().find(|name| *name == found)?;
+        Some((name, program))
+    });
+    thread::scope(|scope| {
+        let load = |(name, program)| scope.spawn(move || load_classifier(name, program));
+        let loads: Vec<_> = programs.map(load).collect();
+        loads
+            .into_iter()
+            .try_for_each(|load| load.join().unwrap_or_else(|cause| panic::resume_unwind(cause)))
+    })
+}
+
+fn load_classifier(name: &'static str, program: &mut Program) -> Result<(), LoadError> {
+    let refused = |source| LoadError::Program { name, source };
+    let program: &mut SchedClassifier = program.try_into().map_err(refused)?;
+    program.load().map_err(refused)
 }
 
 fn classifier<'a>(
