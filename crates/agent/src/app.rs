@@ -30,6 +30,7 @@ use crate::{
     fqdn::Names,
     ipam::Ipam,
     masquerade::{self, Masquerade},
+    memory,
     observer::{Namer, Observer},
     overlay::{self, Overlay},
     proxy::{self, Desk, ProxyLink},
@@ -209,7 +210,11 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let server = Arc::new(Server::new(socket.clone(), netlink.clone(), lifecycle.clone()));
     tasks.spawn(server.clone().serve(server.listen()?));
     let readiness = Readiness::new(begun, progress.clone(), server.attachments());
-    tasks.spawn(readiness.clone().observe());
+    let observed = readiness.clone().observe();
+    tasks.spawn(async {
+        observed.await;
+        memory::give_back().await;
+    });
     let admin = Arc::new(Admin {
         scope,
         begun,

@@ -8,6 +8,7 @@ pub mod engine;
 pub mod fqdn;
 pub mod ipam;
 pub mod masquerade;
+mod memory;
 mod names;
 pub mod observer;
 pub mod overlay;
