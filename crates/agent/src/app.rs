@@ -178,7 +178,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         reader.clone(),
         progress.clone(),
     ));
-    let namer = Namer::new(options.node_name.clone(), reader.clone(), progress.clone());
+    let namer = Namer::new(&options.node_name, reader.clone(), progress.clone());
     let observer = Arc::new(Observer::new(namer));
     tasks.spawn(observer.clone().run(datapath.events()?));
     tasks.spawn(collect_flows(datapath.clone(), observer.clone()));

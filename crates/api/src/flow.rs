@@ -1,23 +1,26 @@
 //! Flow records: what the observer tells of a connection that was opened, ended or refused.
 
-use std::{fmt::Write, net::IpAddr};
+use std::{borrow::Cow, fmt::Write, net::IpAddr, sync::Arc};
 
-use serde::{Deserialize, Serialize};
+use jiff::Timestamp;
+use serde::{Deserialize, Serialize, Serializer};
 
-/// One record, always in the direction of the packet that caused it.
+/// One record, always in the direction of the packet that caused it. Names are shared by the records
+/// that bear them: there is one for each end of each connection.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Flow {
     /// When the packet was judged: RFC 3339, UTC, with nanoseconds.
-    pub time: String,
+    #[serde(serialize_with = "with_nanoseconds")]
+    pub time: Timestamp,
     /// Node that judged it.
-    pub node: String,
+    pub node: Arc<str>,
     /// What happened.
     pub kind: FlowKind,
     /// Whether the packet went on.
     pub verdict: Verdict,
     /// Why it was dropped, in the words of `palisade_abi::DropReason`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub drop_reason: Option<String>,
+    pub drop_reason: Option<Cow<'static, str>>,
     /// Where it was judged: where it left a pod, or where it entered one.
     pub direction: Direction,
     /// The packet went from the server to the client.
@@ -27,7 +30,7 @@ pub struct Flow {
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub rejudged: bool,
     /// Protocol name (`TCP`, `ICMPv6`), or its number where it has no name here.
-    pub protocol: String,
+    pub protocol: Cow<'static, str>,
     /// TCP flags of the packet, as in `SYN,ACK`; empty for other protocols.
     #[serde(default, skip_serializing_if = "String::is_empty")]
     pub tcp_flags: String,
@@ -37,16 +40,25 @@ pub struct Flow {
     pub destination: FlowEnd,
     /// What the sender's egress policy said; none where it was not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub egress: Option<Judgement>,
+    pub egress: Option<Arc<Judgement>>,
     /// What the receiver's ingress policy said; none where it was not asked.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub ingress: Option<Judgement>,
+    pub ingress: Option<Arc<Judgement>>,
     /// Final counters of a flow that ended.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub counters: Option<Counters>,
     /// What was asked inside the connection, and answered.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub l7: Option<L7>,
+}
+
+/// Errors: the serializer's.
+fn with_nanoseconds<S: Serializer>(time: &Timestamp, serializer: S) -> Result<S::Ok, S::Error> {
+    serializer.collect_str(&format_args!("{time:.9}"))
+}
+
+fn is_empty(labels: &[String]) -> bool {
+    labels.is_empty()
 }
 
 /// What the L7 proxy saw. Text that came from the network is escaped ([`escaped`]), and what is
@@ -190,17 +202,17 @@ pub struct FlowEnd {
     /// Security identity.
     pub identity: u32,
     /// Labels of the identity, as in `k8s:app=web` or `reserved:world-ipv4`.
-    #[serde(default, skip_serializing_if = "Vec::is_empty")]
-    pub labels: Vec<String>,
+    #[serde(default, skip_serializing_if = "is_empty")]
+    pub labels: Arc<[String]>,
     /// Namespace of the pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub namespace: Option<String>,
+    pub namespace: Option<Arc<str>>,
     /// Name of the pod.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub pod: Option<String>,
+    pub pod: Option<Arc<str>>,
     /// Node of the address, where it is a node's.
     #[serde(default, skip_serializing_if = "Option::is_none")]
-    pub node: Option<String>,
+    pub node: Option<Arc<str>>,
     /// Endpoint number of a pod on the observing node.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub endpoint: Option<u32>,
@@ -213,7 +225,7 @@ impl FlowEnd {
     pub fn name(&self) -> String {
         match (&self.namespace, &self.pod, &self.node) {
             (Some(namespace), Some(pod), _) => format!("{namespace}/{pod}"),
-            (_, _, Some(node)) => node.clone(),
+            (_, _, Some(node)) => node.to_string(),
             _ => self.address.to_string(),
         }
     }

@@ -122,6 +122,7 @@ fn fits(text: &[u8], pattern: &[u8]) -> bool {
 
 #[cfg(test)]
 mod tests {
+    use jiff::Timestamp;
     use palisade_api::flow::{Direction, FlowKind, Verdict};
 
     use super::*;
@@ -131,22 +132,22 @@ mod tests {
             address: [10, 0, 0, 1].into(),
             port,
             identity: 300,
-            labels: Vec::new(),
+            labels: [].into(),
             namespace: None,
             pod: None,
             node: None,
             endpoint: None,
         };
         Flow {
-            time: String::new(),
-            node: String::new(),
+            time: Timestamp::UNIX_EPOCH,
+            node: "".into(),
             kind: if l7.is_some() { FlowKind::Request } else { FlowKind::Open },
             verdict: Verdict::Forwarded,
             drop_reason: None,
             direction: Direction::Ingress,
             reply: false,
             rejudged: false,
-            protocol: "TCP".to_owned(),
+            protocol: "TCP".into(),
             tcp_flags: String::new(),
             source: end(40000),
             destination: end(80),

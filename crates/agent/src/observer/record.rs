@@ -1,7 +1,9 @@
 //! One event to one flow: names of pods, labels, rules and the ground of a default deny.
 
 use std::{
+    collections::HashMap,
     net::{IpAddr, Ipv6Addr, SocketAddr},
+    sync::Arc,
     time::Duration,
 };
 
@@ -27,44 +29,61 @@ use crate::{
 
 /// Names what events are about, as the tables tell at that moment.
 pub struct Namer {
-    node: String,
+    node: Arc<str>,
     tables: TablesReader,
     progress: watch::Receiver<Progress>,
 }
 
 impl Namer {
     /// Names with these tables.
-    pub fn new(node: String, tables: TablesReader, progress: watch::Receiver<Progress>) -> Self {
-        Self { node, tables, progress }
+    pub fn new(node: &str, tables: TablesReader, progress: watch::Receiver<Progress>) -> Self {
+        Self { node: node.into(), tables, progress }
     }
 
     /// The flows of events; those that no program of this version writes are left out.
     pub fn name_all(&self, events: &[Event]) -> Vec<Flow> {
         let clock = Clock::now();
-        let tables = self.tables.read();
-        let progress = self.progress.borrow();
-        events.iter().filter_map(|event| self.name(event, &clock, &tables, &progress)).collect()
+        let (tables, progress) = (self.tables.read(), self.progress.borrow());
+        let mut naming = Naming::new(&self.node, &tables, &progress);
+        events.iter().filter_map(|event| naming.event(event, &clock)).collect()
     }
 
-    fn name(
-        &self,
-        event: &Event,
-        clock: &Clock,
-        tables: &Tables,
-        progress: &Progress,
-    ) -> Option<Flow> {
+    /// The flows of requests, each told once it was answered.
+    pub fn name_requests(&self, records: &[AccessRecord]) -> Vec<Flow> {
+        let (tables, progress) = (self.tables.read(), self.progress.borrow());
+        let mut naming = Naming::new(&self.node, &tables, &progress);
+        records.iter().map(|record| naming.request(record)).collect()
+    }
+}
+
+/// The naming of what came together. Most of it is between the same few, so that a name is looked
+/// for once and shared.
+struct Naming<'a> {
+    node: &'a Arc<str>,
+    tables: &'a Tables,
+    progress: &'a Progress,
+    /// By address, identity and row; without ports.
+    ends: HashMap<(Address, u32, u32), FlowEnd>,
+    /// By table and rule.
+    judgements: HashMap<(u32, u32), Option<Arc<Judgement>>>,
+}
+
+impl<'a> Naming<'a> {
+    fn new(node: &'a Arc<str>, tables: &'a Tables, progress: &'a Progress) -> Self {
+        Self { node, tables, progress, ends: HashMap::new(), judgements: HashMap::new() }
+    }
+
+    fn event(&mut self, event: &Event, clock: &Clock) -> Option<Flow> {
         let kind = match EventKind::from_u8(event.kind)? {
             EventKind::Open => FlowKind::Open,
             EventKind::Close => FlowKind::Close,
             EventKind::Drop => FlowKind::Drop,
         };
         let has = |flag: u8| event.flags & flag != 0;
-        let end =
-            |address: &Address, port, identity, row| self.end(tables, address, port, identity, row);
         let tcp = event.protocol == protocol::TCP;
         Some(Flow {
             time: clock.wall(event.time),
-            node: self.node.clone(),
+            node: Arc::clone(self.node),
             kind,
             verdict: match kind {
                 FlowKind::Drop => Verdict::Dropped,
@@ -80,15 +99,20 @@ impl Namer {
             rejudged: has(event_flags::REJUDGED),
             protocol: names::protocol(event.protocol),
             tcp_flags: if tcp { tcp_flags(event.tcp_flags) } else { String::new() },
-            source: end(&event.source, event.source_port, event.source_identity, event.source_row),
-            destination: end(
-                &event.destination,
+            source: self.end(
+                event.source,
+                event.source_port,
+                event.source_identity,
+                event.source_row,
+            ),
+            destination: self.end(
+                event.destination,
                 event.destination_port,
                 event.destination_identity,
                 event.destination_row,
             ),
-            egress: judgement(progress, event.egress_table, event.egress_rule),
-            ingress: judgement(progress, event.ingress_table, event.ingress_rule),
+            egress: self.judgement(event.egress_table, event.egress_rule),
+            ingress: self.judgement(event.ingress_table, event.ingress_rule),
             l7: None,
             counters: (kind == FlowKind::Close).then_some(Counters {
                 packets: event.packets,
@@ -99,31 +123,25 @@ impl Namer {
         })
     }
 
-    /// The flows of requests, each told once it was answered.
-    pub fn name_requests(&self, records: &[AccessRecord]) -> Vec<Flow> {
-        let tables = self.tables.read();
-        let progress = self.progress.borrow();
-        records.iter().map(|record| self.name_request(record, &tables, &progress)).collect()
-    }
-
-    fn name_request(&self, record: &AccessRecord, tables: &Tables, progress: &Progress) -> Flow {
+    fn request(&mut self, record: &AccessRecord) -> Flow {
+        let Self { tables, progress, .. } = *self;
         let local = |address: SocketAddr| {
             let entry = tables.addresses.get(&address.ip())?;
             progress.endpoints.get(&entry.row)
         };
         let egress_table = || local(record.client).map(|row| row.egress_table);
         let ingress_table = || local(record.server).map(|row| row.ingress_table);
-        let end = |address: SocketAddr| {
-            let bytes = address_bytes(address.ip());
+        let mut end = |address: SocketAddr| {
             let entry = tables.addresses.get(&address.ip());
             let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
-            self.end(tables, &bytes, address.port(), identity, row)
+            self.end(address_bytes(address.ip()), address.port(), identity, row)
         };
         let nanos = i128::from(record.time);
-        let time = Timestamp::from_nanosecond(nanos).unwrap_or_else(|_| Timestamp::now());
         Flow {
-            time: format!("{time:.9}"),
-            node: self.node.clone(),
+            time: Timestamp::from_nanosecond(nanos).unwrap_or_else(|_| Timestamp::now()),
+            source: end(record.client),
+            destination: end(record.server),
+            node: Arc::clone(self.node),
             kind: FlowKind::Request,
             verdict: if record.allowed { Verdict::Forwarded } else { Verdict::Dropped },
             drop_reason: None,
@@ -135,8 +153,6 @@ impl Namer {
             rejudged: false,
             protocol: names::protocol(record.protocol),
             tcp_flags: String::new(),
-            source: end(record.client),
-            destination: end(record.server),
             egress: request_judgement(progress, record.egress.as_ref(), egress_table),
             ingress: request_judgement(progress, record.ingress.as_ref(), ingress_table),
             counters: None,
@@ -144,50 +160,63 @@ impl Namer {
         }
     }
 
-    fn end(
-        &self,
-        tables: &Tables,
-        address: &Address,
-        port: u16,
-        identity: u32,
-        row: u32,
-    ) -> FlowEnd {
-        let v6 = Ipv6Addr::from(*address);
-        let address = v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4);
-        let endpoint = tables.endpoints.get(&row);
-        let pod = match endpoint {
-            Some(endpoint) => Some(&endpoint.pod),
-            None => tables
-                .pods
-                .rows()
-                .filter(|pod| !pod.host_network)
-                .find(|pod| pod.addresses.contains(&address))
-                .map(|pod| &pod.name),
-        };
-        let node = match row {
-            ROW_HOST => Some(self.node.clone()),
-            _ if pod.is_some() => None,
-            _ => tables
-                .all_nodes()
-                .find(|node| node.own_addresses().any(|own| own == address))
-                .map(|node| node.name.clone()),
-        };
-        let labels = match tables.identities.get(&identity) {
-            Some(row) => row.labels.iter().map(ToString::to_string).collect(),
-            None => reserved(identity)
-                .map(|labels| labels.iter().map(ToString::to_string).collect())
-                .unwrap_or_default(),
-        };
-        FlowEnd {
-            address,
-            port,
-            identity,
-            labels,
-            namespace: pod.map(|pod| pod.namespace.clone()),
-            pod: pod.map(|pod| pod.name.clone()),
-            node,
-            endpoint: endpoint.map(|endpoint| endpoint.id),
-        }
+    fn end(&mut self, address: Address, port: u16, identity: u32, row: u32) -> FlowEnd {
+        let Self { node, tables, .. } = *self;
+        let named = self.ends.entry((address, identity, row));
+        let named = named.or_insert_with(|| name_end(node, tables, address, identity, row));
+        FlowEnd { port, ..named.clone() }
+    }
+
+    fn judgement(&mut self, table: u32, rule: u32) -> Option<Arc<Judgement>> {
+        let progress = self.progress;
+        let said = self.judgements.entry((table, rule));
+        said.or_insert_with(|| judgement(progress, table, rule).map(Arc::new)).clone()
+    }
+}
+
+/// Who has the address, of the identity and the row that the kernel knew it by.
+fn name_end(
+    own_node: &Arc<str>,
+    tables: &Tables,
+    address: Address,
+    identity: u32,
+    row: u32,
+) -> FlowEnd {
+    let v6 = Ipv6Addr::from(address);
+    let address = v6.to_ipv4_mapped().map_or(IpAddr::V6(v6), IpAddr::V4);
+    let endpoint = tables.endpoints.get(&row);
+    let pod = match endpoint {
+        Some(endpoint) => Some(&endpoint.pod),
+        None => tables
+            .pods
+            .rows()
+            .filter(|pod| !pod.host_network)
+            .find(|pod| pod.addresses.contains(&address))
+            .map(|pod| &pod.name),
+    };
+    let node = match row {
+        ROW_HOST => Some(Arc::clone(own_node)),
+        _ if pod.is_some() => None,
+        _ => tables
+            .all_nodes()
+            .find(|node| node.own_addresses().any(|own| own == address))
+            .map(|node| node.name.as_str().into()),
+    };
+    let labels = match tables.identities.get(&identity) {
+        Some(row) => row.labels.iter().map(ToString::to_string).collect(),
+        None => reserved(identity)
+            .map(|labels| labels.iter().map(ToString::to_string).collect())
+            .unwrap_or_default(),
+    };
+    FlowEnd {
+        address,
+        port: 0,
+        identity,
+        labels,
+        namespace: pod.map(|pod| pod.namespace.as_str().into()),
+        pod: pod.map(|pod| pod.name.as_str().into()),
+        node,
+        endpoint: endpoint.map(|endpoint| endpoint.id),
     }
 }
 
@@ -218,7 +247,7 @@ fn request_judgement(
     progress: &Progress,
     end: Option<&EndRecord>,
     table: impl FnOnce() -> Option<u32>,
-) -> Option<Judgement> {
+) -> Option<Arc<Judgement>> {
     let end = end?;
     let plain = |outcome| Judgement { outcome, rule: None, default_deny_by: Vec::new() };
     let ground = match (end.allowed, &end.rule) {
@@ -229,10 +258,12 @@ fn request_judgement(
             let policy = table().and_then(|table| progress.compiled.get(&table));
             let by = policy.map(|policy| policy.default_deny_by.iter().map(ToString::to_string));
             let by = by.into_iter().flatten().collect();
-            return Some(Judgement { default_deny_by: by, ..plain(Outcome::DefaultDeny) });
+            let denied = Judgement { default_deny_by: by, ..plain(Outcome::DefaultDeny) };
+            return Some(Arc::new(denied));
         }
     };
-    Some(Judgement { rule: end.rule.as_deref().map(rule_name), ..plain(ground) })
+    let rule = end.rule.as_deref().map(rule_name);
+    Some(Arc::new(Judgement { rule, ..plain(ground) }))
 }
 
 /// A rule's policy and field.
@@ -251,7 +282,10 @@ pub(crate) fn rule_name(source: &RuleSource) -> RuleName {
 fn tcp_flags(flags: u8) -> String {
     const NAMES: [&str; 6] = ["FIN", "SYN", "RST", "PSH", "ACK", "URG"];
     let set = NAMES.iter().enumerate().filter(|(bit, _)| flags & (1 << bit) != 0);
-    set.map(|(_, name)| *name).collect::<Vec<_>>().join(",")
+    set.fold(String::new(), |names, (_, name)| match names.as_str() {
+        "" => (*name).to_owned(),
+        _ => names + "," + name,
+    })
 }
 
 /// The kernel's clock beside the wall's.
@@ -268,16 +302,15 @@ impl Clock {
         Self { monotonic: Duration::new(seconds, nanos), wall: Timestamp::now() }
     }
 
-    fn wall(&self, nanos: u64) -> String {
+    fn wall(&self, nanos: u64) -> Timestamp {
         let age = self.monotonic.saturating_sub(Duration::from_nanos(nanos));
-        let wall = self.wall.checked_sub(age).unwrap_or(self.wall);
-        format!("{wall:.9}")
+        self.wall.checked_sub(age).unwrap_or(self.wall)
     }
 }
 
 #[cfg(test)]
 mod tests {
-    use std::{collections::BTreeMap, sync::Arc};
+    use std::collections::BTreeMap;
 
     use palisade_api::flow::L7;
     use palisade_policy::{
@@ -313,7 +346,7 @@ mod tests {
             compiled: Arc::new(compiled),
             ..Progress::default()
         };
-        Namer::new("node1".into(), tables.reader(), watch::channel(progress).1)
+        Namer::new("node1", tables.reader(), watch::channel(progress).1)
     }
 
     fn record(egress: Option<EndRecord>, ingress: Option<EndRecord>) -> AccessRecord {
@@ -333,7 +366,8 @@ mod tests {
     #[test]
     fn a_request_that_no_rule_matches_names_what_closes_the_end() {
         let unmatched = || Some(EndRecord { allowed: false, rule: None });
-        let by = |end: Option<Judgement>| end.map(|end| (end.outcome, end.default_deny_by));
+        let by =
+            |end: Option<Arc<Judgement>>| end.map(|end| (end.outcome, end.default_deny_by.clone()));
         let closed = |name: &str| {
             let policy = format!("CiliumNetworkPolicy default/{name}");
             Some((Outcome::DefaultDeny, vec![policy]))

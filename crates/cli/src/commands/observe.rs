@@ -81,7 +81,7 @@ fn past(agents: &[Agent], observe: &Observe, printer: &Printer) -> Result<()> {
     if !answered {
         return Err(Failure::unreachable("no agent answered", "See:  palisade status").into());
     }
-    flows.sort_by(|a, b| a.time.cmp(&b.time));
+    flows.sort_by_key(|flow| flow.time);
     let surplus = flows.len().saturating_sub(observe.last.unwrap_or(usize::MAX));
     for flow in &flows[surplus..] {
         printer.flow(flow)?;

@@ -1,6 +1,6 @@
 //! A flow on one line.
 
-use jiff::{Timestamp, tz::TimeZone};
+use jiff::tz::TimeZone;
 use palisade_api::flow::{Direction, Dns, Flow, FlowEnd, FlowKind, Http, Judgement, L7, Outcome};
 
 /// Identities below this have names instead of numbers.
@@ -8,7 +8,8 @@ const FIRST_CLUSTER_IDENTITY: u32 = 256;
 
 /// `TIME [node]: SOURCE (identity) -> DESTINATION (identity) what VERDICT (why) (summary)`.
 pub(super) fn compact(flow: &Flow, node: bool) -> String {
-    let mut line = time(&flow.time);
+    let time = flow.time.to_zoned(TimeZone::system());
+    let mut line = time.strftime("%b %e %H:%M:%S.%3f").to_string();
     if node {
         line += &format!(" [{}]", flow.node);
     }
@@ -25,13 +26,6 @@ pub(super) fn compact(flow: &Flow, node: bool) -> String {
     }
     line += &format!(" ({})", summary(flow));
     line
-}
-
-fn time(text: &str) -> String {
-    text.parse::<Timestamp>().map_or_else(
-        |_| text.to_owned(),
-        |time| time.to_zoned(TimeZone::system()).strftime("%b %e %H:%M:%S.%3f").to_string(),
-    )
 }
 
 fn end(end: &FlowEnd, flow: &Flow) -> String {
@@ -117,7 +111,7 @@ fn summary(flow: &Flow) -> String {
         None => {}
     }
     let mut summary = match flow.tcp_flags.as_str() {
-        "" => flow.protocol.clone(),
+        "" => flow.protocol.to_string(),
         flags => format!("TCP Flags: {}", flags.replace(',', ", ")),
     };
     if is_icmp(flow) {
@@ -169,9 +163,9 @@ fn millis(nanos: u64) -> String {
 
 #[cfg(test)]
 mod tests {
-    use palisade_api::flow::RuleName;
+    use std::sync::Arc;
 
-    use palisade_api::flow::Verdict;
+    use palisade_api::flow::{RuleName, Verdict};
 
     use super::*;
 
@@ -180,9 +174,9 @@ mod tests {
             address: "10.244.1.7".parse().unwrap(),
             port,
             identity,
-            labels: vec!["k8s:org=empire".to_owned()],
-            namespace: Some("default".to_owned()),
-            pod: Some(name.to_owned()),
+            labels: ["k8s:org=empire".to_owned()].into(),
+            namespace: Some("default".into()),
+            pod: Some(name.into()),
             node: None,
             endpoint: None,
         }
@@ -190,28 +184,28 @@ mod tests {
 
     fn flow() -> Flow {
         Flow {
-            time: "2026-01-01T00:20:34.567890123Z".to_owned(),
-            node: "node1".to_owned(),
+            time: "2026-01-01T00:20:34.567890123Z".parse().unwrap(),
+            node: "node1".into(),
             kind: FlowKind::Drop,
             verdict: Verdict::Dropped,
-            drop_reason: Some("Policy denied".to_owned()),
+            drop_reason: Some("Policy denied".into()),
             direction: Direction::Ingress,
             reply: false,
             rejudged: false,
-            protocol: "TCP".to_owned(),
+            protocol: "TCP".into(),
             tcp_flags: "SYN".to_owned(),
             source: pod("xwing", 40000, 1234),
             destination: pod("deathstar-1", 80, 5678),
-            egress: Some(Judgement {
+            egress: Some(Arc::new(Judgement {
                 outcome: Outcome::NoPolicy,
                 rule: None,
                 default_deny_by: Vec::new(),
-            }),
-            ingress: Some(Judgement {
+            })),
+            ingress: Some(Arc::new(Judgement {
                 outcome: Outcome::DefaultDeny,
                 rule: None,
                 default_deny_by: vec!["NetworkPolicy default/policy".to_owned()],
-            }),
+            })),
             counters: None,
             l7: None,
         }
@@ -236,14 +230,14 @@ mod tests {
     fn an_allowed_connection_names_the_rule() {
         let mut flow = flow();
         (flow.kind, flow.verdict, flow.drop_reason) = (FlowKind::Open, Verdict::Forwarded, None);
-        flow.ingress = Some(Judgement {
+        flow.ingress = Some(Arc::new(Judgement {
             outcome: Outcome::AllowedByRule,
             rule: Some(RuleName {
                 policy: "NetworkPolicy default/policy".to_owned(),
                 path: "spec.ingress[0]".to_owned(),
             }),
             default_deny_by: Vec::new(),
-        });
+        }));
         assert!(compact(&flow, true).ends_with(
             "ingress open FORWARDED [ingress allowed by NetworkPolicy default/policy \
              spec.ingress[0]] (TCP Flags: SYN)"
@@ -266,7 +260,7 @@ mod tests {
             address: "fd31::9".parse().unwrap(),
             port: 4000,
             identity: 9,
-            labels: vec!["reserved:world-ipv4".to_owned()],
+            labels: ["reserved:world-ipv4".to_owned()].into(),
             namespace: None,
             pod: None,
             node: None,
