@@ -34,11 +34,12 @@ pub(super) const OTHER: &str = "spec: {endpointSelector: {matchLabels: {app: ser
     fromEndpoints: [{matchExpressions: [{key: app, operator: In, values: [near, far]}]}],
     toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [{method: GET, path: '/other'}]}}]}]}";
 
-fn service(lab: &Lab) -> [IpAddr; 2] {
-    lab.apply(
-        "apiVersion: v1\nkind: Service\nmetadata: {name: server}\n\
-         spec: {ipFamilyPolicy: RequireDualStack, selector: {app: server}, ports: [{port: 8080}]}\n",
-    );
+/// The addresses of a Service before the server.
+pub(super) fn service(lab: &Lab, port: u16) -> [IpAddr; 2] {
+    lab.apply(&format!(
+        "apiVersion: v1\nkind: Service\nmetadata: {{name: server}}\n\
+         spec: {{ipFamilyPolicy: RequireDualStack, selector: {{app: server}}, ports: [{{port: {port}}}]}}\n",
+    ));
     let addresses = lab.kubectl(&["get", "svc", "server", "-o", "jsonpath={.spec.clusterIPs}"]);
     let addresses: Vec<IpAddr> = serde_json::from_str(&addresses).unwrap();
     lab.await_table("service-entries", |rows| {
@@ -59,7 +60,7 @@ fn requests_are_judged_one_by_one() {
         lab.pods([("server", 1), ("near", 1), ("far", 2), ("stranger", 2)]);
     let origin = Origin::start(&server, PORT);
     serve_echo(&server);
-    let to: Vec<IpAddr> = server.addresses.into_iter().chain(service(&lab)).collect();
+    let to: Vec<IpAddr> = server.addresses.into_iter().chain(service(&lab, PORT)).collect();
 
     for from in [&near, &far, &stranger] {
         for to in &to {

@@ -26,6 +26,7 @@ mod probe;
 mod restart;
 mod services;
 mod storm;
+mod tls;
 mod traffic;
 mod upgrade;
 mod visibility;
