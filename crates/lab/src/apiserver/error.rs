@@ -219,6 +219,11 @@ impl ApiError {
         Self::new(413, "RequestEntityTooLarge", message)
     }
 
+    /// The object is larger than etcd would keep; said as an API server passes it on.
+    pub fn too_large_to_keep() -> Self {
+        Self::new(500, "", "etcdserver: request is too large")
+    }
+
     /// The asked-for revision is no longer kept.
     pub fn expired(asked: u64, oldest: u64) -> Self {
         Self::new(410, "Expired", format!("too old resource version: {asked} ({oldest})"))

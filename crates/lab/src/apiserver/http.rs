@@ -20,8 +20,8 @@ use super::reply::{self, Reply};
 use super::request::{Path, Query, Target, parse_path};
 use super::{Api, crud, discovery, exec, list, logs, openapi, portforward, reviews, scale, watch};
 
-/// Larger objects are refused, as etcd would.
-const BODY_LIMIT: usize = 1536 * 1024;
+/// Larger bodies are refused, as those of any API server.
+const BODY_LIMIT: usize = 3 << 20;
 
 /// A request for an object or a collection.
 pub(super) struct Call {

@@ -131,18 +131,42 @@ async fn mistakes_are_refused_with_the_reason() {
 #[tokio::test(flavor = "multi_thread")]
 async fn large_objects_are_kept_and_larger_ones_refused() {
     let Some(cluster) = cluster("large") else { return };
-    let object = |name: &str, bytes: usize| {
-        let data = "x".repeat(bytes);
+    let object = |kind: &str, name: &str, field: &str, text: &str| {
         format!(
-            "{{apiVersion: v1, kind: ConfigMap, metadata: {{name: {name}}}, data: {{k: {data}}}}}"
+            "{{apiVersion: v1, kind: {kind}, metadata: {{name: {name}}}, {field}: {{k: {text}}}}}"
         )
     };
-    cluster.ok("create -f -", &object("large", 1_500_000));
+    const LIMIT: usize = 1 << 20;
+    let x = |bytes: usize| "x".repeat(bytes);
+    // As base64, of which four characters stand for three bytes.
+    let zeros = |bytes: usize| "A".repeat(bytes.div_ceil(3) * 4);
+    cluster.ok("create -f -", &object("ConfigMap", "large", "data", &x(LIMIT)));
     let data = cluster.ok("get cm large -o jsonpath={.data.k}", "");
-    assert_eq!(data.len(), 1_500_000);
-    let said = cluster.refused("create -f -", &object("larger", 1_600_000));
-    assert!(said.contains("Request entity too large: limit is 1572864"), "{said}");
-    assert!(cluster.refused("get cm larger", "").contains("not found"));
+    assert_eq!(data.len(), LIMIT);
+    cluster.ok("create -f -", &object("ConfigMap", "binary", "binaryData", &zeros(LIMIT - 3)));
+    cluster.ok("create -f -", &object("Secret", "large", "data", &zeros(LIMIT - 3)));
+
+    let refused = |kind: &str, field: &str, text: &str, reason: &str| {
+        let said = cluster.refused("create -f -", &object(kind, "larger", field, text));
+        assert!(said.contains(reason), "{said}");
+    };
+    let no_field = "\"larger\" is invalid: []: Too long: may not be more than 1048576 bytes";
+    refused("ConfigMap", "data", &x(LIMIT + 1), no_field);
+    refused("ConfigMap", "binaryData", &zeros(LIMIT + 3), no_field);
+    refused("Secret", "data", &zeros(LIMIT + 3), "data: Too long: may not be more than 1048576");
+    let account = format!(
+        "{{apiVersion: v1, kind: ServiceAccount, metadata: {{name: larger}}, \
+         secrets: [{{name: {}}}]}}",
+        x(1_600_000)
+    );
+    assert!(cluster.refused("create -f -", &account).contains("etcdserver: request is too large"));
+    refused("ConfigMap", "data", &x(3 << 20), "Request entity too large: limit is 3145728");
+    for kind in ["cm", "secret", "sa"] {
+        assert!(cluster.refused(&format!("get {kind} larger"), "").contains("not found"));
+    }
+    let grown = format!("{{\"data\":{{\"more\":\"{}\"}}}}", "x".repeat(1000));
+    let said = cluster.refused(&format!("patch cm large --type=merge -p {grown}"), "");
+    assert!(said.contains("Too long"), "{said}");
 }
 
 #[tokio::test(flavor = "multi_thread")]

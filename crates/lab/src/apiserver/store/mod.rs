@@ -19,6 +19,8 @@ mod disk;
 const HISTORY: usize = 4096;
 /// And no more bytes than about this, however large the objects are.
 const HISTORY_BYTES: usize = 32 << 20;
+/// Larger objects are refused, as etcd would.
+const OBJECT_BYTES: usize = 1536 << 10;
 
 /// Where an object lives: `resource` is `group/plural`, namespace is empty for cluster objects.
 #[derive(Clone, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
@@ -103,6 +105,12 @@ impl Change {
     fn weight(&self) -> usize {
         self.old.as_deref().map_or(0, weight) + self.last.as_deref().map_or(0, weight)
     }
+}
+
+/// Whether etcd would refuse it.
+fn is_too_large(value: &Value) -> bool {
+    // A value takes more room here than its text does; only that of few has to be written for this.
+    weight(value) > OBJECT_BYTES && value.to_string().len() > OBJECT_BYTES
 }
 
 /// About how many bytes a value takes.
@@ -223,6 +231,9 @@ impl Store {
             Transaction { revision: state.revision, state: &state, writes: Vec::new() };
         let answer = body(&mut transaction)?;
         let (writes, revision) = (transaction.writes, transaction.revision);
+        if writes.iter().filter_map(|write| write.new.as_deref()).any(is_too_large) {
+            return Err(ApiError::too_large_to_keep());
+        }
         if !writes.is_empty() {
             if let Some(mut disk) = self.disk() {
                 let revisions = (state.revision, revision);

@@ -14,7 +14,15 @@ pub(super) fn check(kind: &str, object: &Value, old: Option<&Value>, causes: &mu
     match kind {
         "/pods" => pod(object, old, causes),
         "/services" => service(&object["spec"], causes),
-        "/configmaps" | "/secrets" => data(object, old, causes),
+        "/configmaps" => {
+            // On no field in particular, which is how a real API server writes that.
+            data_size("[]", plain(&object["data"]) + decoded(&object["binaryData"]), causes);
+            data(object, old, causes);
+        }
+        "/secrets" => {
+            data_size("data", decoded(&object["data"]), causes);
+            data(object, old, causes);
+        }
         "networking.k8s.io/networkpolicies" => network_policy(&object["spec"], causes),
         "apps/deployments" | "apps/replicasets" | "apps/statefulsets" | "apps/daemonsets" => {
             workload(kind, &object["spec"], old.map(|old| &old["spec"]), causes);
@@ -220,6 +228,28 @@ fn service(spec: &Value, causes: &mut Causes) {
         ports_seen.push(key);
     }
     names::labels("spec.selector", spec["selector"].as_object(), causes);
+}
+
+/// The values of a ConfigMap or Secret together.
+fn data_size(field: &str, bytes: usize, causes: &mut Causes) {
+    const LIMIT: usize = 1 << 20;
+    if bytes > LIMIT {
+        causes.push(Cause::too_long(field, LIMIT));
+    }
+}
+
+/// Bytes of all texts in an object.
+fn plain(texts: &Value) -> usize {
+    texts_in(texts).map(str::len).sum()
+}
+
+/// The same, where the texts are base64.
+fn decoded(texts: &Value) -> usize {
+    texts_in(texts).map(|text| text.trim_end_matches('=').len() * 3 / 4).sum()
+}
+
+fn texts_in(object: &Value) -> impl Iterator<Item = &str> {
+    object.as_object().into_iter().flat_map(|fields| fields.values()).filter_map(Value::as_str)
 }
 
 fn data(object: &Value, old: Option<&Value>, causes: &mut Causes) {
