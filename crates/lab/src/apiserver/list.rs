@@ -100,10 +100,13 @@ pub(super) fn serve(call: &Call) -> Result<Reply, ApiError> {
                     object.remove("kind");
                 }
             }
-            json!({
+            let mut list = json!({
                 "kind": call.resource.list_kind, "apiVersion": call.resource.api_version(),
-                "metadata": metadata, "items": served,
-            })
+                "metadata": metadata,
+            });
+            // Named in the macro they would be copied, all of them.
+            list["items"] = served.into();
+            list
         }
     };
     Ok(reply::object(200, &list, call.accept.yaml))

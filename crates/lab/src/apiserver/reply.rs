@@ -39,8 +39,9 @@ pub(super) fn object(code: u16, value: &Value, yaml: bool) -> Reply {
     if yaml && let Ok(text) = serde_saphyr::to_string(value) {
         return full(code, "application/yaml", text);
     }
-    let mut text = value.to_string();
-    text.push('\n');
+    // Faster than the same by way of `Display`, and it fails as little.
+    let mut text = serde_json::to_vec(value).unwrap_or_default();
+    text.push(b'\n');
     full(code, "application/json", text)
 }
 
