@@ -141,8 +141,9 @@ pub fn check(document: &Value) -> Option<Vec<Problem>> {
         let message = format!("`{found}` has no {kind}");
         reader.problem("apiVersion", message, format!("write `{expected}`"));
     }
-    if document.pointer("/metadata/name").and_then(Value::as_str).is_none_or(str::is_empty) {
-        reader.problem("metadata.name", "an object needs a name", "");
+    match document.pointer("/metadata/name").filter(|name| !name.is_null()) {
+        Some(name) if reader.text(name, "metadata.name") != Some("") => {}
+        _ => reader.problem("metadata.name", "an object needs a name", ""),
     }
     read_policy(&mut reader, &policy_ref(kind, document), document, "default");
     Some(reader.problems)

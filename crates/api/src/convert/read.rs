@@ -95,7 +95,14 @@ impl Reader {
     pub(super) fn text<'a>(&mut self, value: &'a Value, path: &str) -> Option<&'a str> {
         let text = value.as_str();
         if text.is_none() {
-            self.wrong_type(path, "a string", value);
+            let suggestion = match value {
+                Value::Bool(_) => {
+                    "write it in quotes: YAML takes n, no, off, y, yes and on for that"
+                }
+                Value::Number(_) => "write it in quotes",
+                _ => "",
+            };
+            self.problem(path, format!("must be a string, is {}", kind_of(value)), suggestion);
         }
         text
     }

@@ -196,6 +196,20 @@ spec:
     }
 
     #[test]
+    fn words_that_yaml_reads_as_something_else_are_to_be_quoted() {
+        let named = |name: &str| findings(&POLICY.replace("PORT", "80").replace("web", name));
+        for (name, kind) in [("n", "a boolean"), ("yes", "a boolean"), ("80", "a number")] {
+            let bad = named(name);
+            assert_eq!((bad.len(), bad[0].line), (1, 4), "{bad:?}");
+            assert_eq!(bad[0].field, "metadata.name");
+            assert_eq!(bad[0].message, format!("must be a string, is {kind}"));
+            assert!(bad[0].suggestion.contains("in quotes"), "{bad:?}");
+            assert!(named(&format!("'{name}'")).is_empty());
+        }
+        assert!(named("''")[0].message.contains("needs a name"));
+    }
+
+    #[test]
     fn a_problem_has_the_line_of_its_field() {
         assert_eq!(findings(&POLICY.replace("PORT", "99999"))[0].line, 8);
         let list = format!(
