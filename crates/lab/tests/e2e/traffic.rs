@@ -1,5 +1,5 @@
-//! Traffic of the tests: servers that echo, conversations that note every pause, floods, and a
-//! listener that counts what really arrives.
+//! Traffic of the tests: servers that echo, conversations that note every pause, floods, a listener
+//! that counts what really arrives, and a siege of all of it.
 
 use std::{
     io::{self, Read, Write},
@@ -14,7 +14,7 @@ use std::{
 
 use socket2::{Domain, Protocol, Socket, Type};
 
-use super::harness::Pod;
+use super::harness::{Lab, Pod, eventually};
 
 /// Port of the echo servers, TCP and UDP.
 pub(crate) const PORT: u16 = 80;
@@ -233,5 +233,101 @@ fn source(packet: &[u8]) -> Option<IpAddr> {
         [0x08, 0x00] => Some(<[u8; 4]>::try_from(packet.get(SOURCE4)?).ok()?.into()),
         [0x86, 0xdd] => Some(<[u8; 16]>::try_from(packet.get(SOURCE6)?).ok()?.into()),
         _ => None,
+    }
+}
+
+const FRIENDS_ONLY: &str = r"
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: friends-only}
+spec:
+  podSelector: {matchLabels: {app: target}}
+  ingress: [{from: [{podSelector: {matchExpressions: [{key: app, operator: In, values: [friend, friend-far]}]}}]}]
+";
+const CLOSED: &str = r"
+apiVersion: networking.k8s.io/v1
+kind: NetworkPolicy
+metadata: {name: closed}
+spec: {podSelector: {matchLabels: {app: bystander}}, policyTypes: [Ingress]}
+";
+
+/// Friends talk to a pod and foes flood it, from its own node and from another one, while something
+/// happens to the agents: nothing may let the foes through or interrupt the friends.
+pub(crate) struct Siege {
+    target: Pod,
+    bystander: Pod,
+    friends: [Pod; 2],
+    foes: [Pod; 2],
+    arrived: Counter,
+    before: u64,
+    conversations: Conversations,
+    flood: Flood,
+}
+
+impl Siege {
+    const CONNECTIONS: usize = 100;
+    /// Of so many connections one is UDP.
+    const UDP: usize = 5;
+
+    /// Begins it, in a lab of two nodes without pods.
+    pub(crate) fn begin(lab: &Lab) -> Self {
+        let [target, bystander, friend, friend_far, foe, foe_far] = lab.pods([
+            ("target", 1),
+            ("bystander", 1),
+            ("friend", 1),
+            ("friend-far", 2),
+            ("foe", 1),
+            ("foe-far", 2),
+        ]);
+        serve_echo(&target);
+        serve_echo(&bystander);
+        let (friends, foes) = ([friend, friend_far], [foe, foe_far]);
+        let flood = || Flood::start(&foes.each_ref(), target.addresses);
+
+        // The opposite first: the foes' packets arrive, and are seen.
+        let arrived = Counter::start(&target, &foes.each_ref());
+        let early = flood();
+        eventually("packets arrive without a policy", || arrived.count() > 100);
+        early.end();
+        lab.apply(FRIENDS_ONLY);
+        lab.await_policies(1);
+
+        let flows = (0..Self::CONNECTIONS).map(|number| {
+            let (from, to) = (&friends[number % 2], target.addresses[number / 2 % 2]);
+            let open = if number % Self::UDP == 0 { Flow::udp } else { Flow::tcp };
+            open(from, to).unwrap()
+        });
+        let conversations = Conversations::start(flows.collect());
+        let (before, flood) = (arrived.count(), flood());
+        Self { target, bystander, friends, foes, arrived, before, conversations, flood }
+    }
+
+    /// Changes what is allowed: nobody reaches the bystander any more. [`Siege::end`] relies on it.
+    pub(crate) fn close_bystander(lab: &Lab) {
+        lab.apply(CLOSED);
+    }
+
+    /// Ends it: nothing that was denied arrived, and what was open is open still. Fewer than `least`
+    /// packets of foes would prove nothing.
+    pub(crate) fn end(self, least: u64) {
+        let sent = self.flood.end();
+        let (interrupted, words, slowest) = self.conversations.end();
+        let arrived = self.arrived.count() - self.before;
+        println!(
+            "{sent} packets of foes sent, {arrived} arrived; {} connections, {interrupted} \
+             interrupted, {words} words, slowest {slowest:?}",
+            Self::CONNECTIONS
+        );
+        assert_eq!(arrived, 0, "packets that policy denies arrived");
+        assert!(sent > least, "only {sent} packets were sent");
+        assert_eq!(interrupted, 0);
+        assert!(slowest < Duration::from_secs(1), "{slowest:?}");
+        for to in self.target.addresses {
+            assert!(self.friends.iter().all(|friend| Flow::tcp(friend, to).is_ok()), "{to}");
+            assert!(self.foes.iter().all(|foe| Flow::tcp(foe, to).is_err()), "{to}");
+        }
+        for to in self.bystander.addresses {
+            assert!(Flow::tcp(&self.friends[0], to).is_err(), "{to}: a later policy");
+        }
     }
 }
