@@ -5,8 +5,9 @@
 //! that they know. Who has an address is written after the flip: a table that is replaced need
 //! not know the new identity, and what it does not know it cannot deny.
 
-use std::collections::BTreeSet;
+use std::collections::{BTreeSet, HashMap};
 
+use ipnet::IpNet;
 use palisade_abi::{
     EndpointKey, EndpointValue, IpcacheValue, PREFIX_ID_BIT,
     identity::{CLUSTER_MIN, UNKNOWN},
@@ -32,6 +33,7 @@ pub(super) fn lead(
     failures: &mut Failures,
 ) -> BTreeSet<u32> {
     let mut missing = BTreeSet::new();
+    let mut lengths = None;
     let mut wrote_prefix = false;
     for network in &pending.prefixes {
         let Some(entry) = tables.prefixes.get(network) else { continue };
@@ -41,8 +43,10 @@ pub(super) fn lead(
             continue;
         }
         // A network that lost its own prefix keeps it until no table needs it.
-        let keeps =
-            known.filter(|known| is_longer(writer.mirror, known.prefix, tables, wanted.prefix));
+        let keeps = known.filter(|known| {
+            let lengths = lengths.get_or_insert_with(|| Lengths::read(writer.mirror, tables));
+            lengths.is_longer(known.prefix, wanted.prefix)
+        });
         let prefix = keeps.map_or(wanted.prefix, |known| known.prefix);
         let value = IpcacheValue { prefix, ..wanted };
         if !failures.note(writer.run(&[put(Entry::Ipcache(ipcache_key(*network), value))])) {
@@ -57,8 +61,11 @@ pub(super) fn lead(
     for address in &pending.addresses {
         let Some(entry) = tables.addresses.get(address) else { continue };
         let Some(known) = writer.mirror.addresses.get(address).copied() else { continue };
-        let same = known.prefix == entry.prefix;
-        if same || is_longer(writer.mirror, known.prefix, tables, entry.prefix) {
+        if known.prefix == entry.prefix {
+            continue;
+        }
+        let lengths = lengths.get_or_insert_with(|| Lengths::read(writer.mirror, tables));
+        if lengths.is_longer(known.prefix, entry.prefix) {
             continue;
         }
         // Nothing denies an identity that is no more.
@@ -151,25 +158,32 @@ fn prefix_value(entry: &PrefixEntry) -> IpcacheValue {
     IpcacheValue { identity: entry.identity, prefix: entry.prefix }
 }
 
-/// Whether the prefix in the kernel stands for a longer network than the desired one.
-fn is_longer(mirror: &Mirror, known: u32, tables: &Tables, wanted: u32) -> bool {
-    known != wanted && length(mirror, known) > length_of(tables, wanted)
+/// Lengths of the networks that prefix numbers stand for. Reading them takes as long as there are
+/// networks, so it is done once for all questions of a round.
+struct Lengths {
+    known: HashMap<u32, u8>,
+    wanted: HashMap<u32, u8>,
 }
 
-/// Length of the network that a prefix number in the kernel stands for.
-fn length(mirror: &Mirror, prefix: u32) -> Option<u8> {
-    if prefix & PREFIX_ID_BIT == 0 {
-        return None;
+impl Lengths {
+    fn read(mirror: &Mirror, tables: &Tables) -> Self {
+        let known = mirror.prefixes.iter().map(|(network, value)| (value.prefix, network));
+        let wanted = tables.prefixes.rows().map(|entry| (entry.prefix, &entry.network));
+        Self { known: shortest(known), wanted: shortest(wanted) }
     }
-    let networks = mirror.prefixes.iter().filter(|(_, value)| value.prefix == prefix);
-    networks.map(|(network, _)| network.prefix_len()).min()
+
+    /// Whether the prefix in the kernel stands for a longer network than the desired one.
+    fn is_longer(&self, known: u32, wanted: u32) -> bool {
+        known != wanted && self.known.get(&known) > self.wanted.get(&wanted)
+    }
 }
 
-/// Length of the network that a desired prefix number stands for.
-fn length_of(tables: &Tables, prefix: u32) -> Option<u8> {
-    if prefix & PREFIX_ID_BIT == 0 {
-        return None;
+/// A network inside that of a number bears the number as well; the shortest is the one meant.
+fn shortest<'a>(networks: impl Iterator<Item = (u32, &'a IpNet)>) -> HashMap<u32, u8> {
+    let mut lengths = HashMap::new();
+    for (prefix, network) in networks.filter(|(prefix, _)| prefix & PREFIX_ID_BIT != 0) {
+        let length = lengths.entry(prefix).or_insert(network.prefix_len());
+        *length = network.prefix_len().min(*length);
     }
-    let entries = tables.prefixes.rows().filter(|entry| entry.prefix == prefix);
-    entries.map(|entry| entry.network.prefix_len()).min()
+    lengths
 }
