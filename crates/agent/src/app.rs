@@ -9,11 +9,10 @@ use std::{
 
 use anyhow::Context;
 use clap::Parser;
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
+use palisade_api::{
+    client,
+    routing::{self, Routing},
 };
-use palisade_api::routing::{self, Routing};
 use palisade_datapath::{Config as DatapathConfig, Datapath, Side, netlink::Netlink};
 use tokio::{
     signal::unix::{SignalKind, signal},
@@ -95,7 +94,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         std::fs::create_dir_all(directory)
             .with_context(|| format!("cannot make {}", directory.display()))?;
     }
-    let client = client(&options).await?;
+    let client = client::client(options.kubeconfig.as_deref()).await?;
 
     // The kernel.
     let datapath = Arc::new(Datapath::open(&DatapathConfig {
@@ -305,23 +304,6 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     info!("stopping; programs and tables stay in force");
     Ok(())
-}
-
-async fn client(options: &Options) -> anyhow::Result<Client> {
-    let mut config = match &options.kubeconfig {
-        None => Config::incluster()
-            .context("no --kubeconfig is given, and this is no pod with a service account")?,
-        Some(file) => {
-            let kubeconfig = Kubeconfig::read_from(file)
-                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
-        }
-    };
-    // A connection can die without a word, as when this node gets another address. Watches notice;
-    // without this, requests would wait for ever.
-    config.read_timeout = Some(Duration::from_secs((reflect::WATCH_SECONDS + 10).into()));
-    config.reset_reader_on_write = true;
-    Ok(Client::try_from(config)?)
 }
 
 /// Pods may send what the uplink can carry, less the envelope where there is one.

@@ -4,12 +4,9 @@ use clap::Parser;
 use palisade_agent::app::{self, Options};
 use tracing_subscriber::EnvFilter;
 
-/// The client library repeats, for each request, what the agent says once.
-const LOG: &str = "info,kube_client::client::builder=off";
-
 fn main() -> anyhow::Result<()> {
     let options = Options::parse();
-    let filter = EnvFilter::try_from_env("PALISADE_AGENT_LOG").unwrap_or_else(|_| LOG.into());
+    let filter = EnvFilter::try_from_env("PALISADE_AGENT_LOG").unwrap_or_else(|_| "info".into());
     tracing_subscriber::fmt()
         .with_env_filter(filter)
         .with_writer(std::io::stderr)

@@ -1,6 +1,8 @@
 //! Messages between processes.
 
 pub mod admin;
+#[cfg(feature = "client")]
+pub mod client;
 pub mod cni;
 #[cfg(feature = "crd")]
 pub mod convert;

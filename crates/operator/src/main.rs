@@ -17,10 +17,7 @@ use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 use anyhow::Context;
 use clap::{Parser, ValueEnum};
 use ipnet::{Ipv4Net, Ipv6Net};
-use kube::{
-    Client, Config,
-    config::{KubeConfigOptions, Kubeconfig},
-};
+use palisade_api::client;
 use tokio::{
     signal::unix::{SignalKind, signal},
     task::JoinSet,
@@ -100,7 +97,7 @@ fn main() -> anyhow::Result<()> {
 
 async fn run(options: Options) -> anyhow::Result<()> {
     let allocator = allocator(&options)?;
-    let client = client(&options).await?;
+    let client = client::client(options.kubeconfig.as_deref()).await?;
     let metrics = Arc::new(Metrics::default());
     let mut tasks = JoinSet::new();
     tasks.spawn(serve::serve(serve::listen(options.listen).await?, metrics.clone()));
@@ -144,17 +141,4 @@ fn allocator(options: &Options) -> anyhow::Result<Option<Allocator>> {
         pool::Pool::new(v4, options.pool_ipv4_mask).context("--pool-ipv4")?,
         pool::Pool::new(v6, options.pool_ipv6_mask).context("--pool-ipv6")?,
     ])?))
-}
-
-async fn client(options: &Options) -> anyhow::Result<Client> {
-    let config = match &options.kubeconfig {
-        Some(file) => {
-            let kubeconfig = Kubeconfig::read_from(file)
-                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
-        }
-        None => Config::incluster()
-            .context("no --kubeconfig is given, and this is no pod with a service account")?,
-    };
-    Ok(Client::try_from(config)?)
 }

@@ -19,6 +19,7 @@ use kube::{
     core::{ApiResource, GroupVersionKind},
     runtime::{WatchStreamExt, watcher},
 };
+use palisade_api::client::WATCH_SECONDS;
 use serde_json::json;
 use tracing::{error, info, warn};
 
@@ -71,9 +72,8 @@ pub(crate) async fn run(
     metrics: Arc<Metrics>,
 ) {
     let api: Api<Node> = Api::all(client.clone());
-    let mut changes = Box::pin(
-        watcher(api.clone(), watcher::Config::default()).default_backoff().touched_objects(),
-    );
+    let every = watcher::Config::default().timeout(WATCH_SECONDS);
+    let mut changes = Box::pin(watcher(api.clone(), every).default_backoff().touched_objects());
     loop {
         let pause = match round(&client, &api, allocator.as_ref(), &term, &metrics).await {
             Ok(()) => PERIOD,

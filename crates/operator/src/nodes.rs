@@ -17,6 +17,7 @@ use kube::{
     api::{ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
+use palisade_api::client::WATCH_SECONDS;
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -37,9 +38,10 @@ const BUNDLE: Duration = Duration::from_millis(100);
 pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>) {
     let nodes: Api<Node> = Api::all(client.clone());
     let agents: Api<Pod> = Api::namespaced(client, &namespace);
-    let selected = watcher::Config::default().labels(SELECTOR);
+    let every = watcher::Config::default().timeout(WATCH_SECONDS);
+    let selected = every.clone().labels(SELECTOR);
     let pods = watcher(agents.clone(), selected).default_backoff().touched_objects();
-    let others = watcher(nodes.clone(), watcher::Config::default()).default_backoff();
+    let others = watcher(nodes.clone(), every).default_backoff();
     let mut changes =
         stream::select(pods.map(drop).boxed(), others.touched_objects().map(drop).boxed());
     loop {

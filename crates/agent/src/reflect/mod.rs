@@ -22,8 +22,9 @@ use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
+use palisade_api::client::WATCH_SECONDS;
 use serde::de::DeserializeOwned;
-use tokio::{sync::mpsc, task::JoinSet};
+use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tracing::{debug, info, warn};
 
 use crate::{
@@ -31,10 +32,6 @@ use crate::{
     resources,
     tables::{Change, Intent, Row},
 };
-
-/// Seconds after which a quiet watch is renewed: a connection that died without a word is noticed
-/// within this time.
-pub const WATCH_SECONDS: u32 = 60;
 
 /// The one namespace whose Secrets policies may refer to: the agent needs no rights on others.
 pub const SECRETS_NAMESPACE: &str = "palisade-secrets";
@@ -85,29 +82,36 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
     let mut listed = Vec::new();
     let mut failing: Option<String> = None;
     loop {
-        let change = match stream.try_next().await {
-            Ok(None) => return,
-            Ok(Some(watcher::Event::Init)) => {
+        let calm = if failing.is_some() { Patience::CALM } else { Duration::MAX };
+        let change = match timeout(calm, stream.try_next()).await {
+            // A watch that is taken up where it broke off does not say so.
+            Err(_) => {
+                failing = None;
+                info!(table = P::Row::TABLE, "following the API again");
+                Change::Recovered
+            }
+            Ok(Ok(None)) => return,
+            Ok(Ok(Some(watcher::Event::Init))) => {
                 listed.clear();
                 continue;
             }
-            Ok(Some(watcher::Event::InitApply(object))) => {
+            Ok(Ok(Some(watcher::Event::InitApply(object)))) => {
                 listed.extend(parse.parse(object));
                 continue;
             }
-            Ok(Some(watcher::Event::InitDone)) => {
+            Ok(Ok(Some(watcher::Event::InitDone))) => {
                 debug!(table = P::Row::TABLE, rows = listed.len(), "listed");
                 if failing.take().is_some() {
                     info!(table = P::Row::TABLE, "following the API again");
                 }
                 Change::Replace(std::mem::take(&mut listed))
             }
-            Ok(Some(watcher::Event::Apply(object))) => {
+            Ok(Ok(Some(watcher::Event::Apply(object)))) => {
                 let key = parse.key(&object);
                 parse.parse(object).map_or(Change::Delete(key), Change::Put)
             }
-            Ok(Some(watcher::Event::Delete(object))) => Change::Delete(parse.key(&object)),
-            Err(error) => {
+            Ok(Ok(Some(watcher::Event::Delete(object)))) => Change::Delete(parse.key(&object)),
+            Ok(Err(error)) => {
                 let error = error.to_string();
                 if failing.as_ref() != Some(&error) {
                     let table = P::Row::TABLE;

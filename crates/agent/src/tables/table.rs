@@ -28,6 +28,8 @@ pub enum Change<R: Row> {
     Replace(Vec<R>),
     /// The source cannot be read; what was known stands.
     Failed(String),
+    /// The source can be read again, and nothing changed meanwhile.
+    Recovered,
 }
 
 /// A row before and after the changes since they were last taken. Never both none.
@@ -73,6 +75,7 @@ impl<R: Row> Table<R> {
                 self.error = Some(error);
                 return;
             }
+            Change::Recovered => {}
         }
         self.error = None;
     }
@@ -230,5 +233,8 @@ mod tests {
         assert_eq!((table.len(), table.is_complete(), table.error()), (1, true, Some("gone")));
         table.apply(Change::Put(Pair(1, 2)));
         assert_eq!(table.error(), None);
+        table.apply(Change::Failed("gone again".into()));
+        table.apply(Change::Recovered);
+        assert_eq!((table.len(), table.error()), (1, None));
     }
 }

@@ -207,7 +207,7 @@ impl Drop for Outside {
     }
 }
 
-fn ip(arguments: &str) {
+pub(crate) fn ip(arguments: &str) {
     let output = Command::new("ip").args(arguments.split(' ')).output().unwrap();
     assert!(output.status.success(), "ip {arguments}: {}", text(&output));
 }
@@ -266,6 +266,11 @@ impl Lab {
     /// The administrator's kubeconfig.
     pub(crate) fn kubeconfig(&self) -> PathBuf {
         self.layout.kubeconfig()
+    }
+
+    /// The kubeconfig of the nodes' programs.
+    pub(crate) fn node_kubeconfig(&self) -> PathBuf {
+        self.layout.node_kubeconfig()
     }
 
     pub(crate) fn kubectl(&self, args: &[&str]) -> String {

@@ -25,6 +25,7 @@ mod overlay;
 mod probe;
 mod restart;
 mod services;
+mod silence;
 mod storm;
 mod tls;
 mod traffic;

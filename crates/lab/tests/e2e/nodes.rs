@@ -17,7 +17,7 @@ const NODES_ONLY: &str = "spec:\n  endpointSelector: {matchLabels: {app: guarded
      ingress: [{fromEntities: [remote-node]}]";
 
 /// By then a node's agent has noticed that its connections to the API server are dead.
-const NOTICED: Duration = Duration::from_secs(150);
+const NOTICED: Duration = Duration::from_secs(30);
 
 /// Gives a node other addresses, and returns the new ones.
 fn renumber(node: &Pod, to: [&str; 2]) -> Pod {

@@ -1,27 +1,40 @@
 //! The operator at work: who leads, pod networks of nodes, taints, and identities that nobody uses.
 
 use std::{
-    path::Path,
+    path::{Path, PathBuf},
     process::{Child, Command, Stdio},
 };
 
 use serde_json::Value;
 
-use crate::harness::{Lab, eventually, within};
+use crate::harness::{Lab, PROGRAM, eventually, within};
 
 /// Longer than a Lease lasts.
 const TAKEOVER: std::time::Duration = std::time::Duration::from_secs(30);
 
 /// A running operator; it ends with the test.
-struct Operator(Child);
+pub(crate) struct Operator(Child);
 
 impl Operator {
     fn start(lab: &Lab, name: &str, port: u16) -> Self {
-        let program =
-            Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade-operator");
-        let child = Command::new(program)
+        Self::run(Command::new(Self::program()), &lab.kubeconfig(), name, port)
+    }
+
+    /// On the first node, in whose network it is.
+    pub(crate) fn start_on_node(lab: &Lab, name: &str) -> Self {
+        let mut command = Command::new(PROGRAM);
+        command.args(["exec", "node1", "--"]).arg(Self::program());
+        Self::run(command, &lab.node_kubeconfig(), name, 9963)
+    }
+
+    fn program() -> PathBuf {
+        Path::new(PROGRAM).with_file_name("palisade-operator")
+    }
+
+    fn run(mut command: Command, kubeconfig: &Path, name: &str, port: u16) -> Self {
+        let child = command
             .arg("--kubeconfig")
-            .arg(lab.kubeconfig())
+            .arg(kubeconfig)
             .args(["--identity", name, "--listen", &format!("127.0.0.1:{port}")])
             .args(["--ipam", "cluster-pool", "--identity-grace", "4s"])
             .args(["--pool-ipv4", "10.200.0.0/16", "--pool-ipv6", "fd00:200::/104"])
@@ -49,7 +62,7 @@ fn get(lab: &Lab, args: &[&str]) -> Option<Value> {
     Some(serde_json::from_str(&text).unwrap())
 }
 
-fn holder(lab: &Lab) -> Option<String> {
+pub(crate) fn holder(lab: &Lab) -> Option<String> {
     let lease = get(lab, &["-n", "kube-system", "lease", "palisade-operator"])?;
     Some(lease["spec"]["holderIdentity"].as_str()?.to_owned())
 }
@@ -85,7 +98,7 @@ fn tainted(lab: &Lab, node: &str) -> bool {
     taints.iter().any(|taint| taint["key"] == "node.cilium.io/agent-not-ready")
 }
 
-fn networks(lab: &Lab, node: &str) -> Vec<String> {
+pub(crate) fn networks(lab: &Lab, node: &str) -> Vec<String> {
     let node = get(lab, &["node", node]).unwrap();
     let networks = node["spec"]["podCIDRs"].as_array().cloned().unwrap_or_default();
     networks.iter().map(|it| it.as_str().unwrap().to_owned()).collect()

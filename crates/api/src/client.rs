@@ -1,0 +1,69 @@
+//! A connection to the API server for those who stay connected: one that dies without a word, as
+//! when a node gets another address, is noticed and replaced soon.
+
+use std::{path::Path, time::Duration};
+
+use anyhow::Context;
+use hyper_timeout::TimeoutConnector;
+use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioExecutor};
+use kube::{
+    Client, Config,
+    client::{ConfigExt, retry::RetryPolicy},
+    config::{KubeConfigOptions, Kubeconfig},
+};
+use tower::{BoxError, ServiceBuilder, retry::RetryLayer};
+
+/// Seconds after which a quiet watch is renewed: a server that hangs, though its machine answers,
+/// is noticed within this time.
+pub const WATCH_SECONDS: u32 = 60;
+
+/// A quiet connection is asked for a sign of life so often.
+const PROBE: Duration = Duration::from_secs(5);
+/// A connection whose far end acknowledged nothing for so long is dead.
+const DEAD: Duration = Duration::from_secs(15);
+/// Until a new connection, handshake included, has failed.
+const CONNECT: Duration = Duration::from_secs(5);
+/// Until a request without an answer has failed; longer than any watch is quiet.
+const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
+
+/// A client of the server that the kubeconfig leads to, or by default of the cluster in one of
+/// whose pods this process runs.
+///
+/// # Errors
+/// The kubeconfig cannot be read, or this process runs in no pod with a service account.
+pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
+    let config = match kubeconfig {
+        None => Config::incluster()
+            .context("no --kubeconfig is given, and this is no pod with a service account")?,
+        Some(file) => {
+            let kubeconfig = Kubeconfig::read_from(file)
+                .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
+            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+        }
+    };
+    Ok(connect(&config)?)
+}
+
+/// As `Client::try_from` does it, which has no way to say something about the sockets.
+fn connect(config: &Config) -> kube::Result<Client> {
+    let mut tcp = HttpConnector::new();
+    // What is below TLS.
+    tcp.enforce_http(false);
+    tcp.set_keepalive(Some(PROBE));
+    tcp.set_keepalive_interval(Some(PROBE));
+    tcp.set_tcp_user_timeout(Some(DEAD));
+    let tls = config.rustls_https_connector_with_connector(tcp)?;
+    let mut connector = TimeoutConnector::new(tls);
+    connector.set_connect_timeout(Some(CONNECT));
+    connector.set_read_timeout(Some(ANSWER));
+    connector.set_reset_reader_on_write(true);
+    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let service = ServiceBuilder::new()
+        .layer(config.base_uri_layer())
+        .layer(RetryLayer::new(RetryPolicy::server_retry()))
+        .option_layer(config.auth_layer()?)
+        .layer(config.extra_headers_layer()?)
+        .map_err(BoxError::from)
+        .service(http);
+    Ok(Client::new(service, config.default_namespace.clone()))
+}
