@@ -1,7 +1,11 @@
 //! Records of attachments: one JSON file each, replaced atomically.
+//!
+//! They tell an agent that starts again what runs beside it, and the kernel keeps what is written
+//! for that, however the agent before ended. Nothing is synced to the disk: what a record speaks of
+//! ends with the machine, and what is left of records then is removed, whether it is whole or not.
 
-use std::fs::{self, File};
-use std::io::{self, Write};
+use std::fs;
+use std::io;
 use std::path::{Path, PathBuf};
 
 use palisade_api::cni::{Attachment, ContainerId, IfName, Pod};
@@ -40,6 +44,9 @@ pub struct Record {
     pub phase: Phase,
 }
 
+/// Extension of what is not a record yet.
+const PARTIAL: &str = "partial";
+
 /// The directory of records.
 #[derive(Debug, Clone)]
 pub(super) struct Store {
@@ -49,6 +56,13 @@ pub(super) struct Store {
 impl Store {
     pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
         fs::create_dir_all(&directory)?;
+        for entry in fs::read_dir(&directory)? {
+            let path = entry?.path();
+            // An agent ended while it wrote this.
+            if path.extension().is_some_and(|extension| extension == PARTIAL) {
+                fs::remove_file(path)?;
+            }
+        }
         Ok(Self { directory })
     }
 
@@ -68,12 +82,9 @@ impl Store {
 
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
         let path = self.path(&record.attachment);
-        let partial = path.with_extension("partial");
-        let mut file = File::create(&partial)?;
-        file.write_all(&serde_json::to_vec(record)?)?;
-        file.sync_all()?;
-        fs::rename(&partial, &path)?;
-        File::open(&self.directory)?.sync_all()
+        let partial = path.with_extension(PARTIAL);
+        fs::write(&partial, serde_json::to_vec(record)?)?;
+        fs::rename(&partial, &path)
     }
 
     pub(super) fn remove(&self, attachment: &Attachment) -> io::Result<()> {

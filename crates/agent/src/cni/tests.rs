@@ -396,3 +396,30 @@ async fn interfaces_are_set_up_as_promised() {
     let inside = pod.output(&["ip", "-o", "addr", "show", "dev", "eth0"]);
     assert!(inside.contains("/32") && inside.contains("/128") && !inside.contains("fe80"));
 }
+
+/// What is on the disk after a crash of the machine: whole records, torn ones, and files that never
+/// became any, none of them with an interface.
+#[tokio::test]
+async fn records_of_before_a_crash_of_the_machine_are_forgotten() {
+    let Some(mut bench) = Bench::new(Counting::default()).await else { return };
+    let pods: Vec<TempNs> = (0..3).filter_map(|_| TempNs::new()).collect();
+    for pod in &pods {
+        bench.add(pod).await.expect("add");
+    }
+    let records = bench.directory.join("records");
+    let record = |pod: &TempNs| records.join(attachment(&pod.0).file_name());
+    std::fs::write(record(&pods[1]), "").expect("truncate");
+    let partial = record(&pods[2]).with_extension("partial");
+    std::fs::rename(record(&pods[2]), partial).expect("rename");
+    bench.node = TempNs::new().expect("another kernel, as it were");
+
+    let (again, restored) = Bench::restore(&bench.node, &bench.directory).await;
+    bench.attachments = again;
+    assert_eq!((restored.live.len(), restored.gone.len()), (0, 1));
+    assert_eq!(std::fs::read_dir(&records).expect("records").count(), 0);
+    assert_eq!(bench.attachments.used_addresses(), 0);
+    for pod in &pods {
+        let key = attachment(&pod.0);
+        bench.attachments.del(&bench.endpoints, &key).await.expect("the runtime's DEL");
+    }
+}

@@ -6,6 +6,7 @@ use palisade_datapath::{
     Datapath,
     netlink::{HostSide, Netlink},
 };
+use tokio::task::block_in_place;
 
 use crate::tables::pods::Endpoint;
 
@@ -67,6 +68,9 @@ pub trait Attach: Send + Sync + 'static {
 }
 
 /// The node's interfaces.
+///
+/// Programs are attached one after the other, under a lock and after grace periods of the kernel;
+/// the threads that serve others meanwhile are not to wait for that.
 pub struct NodeLinks {
     datapath: Arc<Datapath>,
     netlink: Netlink,
@@ -81,11 +85,11 @@ impl NodeLinks {
 
 impl Attach for NodeLinks {
     fn attach(&self, interface: &str) -> Result<(), String> {
-        self.datapath.attach_endpoint(interface).map_err(|error| chain(&error))
+        block_in_place(|| self.datapath.attach_endpoint(interface)).map_err(|error| chain(&error))
     }
 
     fn detach(&self, interface: &str) -> Result<(), String> {
-        self.datapath.detach_endpoint(interface).map_err(|error| chain(&error))
+        block_in_place(|| self.datapath.detach_endpoint(interface)).map_err(|error| chain(&error))
     }
 
     async fn sweep(&self) -> Result<(), String> {
@@ -96,11 +100,11 @@ impl Attach for NodeLinks {
     }
 
     fn is_attached(&self, interface: &str) -> bool {
-        self.datapath.is_attached(interface)
+        block_in_place(|| self.datapath.is_attached(interface))
     }
 
     fn is_judged(&self, interface: &str) -> bool {
-        self.datapath.is_judged(interface)
+        block_in_place(|| self.datapath.is_judged(interface))
     }
 
     async fn link(&self, endpoint: &Endpoint) -> Result<LinkState, String> {

@@ -14,7 +14,10 @@ use std::{
 
 use palisade_abi::{identity, limits};
 use palisade_api::cni::Attachment;
-use tokio::sync::{mpsc, oneshot, watch};
+use tokio::{
+    sync::{mpsc, oneshot, watch},
+    task::block_in_place,
+};
 use tracing::{info, warn};
 
 pub use attach::{Attach, LinkState, NodeLinks};
@@ -212,7 +215,8 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
         }
         let endpoint = self.enter(&new)?;
         let (id, ifindex) = (endpoint.id, endpoint.ifindex);
-        if let Some(error) = self.other_pod_said(&endpoint) {
+        // The engine holds the tables for as long as a round takes.
+        if let Some(error) = block_in_place(|| self.other_pod_said(&endpoint)) {
             return Err(error);
         }
         self.attach.attach(&endpoint.interface).map_err(EndpointError::Failed)?;
