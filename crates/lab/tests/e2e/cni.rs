@@ -13,6 +13,7 @@ use std::{
     process::{Child, Command, Stdio},
 };
 
+use aya::maps::{HashMap, Map, MapData};
 use palisade_lab::sys::netns;
 use serde_json::{Value, json};
 
@@ -134,6 +135,8 @@ struct Traces {
     links: BTreeSet<String>,
     routes: BTreeSet<String>,
     pins: BTreeSet<String>,
+    /// Keys in the kernel's tables of pods' addresses and interfaces.
+    entries: BTreeSet<Vec<u8>>,
     records: BTreeSet<String>,
     queue: BTreeSet<String>,
 }
@@ -187,16 +190,29 @@ impl Node {
             let text = String::from_utf8(output.unwrap().stdout).unwrap();
             text.lines().filter(|line| line.contains("lxc")).map(str::to_owned).collect()
         };
+        let mut entries = keys::<16, 16>(&self.place.maps.join("ENDPOINTS"));
+        entries.extend(keys::<4, 4>(&self.place.maps.join("INTERFACES")));
         let mut routes = lines("-4 route show table all");
         routes.extend(lines("-6 route show table all"));
         Traces {
             links: lines("-o -br link"),
             routes,
             pins: files(&self.place.pins),
+            entries,
             records: files(&self.place.records),
             queue: files(&palisade_api::cni::deletion_queue(&self.place.socket)),
         }
     }
+}
+
+/// A pinned table of these sizes.
+fn open<const K: usize, const V: usize>(pin: &Path) -> HashMap<MapData, [u8; K], [u8; V]> {
+    HashMap::try_from(Map::HashMap(MapData::from_pin(pin).unwrap())).unwrap()
+}
+
+/// The keys in such a table, but for those that go meanwhile.
+fn keys<const K: usize, const V: usize>(pin: &Path) -> BTreeSet<Vec<u8>> {
+    open::<K, V>(pin).keys().flatten().map(Vec::from).collect()
 }
 
 fn finish(child: Child) -> Outcome {

@@ -393,6 +393,16 @@ impl Lab {
         self.signal(number, program, Signal::KILL);
     }
 
+    /// Kills the agent of a node, and waits until the next one is ready.
+    pub(crate) fn replace_agent(&self, number: usize) {
+        let old = self.process(number, Program::Agent).as_raw_pid().cast_unsigned();
+        self.kill(number, Program::Agent);
+        within(3 * SOON, "the next agent is ready", || {
+            let status = self.statuses().swap_remove(number - 1);
+            status.is_some_and(|now| now.ready && now.pid != old)
+        });
+    }
+
     /// Sends a signal to a program of a node.
     pub(crate) fn signal(&self, number: usize, program: Program, signal: Signal) {
         kill_process(self.process(number, program), signal).unwrap();

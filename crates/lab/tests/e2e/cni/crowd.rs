@@ -23,6 +23,9 @@ use crate::harness::{Lab, eventually};
 const WORKERS: usize = 12;
 /// Plugins that are killed.
 const KILLS: u64 = 40;
+/// Agents that are killed, and plugins that run at the same time meanwhile.
+const AGENTS: usize = 4;
+const RESTLESS: usize = 4;
 /// How often an address goes from one container to the next.
 const TURNS: usize = 10;
 
@@ -34,21 +37,42 @@ struct Crowd {
     go: usize,
 }
 
+/// The addresses that containers have at a moment.
+#[derive(Default)]
+struct InUse(Mutex<HashSet<IpAddr>>);
+
+impl InUse {
+    fn add(&self, result: &Value) {
+        let mut in_use = self.0.lock().unwrap();
+        let twice = addresses(result).into_iter().find(|address| !in_use.insert(*address));
+        assert_eq!(twice, None, "given to two containers");
+    }
+
+    /// DEL, before which nobody else may get the container's addresses.
+    fn delete(&self, container: &Container<'_>, result: &Value) {
+        let leaving = addresses(result);
+        self.0.lock().unwrap().retain(|address| !leaving.contains(address));
+        container.delete();
+    }
+}
+
 /// All come at the same time, and some of them go again at once. What stays is as it should be.
 fn come_and_go(node: &Node, crowd: Crowd) -> Vec<(Container<'_>, Value)> {
     let Crowd { come, go } = crowd;
+    let in_use = InUse::default();
     let kept = Mutex::new(Vec::new());
     let times = Mutex::new(Vec::new());
     let begun = Instant::now();
     thread::scope(|scope| {
         for number in 0..come {
-            let (kept, times) = (&kept, &times);
+            let (in_use, kept, times) = (&in_use, &kept, &times);
             scope.spawn(move || {
                 let container = Container::new(node, &format!("c{number}"));
                 let (result, took) = add_when_there_is_room(&container);
+                in_use.add(&result);
                 times.lock().unwrap().push(took);
                 match number < go {
-                    true => container.delete(),
+                    true => in_use.delete(&container, &result),
                     false => kept.lock().unwrap().push((container, result)),
                 }
             });
@@ -153,6 +177,51 @@ fn forsaken_requests_are_undone(node: &Node) {
     eventually("nothing is left of what nobody waits for", || node.traces() == before);
 }
 
+/// Agents are killed in the middle of whatever they do. As a runtime does: what failed is deleted
+/// and tried again.
+fn killed_agents_leave_nothing(lab: &Lab, node: &Node) {
+    let before = node.traces();
+    let (in_use, agents) = (InUse::default(), AtomicUsize::new(0));
+    let come_and_go = |worker: usize| {
+        let mut came = 0;
+        let mut last = None;
+        while agents.load(Relaxed) < AGENTS {
+            let container = Container::new(node, &format!("a{worker}-{came}"));
+            let outcome = loop {
+                let outcome = container.run("ADD", json!({}));
+                if outcome.success {
+                    break outcome;
+                }
+                container.delete();
+            };
+            in_use.add(&outcome.answer);
+            if let Some((last, result)) = last.replace((container, outcome.answer)) {
+                in_use.delete(&last, &result);
+            }
+            came += 1;
+        }
+        (came, last.unwrap())
+    };
+    let workers: Vec<_> = thread::scope(|scope| {
+        let come_and_go = &come_and_go;
+        let workers: Vec<_> =
+            (0..RESTLESS).map(|worker| scope.spawn(move || come_and_go(worker))).collect();
+        while agents.load(Relaxed) < AGENTS {
+            // First, so that the others end where this fails.
+            agents.fetch_add(1, Relaxed);
+            lab.replace_agent(1);
+        }
+        workers.into_iter().map(|worker| worker.join().unwrap()).collect()
+    });
+    let came: usize = workers.iter().map(|(came, _)| came).sum();
+    println!("{came} containers came while {AGENTS} agents were killed");
+    for (_, (container, result)) in &workers {
+        container.check(result).succeeded();
+        container.delete();
+    }
+    eventually("nothing is left of what agents were at", || node.traces() == before);
+}
+
 /// Interfaces vanish, and the agent is killed before anybody tells it.
 fn what_vanished_before_a_restart_is_forgotten(lab: &Lab, node: &Node) {
     let before = node.traces();
@@ -199,6 +268,11 @@ fn crowd(crowd: Crowd) {
     let node = Node::new(&lab);
     let empty = node.traces();
     node.run("STATUS", json!({})).succeeded();
+    let held = || {
+        let status = lab.statuses().pop().flatten().unwrap();
+        (status.ipam, status.endpoints, status.problems)
+    };
+    let nothing = held();
 
     let mut kept = come_and_go(&node, crowd);
     let stay = crowd.come - crowd.go;
@@ -208,6 +282,7 @@ fn crowd(crowd: Crowd) {
     assert_eq!(now.links.len() - empty.links.len(), stay);
     assert_eq!(now.records.len() - empty.records.len(), stay);
     assert_eq!(now.pins.len() - empty.pins.len(), 2 * stay);
+    assert_eq!(now.entries.len() - empty.entries.len(), 3 * stay);
     for (container, result) in kept.iter().step_by(10) {
         container.check(result).succeeded();
     }
@@ -225,6 +300,7 @@ fn crowd(crowd: Crowd) {
 
     killed_plugins_leave_nothing(&node);
     forsaken_requests_are_undone(&node);
+    killed_agents_leave_nothing(&lab, &node);
     what_vanished_before_a_restart_is_forgotten(&lab, &node);
     let ready = || lab.statuses().iter().flatten().any(|status| status.ready);
     eventually("the agent is ready again", ready);
@@ -233,6 +309,7 @@ fn crowd(crowd: Crowd) {
     again.iter().for_each(|container| drop(container.add()));
     again.iter().for_each(Container::delete);
     assert_eq!(node.traces(), empty);
+    assert_eq!(held(), nothing);
 }
 
 #[test]

@@ -2,11 +2,10 @@
 
 use std::path::Path;
 
-use aya::maps::{HashMap, Map, MapData};
 use palisade_lab::nodes::Program;
 use serde_json::{Value, json};
 
-use super::{Container, Node, addresses, ip_in, keep_away};
+use super::{Container, Node, addresses, ip_in, keep_away, open};
 use crate::harness::{Lab, eventually};
 
 /// A pod as it was made, on which a test breaks one thing.
@@ -92,10 +91,6 @@ fn emptied<const K: usize, const V: usize>(pin: &Path) -> Vec<([u8; K], [u8; V])
     assert!(!entries.is_empty(), "{}", pin.display());
     entries.iter().for_each(|(key, _)| table.remove(key).unwrap());
     entries
-}
-
-fn open<const K: usize, const V: usize>(pin: &Path) -> HashMap<MapData, [u8; K], [u8; V]> {
-    HashMap::try_from(Map::HashMap(MapData::from_pin(pin).unwrap())).unwrap()
 }
 
 /// A table loses its entries and gets them again.
