@@ -165,6 +165,8 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     pretend(&lab, "palisade-clean", 1, 1);
     let Output { status, stderr, .. } = uninstall.wait_with_output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    let definitions = lab.kubectl(&["get", "crd", "-o", "name"]);
+    assert!(!definitions.contains("cilium.io"), "{definitions}");
     eventually("nothing is left", || everything_of_ours(&lab).is_empty());
     let taints = lab.kubectl(&["get", "node", "node1", "-o", "jsonpath={.spec.taints}"]);
     assert!(!taints.contains("cilium"), "{taints}");

@@ -72,7 +72,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
             clean_nodes(&client, &chart, &args.place.namespace, limit).await?;
         }
         untaint(&client).await?;
-        delete_definitions(&client).await?;
+        delete_definitions(&client, limit).await?;
         let leases: Api<Lease> = Api::namespaced(client.clone(), &args.place.namespace);
         gone_is_done(leases.delete("palisade-operator", &DeleteParams::default()).await)?;
         let own = Reference {
@@ -109,7 +109,7 @@ async fn bounded(
     limit: Duration,
     work: impl Future<Output = Result<()>>,
 ) -> Result<()> {
-    let _progress = Progress::start("waiting for the nodes");
+    let _progress = Progress::start("waiting until it is gone");
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
         Err(Failure::refused(
             format!("after {} s, {what}", limit.as_secs()),
@@ -199,12 +199,24 @@ async fn untaint(client: &Client) -> Result<()> {
     Ok(())
 }
 
-async fn delete_definitions(client: &Client) -> Result<()> {
+/// They go once their objects are gone, which takes the API server a moment.
+async fn delete_definitions(client: &Client, limit: Duration) -> Result<()> {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let mut going = Vec::new();
     for definition in crd::all() {
         let name = definition.name_any();
-        gone_is_done(api.delete(&name, &DeleteParams::default()).await)?;
-        println!("customresourcedefinition/{name} deleted");
+        let deleted = api.delete(&name, &DeleteParams::default()).await;
+        match deleted.map(|deleted| deleted.left()) {
+            Ok(Some(found)) => going.push((name, found.uid().unwrap_or_default())),
+            outcome => gone_is_done(outcome)?,
+        }
     }
-    Ok(())
+    let gone = async {
+        for (name, uid) in &going {
+            await_condition(api.clone(), name, is_deleted(uid)).await?;
+            println!("customresourcedefinition/{name} deleted");
+        }
+        Ok(())
+    };
+    bounded("definitions of resources are still there", limit, gone).await
 }
