@@ -12,8 +12,12 @@ use clap::Parser;
 use palisade_api::{
     client,
     routing::{self, Routing},
+    settings,
 };
-use palisade_datapath::{Config as DatapathConfig, Datapath, Side, netlink::Netlink};
+use palisade_datapath::{
+    Config as DatapathConfig, Datapath, Side,
+    netlink::{Netlink, SettingChange},
+};
 use tokio::{
     signal::unix::{SignalKind, signal},
     sync::{mpsc, watch},
@@ -102,12 +106,14 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         cgroup: options.cgroup.clone(),
     })?);
     let netlink = Netlink::current()?;
-    netlink.prepare_node().await?;
     let masquerades = options.masquerade.applies(options.routing);
-    if masquerades {
-        // Before the node's own connections of this process get ports.
-        netlink.reserve_ports().await?;
-    }
+    let record = options.state_dir.join(settings::FILE);
+    // Before the node's own connections of this process get ports.
+    netlink
+        .prepare_node(masquerades, move |changes| {
+            settings::record(&record, recorded_settings(changes))
+        })
+        .await?;
     netlink.steer_to_proxy().await?;
     let side = match options.routing {
         Routing::Native => Side::Uplink,
@@ -304,6 +310,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     }
     info!("stopping; programs and tables stay in force");
     Ok(())
+}
+
+fn recorded_settings(changes: Vec<SettingChange>) -> settings::Changes {
+    let recorded = |SettingChange { name, before, after }| {
+        (name.to_owned(), settings::Change { before, after })
+    };
+    changes.into_iter().map(recorded).collect()
 }
 
 /// Pods may send what the uplink can carry, less the envelope where there is one.

@@ -14,3 +14,4 @@ pub mod flow;
 #[cfg(feature = "proxy")]
 pub mod proxy;
 pub mod routing;
+pub mod settings;

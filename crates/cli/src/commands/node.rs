@@ -13,7 +13,10 @@ use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
 use futures::TryStreamExt;
 use palisade_abi::{OVERLAY, ROUTE_PROTOCOL};
-use palisade_api::admin::{self, Client, Request, Response};
+use palisade_api::{
+    admin::{self, Client, Request, Response},
+    settings,
+};
 use rtnetlink::packet_route::{
     AddressFamily,
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType},
@@ -35,6 +38,10 @@ const BPFFS: &str = "/sys/fs/bpf";
 const BPF_FS_MAGIC: u32 = 0xcafe_4a11;
 const CGROUP: &str = "/sys/fs/cgroup";
 const CGROUP2_MAGIC: u32 = 0x6367_7270;
+/// Where the kernel shows the settings of its network.
+const SETTINGS: &str = "/proc/sys/net";
+/// The agent's part of the records.
+const AGENT: &str = "agent";
 /// An agent that takes longer for an answer is not well.
 const TIMEOUT: Duration = Duration::from_secs(3);
 
@@ -111,6 +118,7 @@ pub(crate) fn run(command: NodeCommand) -> Result<Exit> {
         }
         NodeCommand::Probe { alive, run_dir } => probe(&run_dir, alive),
         NodeCommand::Clean { cni, run_dir, state_dir, bpffs } => {
+            restore_settings(Path::new(SETTINGS), &state_dir.join(AGENT).join(settings::FILE))?;
             clean(&cni, &[bpffs, run_dir, state_dir])?;
             tokio::runtime::Runtime::new()?.block_on(clean_network())?;
             Ok(Exit::Ok)
@@ -266,6 +274,22 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
     Ok(())
 }
 
+/// What the agent set is again what it was; what somebody has set since stays.
+fn restore_settings(root: &Path, record: &Path) -> Result<()> {
+    let changes = settings::read(record)
+        .with_context(|| format!("cannot read what settings were: {}", record.display()))?;
+    for (name, settings::Change { before, after }) in changes {
+        let path = root.join(&name);
+        let present = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        if present.trim() == after {
+            fs::write(&path, format!("{before}\n"))
+                .with_context(|| format!("cannot set {}", path.display()))?;
+            println!("{name} is {before:?} again");
+        }
+    }
+    Ok(())
+}
+
 /// The overlay's interface, the ways to other nodes and to the proxy, and the rules that lead there.
 async fn clean_network() -> Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
@@ -370,6 +394,30 @@ mod tests {
         let others = other_networks(&cni.cni_conf_dir).unwrap();
         let error = refuse_others(&cni.cni_conf_dir, &others).unwrap_err().to_string();
         assert!(error.ends_with(": 10-flannel.conflist"), "{error}");
+    }
+
+    #[test]
+    fn settings_are_again_what_they_were() {
+        let directory = Directory::new("settings");
+        let record = directory.0.join("record");
+        let change = |before: &str, after: &str| settings::Change {
+            before: before.to_owned(),
+            after: after.to_owned(),
+        };
+        let changes =
+            [("bin", change("1", "0")), ("conf", change("", "7")), ("own", change("1", "0"))];
+        let changes = changes.map(|(name, change)| (format!("{name}/it"), change));
+        settings::record(&record, settings::Changes::from(changes)).unwrap();
+        fs::create_dir(directory.0.join("own")).unwrap();
+        let read = |name: &str| fs::read_to_string(directory.0.join(name).join("it")).unwrap();
+        for (name, value) in [("bin", "0\n"), ("conf", "7\n"), ("own", "2\n")] {
+            fs::write(directory.0.join(name).join("it"), value).unwrap();
+        }
+        for _ in 0..2 {
+            restore_settings(&directory.0, &record).unwrap();
+            assert_eq!(["bin", "conf", "own"].map(read), ["1\n", "\n", "2\n"]);
+        }
+        restore_settings(&directory.0, &directory.0.join("none")).unwrap();
     }
 
     #[test]

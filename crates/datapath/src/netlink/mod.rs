@@ -6,9 +6,9 @@
 
 mod message;
 mod namespace;
+mod node;
 mod overlay;
 mod pod;
-mod reserve;
 mod socket;
 mod steer;
 mod sysctl;
@@ -27,6 +27,7 @@ use rustix::io::Errno;
 use tokio::sync::oneshot;
 
 pub use namespace::{NamespaceError, NetNs, NetNsId};
+pub use node::SettingChange;
 pub use overlay::{Traveller, Tunnel};
 pub use pod::{HostSide, LINK_LOCAL_ROUTER, PodAddress, PodLink, VethPair};
 use socket::Socket;
@@ -72,6 +73,9 @@ pub enum NetlinkError {
         /// What the kernel said.
         source: io::Error,
     },
+    /// What settings were before could not be recorded.
+    #[error("cannot record the node's settings: {0}")]
+    Record(#[source] io::Error),
     /// The namespace is no namespace, or gone.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),

@@ -156,21 +156,7 @@ impl Netlink {
         })
         .await
     }
-
-    /// Makes the node forward between its pods and the outside, and stops the kernel's own
-    /// source check, which knows nothing of pods. `self` is the node's namespace.
-    pub async fn prepare_node(&self) -> Result<(), NetlinkError> {
-        self.run(|_| NODE_SETTINGS.iter().try_for_each(|(name, value)| sysctl::set(name, value)))
-            .await
-    }
 }
-
-const NODE_SETTINGS: [(&str, &str); 4] = [
-    ("ipv4/ip_forward", "1"),
-    ("ipv6/conf/all/forwarding", "1"),
-    ("ipv4/conf/all/rp_filter", "0"),
-    ("ipv4/conf/default/rp_filter", "0"),
-];
 
 pub(super) const HOST_SETTINGS: [(&str, &str); 5] = [
     ("ipv4/conf/{}/rp_filter", "0"),

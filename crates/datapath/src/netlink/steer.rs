@@ -4,24 +4,18 @@ use std::net::IpAddr;
 
 use palisade_abi::mark;
 
-use super::{Netlink, NetlinkError, find_link, message, sysctl};
+use super::{Netlink, NetlinkError, find_link, message};
 
 /// Routing table of the way to the proxy; the tables of other software have other numbers.
 pub(super) const TABLE: u32 = 14_240;
 /// Before the rules of the main table (32766), after the node's own addresses (0).
 pub(super) const PRIORITY: u32 = 100;
 
-/// Looking for the socket before the route, the kernel would meet the proxy's in packets that are
-/// on their way to a pod, whose programs judge them first; and what has a socket it does not
-/// forward. For a node that forwards, the look costs more than it saves anyway.
-const SETTINGS: [(&str, &str); 2] = [("ipv4/tcp_early_demux", "0"), ("ipv4/udp_early_demux", "0")];
-
 impl Netlink {
     /// Makes the node deliver to the proxy what bears its mark. Repeating it is harmless. `self` is
     /// the node's namespace.
     pub async fn steer_to_proxy(&self) -> Result<(), NetlinkError> {
         self.run(|socket| {
-            SETTINGS.iter().try_for_each(|(name, value)| sysctl::set(name, value))?;
             let lo = find_link(socket, "lo")?.ok_or(NetlinkError::NoSuchLink("lo".into()))?;
             let mut calls = Vec::new();
             for unspecified in [IpAddr::from([0_u8; 4]), IpAddr::from([0_u8; 16])] {

@@ -2,14 +2,17 @@
 //! installed pods: the lab has no controller for DaemonSets, so the test says what they became.
 
 use std::{
-    io::Write,
+    fs,
+    io::{self, Write},
+    os::unix::fs::symlink,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
 };
 
+use palisade_lab::nodes::Program;
 use serde_json::Value;
 
-use crate::harness::{Lab, eventually};
+use crate::harness::{Lab, PROGRAM, eventually};
 
 fn palisade(lab: &Lab, args: &[&str]) -> Command {
     let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
@@ -170,4 +173,55 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     eventually("nothing is left", || everything_of_ours(&lab).is_empty());
     let taints = lab.kubectl(&["get", "node", "node1", "-o", "jsonpath={.spec.taints}"]);
     assert!(!taints.contains("cilium"), "{taints}");
+}
+
+#[test]
+fn a_cleaned_node_has_its_settings_back() {
+    const NAMES: [&str; 3] = ["tcp_early_demux", "udp_early_demux", "ip_local_reserved_ports"];
+    let lab = Lab::up_with(1, &["--routing", "overlay"]);
+    let node = lab.node(1);
+    let settings = || {
+        node.run(|| {
+            let read = |name| fs::read_to_string(format!("/proc/sys/net/ipv4/{name}"));
+            NAMES
+                .iter()
+                .map(|name| Ok(read(name)?.trim().to_owned()))
+                .collect::<io::Result<Vec<_>>>()
+        })
+    };
+    let ours = ["0", "0", "49152-65535"];
+    assert_eq!(settings(), ours);
+    // An agent that finds them as it wants them forgets nothing.
+    let records = lab.cni(1).records;
+    let ready = || {
+        let status = lab.statuses().pop()??;
+        status.ready.then_some(status.pid)
+    };
+    let first = ready();
+    lab.kill(1, Program::Agent);
+    eventually("another agent is ready", || ready().is_some_and(|now| Some(now) != first));
+    assert_eq!(settings(), ours);
+
+    let suspended = lab.suspend();
+    lab.kill(1, Program::Agent);
+    let place = std::env::temp_dir().join(format!("palisade-clean-{}", std::process::id()));
+    fs::create_dir_all(place.join("cni")).unwrap();
+    fs::create_dir_all(place.join("state")).unwrap();
+    symlink(records.parent().unwrap(), place.join("state/agent")).unwrap();
+    let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
+    let directory = |flag: &str, path: &str| format!("--{flag}={}", place.join(path).display());
+    let mut clean = Command::new(PROGRAM);
+    clean.args(["exec", "node1", "--"]).arg(program).args(["node", "clean"]).args([
+        directory("cni-bin-dir", "cni"),
+        directory("cni-conf-dir", "cni"),
+        directory("run-dir", "run"),
+        directory("state-dir", "state"),
+        directory("bpffs", "bpf"),
+    ]);
+    let Output { status, stderr, .. } = clean.output().unwrap();
+    assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
+    assert_eq!(settings(), ["1", "1", ""]);
+    assert!(!place.join("state").exists());
+    fs::remove_dir_all(place).unwrap();
+    drop(suspended);
 }
