@@ -262,13 +262,6 @@ fn cpu(world: &World) -> u64 {
     (ticks(11) + ticks(12)) * 10
 }
 
-/// Resident memory in KiB.
-fn memory(world: &World) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", world.proxy.0.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 /// Answers as long as there can be, of as many names as fit, and aliases of aliases.
 #[test]
 fn the_longest_answers_take_little() {
@@ -318,13 +311,13 @@ fn the_longest_answers_take_little() {
 fn a_stream_that_is_not_read_holds_little() {
     let world = world(usual());
     let server = NameServer::new(&world.server, plain);
-    let before = memory(&world);
+    let before = world.proxy.memory();
     let mut stream = connect(&world, SERVER4);
     stream.set_write_timeout(Some(QUIET)).unwrap();
     SockRef::from(&stream).set_recv_buffer_size(4096).unwrap();
     let questions = frame(&query("api.example.com")).repeat(100);
     while stream.write_all(&questions).is_ok() {}
-    let (asked, after) = (server.asked().len(), memory(&world));
+    let (asked, after) = (server.asked().len(), world.proxy.memory());
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
     assert!(asked > 16, "{asked}");
     drop(stream);
@@ -345,7 +338,7 @@ fn a_flood_of_one_pod_is_that_pods() {
     let other = socket(&world, OTHER4, SERVER4);
     // One lost is one too many: resolvers wait five seconds before they ask again.
     other.set_read_timeout(Some(Duration::from_secs(3))).unwrap();
-    let before = memory(&world);
+    let before = world.proxy.memory();
     let most = Duration::from_millis(if cfg!(debug_assertions) { 1000 } else { 50 });
     for name in ["evil.org", "mute.cdn.example.com"] {
         let (over, sent) = (AtomicBool::new(false), AtomicUsize::new(0));
@@ -384,6 +377,6 @@ fn a_flood_of_one_pod_is_that_pods() {
         );
         assert!(sent.load(Relaxed) >= ENOUGH && slow < most, "{name}: {times:?}");
     }
-    let after = memory(&world);
+    let after = world.proxy.memory();
     assert!(after < before + (16 << 10), "{before} KiB, then {after} KiB");
 }

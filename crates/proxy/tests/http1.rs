@@ -821,13 +821,13 @@ fn limits_hold() {
                 .as_bytes(),
         )
         .unwrap();
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     let part = vec![b'x'; 1 << 20];
     for _ in 0..100 {
         stream.write_all(&part).unwrap();
     }
     assert!(until(&mut stream, "ok").starts_with("HTTP/1.1 200"));
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (4 << 10), "{before} KiB, then {after} KiB");
     assert!(origin.seen().bytes.len() > length);
 }
@@ -846,7 +846,7 @@ fn packed_bodies_pass_as_they_are() {
         );
         stream.write_all(&[answer.as_bytes(), &packed].concat()).is_ok()
     });
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     for coding in ["gzip", "gzip, gzip"] {
         origin.forget();
         let mut stream = world.connect(SERVER4);
@@ -862,7 +862,7 @@ fn packed_bodies_pass_as_they_are() {
         assert!(seen.text().contains(&format!("\r\ncontent-encoding: {coding}\r\n")));
         assert!(seen.bytes.ends_with(&bomb), "the request is not as the client sent it");
     }
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (4 << 10), "{before} KiB, then {after} KiB");
 }
 
@@ -897,13 +897,6 @@ fn grpc_web() {
         assert!([400, 403].contains(&status(&answer)), "{method}");
         assert_eq!(origin.seen().connections, 0, "{method}");
     }
-}
-
-/// Resident memory in KiB.
-fn memory(process: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 #[test]

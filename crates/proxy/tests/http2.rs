@@ -241,7 +241,7 @@ fn packed_messages_pass_as_they_are() {
     let length = u32::try_from(packed.len()).unwrap().to_be_bytes();
     let message = Bytes::from([&[1][..], &length, &packed].concat());
     let stream = world.connect(SERVER4);
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     runtime().block_on(async {
         let mut ready = client(stream).await.ready().await.unwrap();
         let call = Request::post("http://a/pkg.Svc/Method")
@@ -271,7 +271,7 @@ fn packed_messages_pass_as_they_are() {
         assert!(echo == message, "{} of {} bytes came back", echo.len(), message.len());
         assert_eq!(body.trailers().await.unwrap().unwrap()["grpc-status"], "0");
     });
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (8 << 10), "{before} KiB, then {after} KiB");
     let asked = origin.asked();
     for field in ["\"grpc-encoding\": \"gzip\"", "\"content-encoding\": \"gzip\""] {
@@ -358,7 +358,7 @@ fn answers_without_room_stay_with_the_server() {
     let world = public();
     let _origin = Origin::new(&world.server);
     let (stream, other) = (world.connect(SERVER4), world.connect(SERVER4));
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     runtime().block_on(async {
         stream.set_nonblocking(true).unwrap();
         let stream = tokio::net::TcpStream::from_std(stream).unwrap();
@@ -391,7 +391,7 @@ fn answers_without_room_stay_with_the_server() {
             assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 200);
         }
     });
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (32 << 10), "{before} KiB, then {after} KiB");
 }
 
@@ -688,7 +688,7 @@ fn floods_end_the_connection_and_no_other() {
 fn floods_cost_others_little() {
     let world = public();
     let origin = Origin::new(&world.server);
-    let (other, before) = (world.connect(SERVER4), memory(world.proxy.0.id()));
+    let (other, before) = (world.connect(SERVER4), world.proxy.memory());
     let flood: Vec<u8> = (0..10_000u32)
         .flat_map(|n| {
             let asked = frame(HEADERS, END_HEADERS, n * 2 + 1, &block(&GET));
@@ -723,7 +723,7 @@ fn floods_cost_others_little() {
         let slow = times[times.len() * 99 / 100];
         assert!(slow < Duration::from_millis(500), "{slow:?} of {}", times.len());
     });
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (64 << 10), "{before} KiB, then {after} KiB");
     // A client may take back some at once; far from all of what was said arrives.
     let arrived = origin.asked().iter().filter(|asked| !asked.contains("other")).count();
@@ -742,7 +742,7 @@ fn fields_that_unpack_to_much_are_refused() {
     bomb.extend(value);
     bomb.extend([0xbe; 8000]);
     let bomb = [block(&GET), bomb].concat();
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     let kept: Vec<TcpStream> = (0..20)
         .map(|_| {
             let mut stream = raw(&world);
@@ -755,7 +755,7 @@ fn fields_that_unpack_to_much_are_refused() {
             stream
         })
         .collect();
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (16 << 10), "{before} KiB, then {after} KiB");
     assert_eq!(origin.asked(), [""; 0]);
     drop(kept);
@@ -793,7 +793,7 @@ fn what_is_taken_back_and_given_up_leaves_nothing() {
 fn small_frames_do_no_harm() {
     let world = public();
     let origin = Origin::new(&world.server);
-    let before = memory(world.proxy.0.id());
+    let before = world.proxy.memory();
     // A stream that policy denies, and whose body goes on.
     let open =
         frame(HEADERS, END_HEADERS, 1, &block(&[&GET[..3], &[(":path", "/admin")]].concat()));
@@ -814,7 +814,7 @@ fn small_frames_do_no_harm() {
         stream.set_write_timeout(Some(Duration::from_secs(1))).unwrap();
         _ = stream.write_all(&[first, payload.repeat(20_000)].concat());
     }
-    let after = memory(world.proxy.0.id());
+    let after = world.proxy.memory();
     assert!(after < before + (64 << 10), "{before} KiB, then {after} KiB");
     for bad in [
         &b"\xff\xff\xff\xff\xff\xff\xff"[..],
@@ -830,13 +830,6 @@ fn small_frames_do_no_harm() {
         assert!(matches!(ended, Some(9 | 1)) || ended.is_none(), "{bad:x?}: {ended:?}");
     }
     assert_eq!(origin.asked(), [""; 0]);
-}
-
-/// Resident memory in KiB.
-fn memory(process: u32) -> u64 {
-    let status = std::fs::read_to_string(format!("/proc/{process}/status")).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
 }
 
 /// The last policy that asks for a proxy is gone, and the agent knows of none any more.

@@ -182,13 +182,6 @@ fn data_in_the_first_segment_is_judged() {
     assert_eq!(origin.text(), "GET /public/fast HTTP/1.1\r\nhost: a\r\n\r\n");
 }
 
-/// Resident memory in KiB.
-fn memory(world: &World) -> u64 {
-    let status = fs::read_to_string(format!("/proc/{}/status", world.proxy.0.id())).unwrap();
-    let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
-    line.trim().trim_end_matches(" kB").parse().unwrap()
-}
-
 fn descriptors(world: &World) -> usize {
     fs::read_dir(format!("/proc/{}/fd", world.proxy.0.id())).unwrap().count()
 }
@@ -203,7 +196,7 @@ fn ten_thousand_idle_connections_cost_others_nothing() {
     let world = World::new(all);
     world.client.ip("addr add 10.77.1.3/24 dev eth0");
     let _origin = echo(&world);
-    let (files, kibibytes) = (descriptors(&world), memory(&world));
+    let (files, kibibytes) = (descriptors(&world), world.proxy.memory());
     let many = world.client.run(|| {
         let count = 10_000.min(
             rustix::process::getrlimit(rustix::process::Resource::Nofile).current.unwrap() / 2,
@@ -228,7 +221,7 @@ fn ten_thousand_idle_connections_cost_others_nothing() {
     times.sort_unstable();
     let slow = times[195];
     assert!(slow < Duration::from_millis(500), "{times:?}");
-    let (more, grown) = (descriptors(&world) - files, memory(&world) - kibibytes);
+    let (more, grown) = (descriptors(&world) - files, world.proxy.memory() - kibibytes);
     assert!(grown < 64 << 10, "{grown} KiB for {more} descriptors");
     // Each ends, most of them at once, the others when their time for a head is over.
     for mut stream in many.into_iter().flatten() {
@@ -255,7 +248,7 @@ fn a_thousand_bodies_that_come_byte_by_byte() {
     let world = World::new(all);
     world.client.ip("addr add 10.77.1.3/24 dev eth0");
     let origin = echo(&world);
-    let (files, kibibytes) = (descriptors(&world), memory(&world));
+    let (files, kibibytes) = (descriptors(&world), world.proxy.memory());
     let head = format!("POST /public HTTP/1.1\r\nHost: a\r\nContent-Length: {LENGTH}\r\n\r\n");
     let mut slow: Vec<_> = (0..COUNT).map(|_| world.connect(SERVER4)).collect();
     for stream in &mut slow {
@@ -277,7 +270,7 @@ fn a_thousand_bodies_that_come_byte_by_byte() {
             reset(stream);
             times.push(asked.elapsed());
         }
-        let (more, grown) = (descriptors(&world) - files, memory(&world) - kibibytes);
+        let (more, grown) = (descriptors(&world) - files, world.proxy.memory() - kibibytes);
         assert!(more <= 2 * COUNT + 8, "{more} descriptors");
         assert!(grown < 32 << 10, "{grown} KiB, round {round}");
     }
@@ -299,7 +292,7 @@ fn answers_that_nobody_reads_stay_with_the_server() {
             && std::iter::repeat_with(|| stream.write_all(&[b'x'; 1 << 16]))
                 .all(|sent| sent.is_ok())
     });
-    let before = memory(&world);
+    let before = world.proxy.memory();
     let streams: Vec<_> = (0..50)
         .map(|_| {
             let mut stream = world.connect(SERVER4);
@@ -308,7 +301,7 @@ fn answers_that_nobody_reads_stay_with_the_server() {
             stream
         })
         .collect();
-    let after = memory(&world);
+    let after = world.proxy.memory();
     assert!(after < before + (16 << 10), "{before} KiB, then {after} KiB");
     drop(streams);
 }

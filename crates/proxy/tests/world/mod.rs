@@ -106,6 +106,13 @@ pub(crate) struct World {
 pub(crate) struct Proxy(pub(crate) Child);
 
 impl Proxy {
+    /// Resident memory in KiB.
+    pub(crate) fn memory(&self) -> u64 {
+        let status = fs::read_to_string(format!("/proc/{}/status", self.0.id())).unwrap();
+        let line = status.lines().find_map(|line| line.strip_prefix("VmRSS:")).unwrap();
+        line.trim().trim_end_matches(" kB").parse().unwrap()
+    }
+
     fn end(&mut self) {
         _ = self.0.kill();
         _ = self.0.wait();
