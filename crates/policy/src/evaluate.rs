@@ -207,7 +207,7 @@ fn how_spoken_of(entry: &Entry, asked: &Asked<'_>) -> Spoken {
 pub(crate) fn application_admits(application: &Application, question: &Question<'_>) -> bool {
     match (application, question) {
         (Application::Http(rules), Question::Http(request, secrets)) => {
-            HttpMatcher::new(rules, secrets).is_ok_and(|rules| rules.judge(request).is_some())
+            HttpMatcher::new(rules, secrets).0.judge(request).is_some()
         }
         (Application::Dns(names), Question::Dns(name))
         | (Application::Tls(names), Question::Tls(Some(name))) => {

@@ -15,10 +15,9 @@ use palisade_api::{
     proxy::{AccessRecord, EndRecord, Peer, Rules, TableId},
 };
 use palisade_policy::{
-    RuleInfo, RuleSource,
+    CompiledPolicy, RuleInfo, RuleSource,
     l7::{
-        Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, L7Error, NamePattern,
-        Secrets,
+        Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, NamePattern, Secrets,
     },
     model,
 };
@@ -69,7 +68,7 @@ pub enum End {
 }
 
 impl End {
-    /// Rules that could not be made ready match nothing.
+    /// Without rules that are ready nothing passes.
     fn new(demand: Demand, rules: Option<&Arc<HttpRules>>) -> Self {
         match demand {
             Demand::Deny(source) => Self::Deny(source.map(Arc::new)),
@@ -190,12 +189,9 @@ impl Demands {
             let (numbers, list): (Vec<_>, Vec<_>) = policy.http_rules().into_iter().unzip();
             let made = http.values().chain(before.http.values().filter(|_| same_secrets));
             let made = made.map(|known| &known.compiled).find(|known| known.rules == list).cloned();
-            match made.map_or_else(|| Compiled::new(list, &rules.secrets), Ok) {
-                Ok(compiled) => _ = http.insert(*table, Arc::new(HttpRules { numbers, compiled })),
-                Err(error) => {
-                    tracing::error!(%error, table, "a rule does not compile; what its table would admit is denied");
-                }
-            }
+            let make = || Compiled::new(policy, &numbers, list, &rules.secrets);
+            let compiled = made.unwrap_or_else(make);
+            http.insert(*table, Arc::new(HttpRules { numbers, compiled }));
         }
         Self { http, asked: Mutex::new(asked) }
     }
@@ -220,9 +216,20 @@ impl Demands {
 }
 
 impl Compiled {
-    fn new(rules: Vec<HttpRule>, secrets: &Secrets) -> Result<Arc<Self>, L7Error> {
-        let matcher = HttpMatcher::new(&rules, secrets)?;
-        Ok(Arc::new(Self { rules, matcher }))
+    /// Of rules whose numbers in their table are given.
+    fn new(
+        table: &CompiledPolicy,
+        numbers: &[u32],
+        rules: Vec<HttpRule>,
+        secrets: &Secrets,
+    ) -> Arc<Self> {
+        let (matcher, errors) = HttpMatcher::new(&rules, secrets);
+        for error in errors {
+            let info = numbers.get(error.rule).and_then(|number| table.rule(*number));
+            let rule = info.map(|info| info.source.to_string()).unwrap_or_default();
+            tracing::error!(%rule, %error, "a rule does not compile and allows nothing");
+        }
+        Arc::new(Self { rules, matcher })
     }
 }
 

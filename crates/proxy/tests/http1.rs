@@ -12,6 +12,10 @@ use std::{
 };
 
 use palisade_api::flow::L7;
+use palisade_policy::{
+    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, Pattern},
+    model::Application,
+};
 use world::{
     CLIENT4, CLIENT6, SERVER4, SERVER6, World,
     agent::{http, rules, source},
@@ -435,6 +439,50 @@ fn many_and_awkward_rules() {
         assert!(begun.elapsed() < Duration::from_secs(1), "{:?} for {target:.40}", begun.elapsed());
     }
     assert_eq!(origin.seen().connections, 3);
+}
+
+/// A rule that is too large to compile allows nothing and takes nothing from the others of its table,
+/// but what it might change is denied.
+#[test]
+fn a_rule_that_does_not_compile_is_left_out() {
+    let too_large = |text: &str| Some(Pattern::try_from(text.to_owned()).unwrap());
+    let of_path = |path| HttpRule { path, ..HttpRule::default() };
+    let good = of_path(Some(Pattern::new("/public").unwrap()));
+    let bad = of_path(too_large("/secret|/[a-z]{9999}"));
+    let header = HeaderRule {
+        name: "x".into(),
+        value: Some(HeaderValue::Text("1".into())),
+        mismatch: Mismatch::Replace,
+    };
+    let editing =
+        HttpRule { host: too_large("[a-z]{9999}"), headers: vec![header], ..HttpRule::default() };
+    let world = public();
+    let origin = Origin::ok(&world.server);
+    let one = |rule: &HttpRule| Application::Http(vec![rule.clone()]);
+    let tables = [
+        (vec![one(&bad)], 403, 403),
+        (vec![one(&good)], 200, 200),
+        (vec![Application::Http(vec![bad.clone(), good.clone()])], 200, 200),
+        (vec![one(&good), one(&bad)], 200, 200),
+        (vec![one(&bad), one(&good)], 200, 200),
+        (vec![one(&good), one(&editing)], 403, 200),
+    ];
+    for (version, (table, bare, with_header)) in (2..).zip(&tables) {
+        world.agent.put(rules(version, table));
+        for server in [SERVER4, SERVER6] {
+            for (request, wanted) in [
+                (format!("{HEAD}\r\n"), *bare),
+                (format!("{HEAD}X: 1\r\n\r\n"), *with_header),
+                ("GET /secret HTTP/1.1\r\nHost: a\r\nX: 1\r\n\r\n".to_owned(), 403),
+            ] {
+                let mut stream = world.connect(server);
+                stream.write_all(request.as_bytes()).unwrap();
+                stream.shutdown(Shutdown::Write).unwrap();
+                assert_eq!(status(&rest(&mut stream)), wanted, "{version} {server} {request}");
+            }
+        }
+    }
+    assert!(origin.text().contains("/public") && !origin.text().contains("/secret"));
 }
 
 #[test]

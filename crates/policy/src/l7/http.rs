@@ -184,6 +184,13 @@ pub enum HeaderChange {
     Replace(String),
 }
 
+impl HeaderEdit {
+    /// Whether the server sees another request for it.
+    fn is_felt(&self) -> bool {
+        self.change != HeaderChange::Log
+    }
+}
+
 impl fmt::Debug for HeaderEdit {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         let word = match &self.change {
@@ -196,12 +203,14 @@ impl fmt::Debug for HeaderEdit {
     }
 }
 
-/// Why rules cannot be made ready to match.
+/// Why a rule cannot be made ready to match.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
-#[error("rule {rule}: {error}")]
+#[error("`{field}`: {error}")]
 pub struct L7Error {
     /// Its place in the list.
     pub rule: usize,
+    /// Which of its patterns.
+    pub field: &'static str,
     /// What is wrong.
     pub error: PatternError,
 }
@@ -219,6 +228,8 @@ pub struct HttpMatcher {
 /// A rule but for its path.
 #[derive(Clone, Debug)]
 struct Ready {
+    /// A pattern of it does not compile, and counts as none here.
+    broken: bool,
     method: Option<Compiled>,
     host: Option<Compiled>,
     headers: Vec<ReadyHeader>,
@@ -246,23 +257,24 @@ impl fmt::Debug for ReadyHeader {
 }
 
 impl HttpMatcher {
-    /// Makes rules ready.
-    ///
-    /// # Errors
-    /// If a pattern does not compile.
-    pub fn new(rules: &[HttpRule], secrets: &Secrets) -> Result<Self, L7Error> {
-        let ready = rules
-            .iter()
-            .enumerate()
-            .map(|(n, rule)| Ready::new(rule, secrets).map_err(|error| L7Error { rule: n, error }));
+    /// Makes rules ready, and tells which patterns do not compile. A rule with such a pattern allows
+    /// nothing; what it might change, if the pattern matched, is denied.
+    #[must_use]
+    pub fn new(rules: &[HttpRule], secrets: &Secrets) -> (Self, Vec<L7Error>) {
+        let mut errors = Vec::new();
+        let mut note = |rule, field, error| errors.push(L7Error { rule, field, error });
+        let paths = rules.iter().map(|rule| rule.path.as_ref());
+        let paths = Patterns::new(paths, |rule, error| note(rule, "path", error));
+        let mut ready: Vec<Ready> = Vec::new();
+        for (n, rule) in rules.iter().enumerate() {
+            ready.push(Ready::new(rule, secrets, |field, error| note(n, field, error)));
+        }
+        for error in &errors {
+            ready[error.rule].broken = true;
+        }
         let edits = |header: &HeaderRule| header.mismatch != Mismatch::Fail;
-        let paths = Patterns::new(rules.iter().map(|rule| rule.path.as_ref()))
-            .map_err(|(rule, error)| L7Error { rule, error })?;
-        Ok(Self {
-            rules: ready.collect::<Result<_, _>>()?,
-            paths,
-            edits: rules.iter().flat_map(|rule| &rule.headers).any(edits),
-        })
+        let edits = rules.iter().flat_map(|rule| &rule.headers).any(edits);
+        (Self { rules: ready, paths, edits }, errors)
     }
 
     /// The first rule that matches a request; `None` denies it.
@@ -283,6 +295,12 @@ impl HttpMatcher {
         let rules = self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule] && counts(*rule));
         for (rule, ready) in rules {
             let Some(edits) = ready.judge(request) else { continue };
+            if ready.broken {
+                if edits.iter().any(HeaderEdit::is_felt) {
+                    return None;
+                }
+                continue;
+            }
             let found = found.get_or_insert_with(|| Match { rule, edits: Vec::new() });
             if !self.edits {
                 break;
@@ -298,9 +316,14 @@ impl HttpMatcher {
 }
 
 impl Ready {
-    fn new(rule: &HttpRule, secrets: &Secrets) -> Result<Self, PatternError> {
-        let compile = |pattern: &Option<Pattern>, case| {
-            pattern.as_ref().map(|pattern| Compiled::new(pattern.as_str(), case)).transpose()
+    fn new(
+        rule: &HttpRule,
+        secrets: &Secrets,
+        mut note: impl FnMut(&'static str, PatternError),
+    ) -> Self {
+        let mut compile = |field, pattern: &Option<Pattern>, case| {
+            let compiled = Compiled::new(pattern.as_ref()?.as_str(), case);
+            compiled.map_err(|error| note(field, error)).ok()
         };
         let header = |rule: &HeaderRule| ReadyHeader {
             name: rule.name.clone(),
@@ -313,11 +336,12 @@ impl Ready {
             },
             mismatch: rule.mismatch,
         };
-        Ok(Self {
-            method: compile(&rule.method, Case::Sensitive)?,
-            host: compile(&rule.host, Case::Ignored)?,
+        Self {
+            broken: false,
+            method: compile("method", &rule.method, Case::Sensitive),
+            host: compile("host", &rule.host, Case::Ignored),
             headers: rule.headers.iter().map(header).collect(),
-        })
+        }
     }
 
     /// What has to be done to a request that matches, and whose path does.
@@ -391,11 +415,18 @@ mod tests {
 
     impl Alone {
         fn new(rule: &HttpRule) -> Self {
-            let path = rule.path.as_ref().map(|path| {
-                Compiled::new(path.as_str(), Case::Sensitive).expect("a pattern compiles")
-            });
-            Self(path, Ready::new(rule, &Secrets::default()).expect("patterns compile"))
+            let path = rule.path.as_ref();
+            let path = path.map(|path| Compiled::new(path.as_str(), Case::Sensitive)).transpose();
+            let mut broken = path.is_err();
+            let mut rest = Ready::new(rule, &Secrets::default(), |_, _| broken = true);
+            rest.broken = broken;
+            Self(path.ok().flatten(), rest)
         }
+    }
+
+    /// What is read, but does not compile.
+    fn too_large() -> Option<Pattern> {
+        Some(Pattern::try_from("[ab]{9999}".to_owned()).expect("it is read"))
     }
 
     /// Rule after rule: what [`HttpMatcher::judge_by`] has to come to.
@@ -406,6 +437,11 @@ mod tests {
                 continue;
             }
             let Some(edits) = rest.judge(request) else { continue };
+            match (rest.broken, edits.iter().any(|edit| edit.change != HeaderChange::Log)) {
+                (true, true) => return None,
+                (true, false) => continue,
+                (false, _) => {}
+            }
             let found = found.get_or_insert_with(|| Match { rule: n, edits: Vec::new() });
             for edit in edits {
                 if !found.edits.contains(&edit) {
@@ -438,13 +474,18 @@ mod tests {
         if random.once_in(6) {
             return None;
         }
+        if random.once_in(40) {
+            return too_large();
+        }
         let text: String = (0..random.below(5)).map(|_| *random.pick(&PIECES)).collect();
         Pattern::new(&text).ok()
     }
 
     fn rule(random: &mut Random) -> HttpRule {
-        let word = |random: &mut Random, words: &[&str]| {
-            random.once_in(3).then(|| Pattern::new(random.pick::<&str>(words)).expect("a pattern"))
+        let word = |random: &mut Random, words: &[&str]| match random.below(120) {
+            0 => too_large(),
+            1..40 => Some(Pattern::new(random.pick::<&str>(words)).expect("a pattern")),
+            _ => None,
         };
         let header = |random: &mut Random| HeaderRule {
             name: "x".into(),
@@ -467,7 +508,7 @@ mod tests {
         for _ in 0..100 {
             let count = random.below(30);
             let rules: Vec<HttpRule> = (0..count).map(|_| rule(&mut random)).collect();
-            let matcher = HttpMatcher::new(&rules, &Secrets::default()).expect("each compiles");
+            let (matcher, _) = HttpMatcher::new(&rules, &Secrets::default());
             let alone: Vec<Alone> = rules.iter().map(Alone::new).collect();
             for _ in 0..30 {
                 let target: String = (0..random.below(5)).map(|_| *random.pick(&PIECES)).collect();
@@ -498,8 +539,8 @@ mod tests {
             ..HttpRule::default()
         };
         let rules: Vec<HttpRule> = (0..100).map(rule).collect();
-        let matcher = HttpMatcher::new(&rules, &Secrets::default()).expect("each fits");
-        assert!(matcher.paths.passes() > 1);
+        let (matcher, errors) = HttpMatcher::new(&rules, &Secrets::default());
+        assert!(errors.is_empty() && matcher.paths.passes() > 1);
         let word = "w".repeat(90);
         let judge = |target: &str| {
             let request = HttpRequest { method: "GET", target, host: "a", headers: &[] };
@@ -510,5 +551,70 @@ mod tests {
             assert_eq!(judge(&format!("/{n}/{word}w")), None);
         }
         assert_eq!(judge("/all"), Some(0));
+    }
+
+    /// `GET /good`, and a rule for everything that says something of a header and does not compile
+    /// because of a field.
+    fn good_and_broken(field: &str, mismatch: Mismatch) -> [HttpRule; 2] {
+        let pattern = |text| Some(Pattern::new(text).expect("a pattern"));
+        let header =
+            HeaderRule { name: "x".into(), value: Some(HeaderValue::Text("1".into())), mismatch };
+        let mut broken = HttpRule { headers: vec![header], ..HttpRule::default() };
+        match field {
+            "method" => broken.method = too_large(),
+            "path" => broken.path = too_large(),
+            _ => broken.host = too_large(),
+        }
+        [HttpRule { method: pattern("GET"), path: pattern("/good"), ..HttpRule::default() }, broken]
+    }
+
+    #[test]
+    fn a_rule_that_does_not_compile_is_left_out() {
+        const ALL: [Mismatch; 5] =
+            [Mismatch::Fail, Mismatch::Log, Mismatch::Add, Mismatch::Delete, Mismatch::Replace];
+        for (field, mismatch) in
+            ["method", "path", "host"].into_iter().flat_map(|field| ALL.map(|one| (field, one)))
+        {
+            let mut rules = good_and_broken(field, mismatch);
+            for (good, broken) in [(0, 1), (1, 0)] {
+                let (matcher, errors) = HttpMatcher::new(&rules, &Secrets::default());
+                let [L7Error { rule, field: found, error: PatternError::TooLarge(_) }] =
+                    &errors[..]
+                else {
+                    panic!("{field}: {errors:?}")
+                };
+                assert_eq!((*rule, *found), (broken, field));
+                let judge = |method, target, headers: &[(&str, &[u8])], counts: &[usize]| {
+                    let request = HttpRequest { method, target, host: "a", headers };
+                    matcher.judge_by(&request, |rule| counts.contains(&rule))
+                };
+                let right: [(&str, &[u8]); 1] = [("x", b"1")];
+                let wrong: [(&str, &[u8]); 1] = [("x", b"2")];
+                let allowed = Some(Match { rule: good, edits: Vec::new() });
+                // What it says nothing of, or agrees with, is as if it were not there.
+                for headers in [&right[..], &wrong, &[]] {
+                    assert_eq!(judge("GET", "/good", headers, &[good]), allowed, "{field}");
+                    assert_eq!(judge("GET", "/other", headers, &[good, broken]), None, "{field}");
+                    assert_eq!(judge("GET", "/good", headers, &[broken]), None, "{field}");
+                }
+                assert_eq!(judge("GET", "/good", &right, &[good, broken]), allowed, "{field}");
+                // What it might change does not pass unchanged.
+                let harmless = matches!(mismatch, Mismatch::Fail | Mismatch::Log);
+                for headers in [&wrong[..], &[]] {
+                    let found = judge("GET", "/good", headers, &[good, broken]);
+                    assert_eq!(found, allowed.clone().filter(|_| harmless), "{field} {mismatch:?}");
+                }
+                rules.swap(0, 1);
+            }
+        }
+    }
+
+    #[test]
+    fn what_compiles_of_a_broken_rule_says_what_it_is_not_about() {
+        let mut rules = good_and_broken("host", Mismatch::Replace);
+        rules[1].method = Some(Pattern::new("PUT").expect("a pattern"));
+        let (matcher, _) = HttpMatcher::new(&rules, &Secrets::default());
+        let request = HttpRequest { method: "GET", target: "/good", host: "a", headers: &[] };
+        assert!(matcher.judge(&request).is_some());
     }
 }

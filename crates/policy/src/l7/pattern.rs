@@ -38,6 +38,15 @@ impl Pattern {
         Ok(Self(text.to_owned()))
     }
 
+    /// As [`Self::new`], for hosts: they are matched without regard to case, which takes more memory.
+    ///
+    /// # Errors
+    /// As there.
+    pub fn host(text: &str) -> Result<Self, PatternError> {
+        Compiled::new(text, Case::Ignored)?;
+        Ok(Self(text.to_owned()))
+    }
+
     /// The text.
     #[must_use]
     pub fn as_str(&self) -> &str {
@@ -123,32 +132,40 @@ struct Set {
 }
 
 impl Patterns {
-    /// # Errors
-    /// The rule whose pattern does not compile.
+    /// A pattern that does not compile is told, and counts as none.
     pub(super) fn new<'p>(
         patterns: impl Iterator<Item = Option<&'p Pattern>>,
-    ) -> Result<Self, (usize, PatternError)> {
+        mut note: impl FnMut(usize, PatternError),
+    ) -> Self {
         let mut own = Self { free: Vec::new(), words: HashMap::new(), sets: Vec::new() };
         let (mut rules, mut regexes) = (Vec::new(), Vec::new());
         for (rule, pattern) in patterns.enumerate() {
             own.free.push(pattern.is_none());
             let Some(pattern) = pattern else { continue };
-            let hir = parse(&pattern.0, Case::Sensitive).map_err(|error| (rule, error))?;
-            match literal(&hir) {
-                Some(word) => own.words.entry(word).or_default().push(rule),
-                None => {
+            match parse(&pattern.0, Case::Sensitive).map(|hir| (literal(&hir), hir)) {
+                Ok((Some(word), _)) => own.words.entry(word).or_default().push(rule),
+                Ok((None, hir)) => {
                     rules.push(rule);
                     regexes.push(whole(hir));
                 }
+                Err(error) => {
+                    own.free[rule] = true;
+                    note(rule, error);
+                }
             }
         }
-        own.add(&rules, &regexes)?;
-        Ok(own)
+        own.add(&rules, &regexes, &mut note);
+        own
     }
 
     /// No set takes more than a single pattern may: what does not fit is halved until it does.
-    fn add(&mut self, rules: &[usize], regexes: &[Hir]) -> Result<(), (usize, PatternError)> {
-        let [first, others @ ..] = rules else { return Ok(()) };
+    fn add(
+        &mut self,
+        rules: &[usize],
+        regexes: &[Hir],
+        note: &mut impl FnMut(usize, PatternError),
+    ) {
+        let [first, others @ ..] = rules else { return };
         let config = Regex::config()
             .match_kind(MatchKind::All)
             .which_captures(WhichCaptures::None)
@@ -157,15 +174,15 @@ impl Patterns {
         match Regex::builder().configure(config).build_many_from_hir(regexes) {
             Ok(regex) => self.sets.push(Set { regex, rules: rules.to_vec() }),
             Err(error) if others.is_empty() => {
-                return Err((*first, PatternError::TooLarge(one_line(&error.to_string()))));
+                self.free[*first] = true;
+                note(*first, PatternError::TooLarge(one_line(&error.to_string())));
             }
             Err(_) => {
                 let half = rules.len() / 2;
-                self.add(&rules[..half], &regexes[..half])?;
-                self.add(&rules[half..], &regexes[half..])?;
+                self.add(&rules[..half], &regexes[..half], note);
+                self.add(&rules[half..], &regexes[half..], note);
             }
         }
-        Ok(())
     }
 
     /// Passes that a text takes.

@@ -88,7 +88,9 @@ impl Lookup {
                 let counting = tables.http_rules().into_iter();
                 let counting = counting.filter(|(number, _)| source(*number).is_some());
                 let (numbers, list): (Vec<u32>, Vec<HttpRule>) = counting.unzip();
-                let found = HttpMatcher::new(&list, secrets).expect("checked").judge(request)?;
+                let (matcher, errors) = HttpMatcher::new(&list, secrets);
+                assert_eq!(errors, []);
+                let found = matcher.judge(request)?;
                 source(numbers[found.rule]).map(|(source, _)| source.clone())
             }
             (Demand::Dns(names), Question::Dns(name))

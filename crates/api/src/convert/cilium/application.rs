@@ -2,7 +2,10 @@
 
 use palisade_abi::protocol;
 use palisade_policy::{
-    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, NameError, NamePattern, Pattern, SecretRef},
+    l7::{
+        HeaderRule, HeaderValue, HttpRule, Mismatch, NameError, NamePattern, Pattern, PatternError,
+        SecretRef,
+    },
     model::{Action, Application, Direction, Entry, Peers, PortMatch, PortSpec, Ports},
 };
 use serde_json::{Map, Value};
@@ -174,13 +177,13 @@ fn http_rule(
 ) -> Option<HttpRule> {
     let map =
         reader.object(value, path, &["method", "path", "host", "headers", "headerMatches"])?;
-    let mut pattern = |field: &str| {
+    let mut pattern = |field: &str, read: fn(&str) -> Result<Pattern, PatternError>| {
         let path = format!("{path}.{field}");
         let text = reader.text(present(map, field)?, &path)?;
         if text.is_empty() {
             return None;
         }
-        let problem = match Pattern::new(text) {
+        let problem = match read(text) {
             Ok(pattern) => return Some(pattern),
             Err(problem) => problem,
         };
@@ -189,7 +192,8 @@ fn http_rule(
         reader.problem(path, problem.to_string(), suggestion);
         None
     };
-    let (method, target, host) = (pattern("method"), pattern("path"), pattern("host"));
+    let (method, target) = (pattern("method", Pattern::new), pattern("path", Pattern::new));
+    let host = pattern("host", Pattern::host);
     let mut headers = Vec::new();
     for (item, path) in reader.list(map, "headers", path).unwrap_or_default() {
         headers.extend(header(reader, item, &path));

@@ -287,6 +287,8 @@ fn what_can_only_be_a_mistake_is_refused_with_its_field_and_a_remedy() {
         ("ingress", http(&json!([{ "path": "[" }])), "rules.http[0].path", "not a regular"),
         ("ingress", http(&json!([{ "path": "(?=a)" }])), "rules.http[0].path", "look-around"),
         ("ingress", http(&json!([{ "host": large }])), "rules.http[0].host", "too large"),
+        // As a path it would not be: a host may be written in capitals.
+        ("ingress", http(&json!([{ "host": "[a-z]{3400}" }])), "rules.http[0].host", "too large"),
         ("ingress", http(&json!([{ "paht": "/" }])), "rules.http[0].paht", "did you mean `path`?"),
         ("ingress", on(json!({ "port": "80" })), "ports[0].protocol", "write TCP"),
         ("ingress", on(json!({ "port": "80", "protocol": "ANY" })), "ports[0].protocol", "ANY"),
