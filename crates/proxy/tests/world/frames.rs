@@ -1,13 +1,13 @@
 //! Frames of HTTP/2, for what no library sends.
 
 use std::{
-    io::{Read, Write},
+    io::{self, Read, Write},
     net::TcpStream,
 };
 
 use palisade_proxy::http::PREFACE;
 
-use super::{SERVER4, World};
+use super::{SERVER4, WAIT, World};
 
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
@@ -56,18 +56,23 @@ pub(crate) fn raw(world: &World) -> TcpStream {
     stream
 }
 
-/// The next frame that tells what became of a request: kind, stream, payload. `None`: the
-/// connection ended.
+/// The next frame: kind, stream, payload. `None`: the connection ended.
+pub(crate) fn next(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
+    let mut read = |bytes: &mut [u8]| {
+        let read = stream.read_exact(bytes);
+        let late = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
+        assert!(!read.as_ref().is_err_and(late), "no frame within {WAIT:?}");
+        read.ok()
+    };
+    let mut head = [0; 9];
+    read(&mut head)?;
+    let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
+    read(&mut payload)?;
+    Some((head[3], u32::from_be_bytes(head[5..].try_into().unwrap()), payload))
+}
+
+/// The next frame that tells what became of a request.
 pub(crate) fn outcome(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
-    loop {
-        let mut head = [0; 9];
-        stream.read_exact(&mut head).ok()?;
-        let length = u32::from_be_bytes([0, head[0], head[1], head[2]]);
-        let mut payload = vec![0; length as usize];
-        stream.read_exact(&mut payload).ok()?;
-        let number = u32::from_be_bytes(head[5..9].try_into().unwrap());
-        if [HEADERS, RST_STREAM, GOAWAY].contains(&head[3]) {
-            return Some((head[3], number, payload));
-        }
-    }
+    std::iter::from_fn(|| next(stream))
+        .find(|(kind, ..)| [HEADERS, RST_STREAM, GOAWAY].contains(kind))
 }
