@@ -12,16 +12,24 @@ mod world;
 use std::{
     fs,
     io::{Read, Write},
-    net::TcpStream,
+    net::{SocketAddr, TcpStream, UdpSocket},
     process::Command,
     thread,
     time::{Duration, Instant},
 };
 
 use client_hello::hello;
+use nix::{
+    sys::{
+        ptrace,
+        wait::{WaitPidFlag, waitpid},
+    },
+    unistd::Pid,
+};
+use palisade_api::proxy::ToProxy;
 use palisade_policy::{l7::NamePattern, model::Application};
 use world::{
-    Namespace, SERVER4, SERVER6, WAIT, World,
+    CLIENT4, CLIENT6, Namespace, SERVER4, SERVER6, WAIT, World,
     agent::{http, rules},
     origin::Origin,
 };
@@ -38,7 +46,12 @@ fn name(name: &str) -> Vec<NamePattern> {
 }
 
 fn question() -> Vec<u8> {
-    let message = message::Message::query(1, "a.example", message::A).bytes();
+    message::Message::query(1, "a.example", message::A).bytes()
+}
+
+/// As it is asked in a connection.
+fn framed_question() -> Vec<u8> {
+    let message = question();
     [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], &message].concat()
 }
 
@@ -97,7 +110,7 @@ fn nothing_that_waits_for_its_connection_outlives_the_rules() {
             "DNS",
             Application::Dns(name("a.example")),
             Application::Dns(name("b.example")),
-            question(),
+            framed_question(),
             // Response, recursion desired; refused.
             b"\0\x01\x81\x05",
         ),
@@ -141,5 +154,78 @@ fn nothing_that_waits_for_its_connection_outlives_the_rules() {
             origin.wait(|seen| seen.connections == seen.ended);
             origin.forget();
         }
+    }
+}
+
+/// A thread that is stopped just before it makes a system call.
+struct Stopped(Pid);
+
+impl Stopped {
+    /// Stops it at its next call of a kind, for which `cause` gives it a reason.
+    fn at(thread: u32, call: libc::c_long, cause: impl FnOnce()) -> Self {
+        let path = format!("/proc/{thread}/task/{thread}/syscall");
+        let thread = Pid::from_raw(thread.cast_signed());
+        let wait = || waitpid(thread, Some(WaitPidFlag::__WALL)).unwrap();
+        ptrace::seize(thread, ptrace::Options::empty()).unwrap();
+        ptrace::interrupt(thread).unwrap();
+        wait();
+        cause();
+        let number = format!("{call} ");
+        while !fs::read_to_string(&path).unwrap().starts_with(&number) {
+            ptrace::syscall(thread, None).unwrap();
+            wait();
+        }
+        Self(thread)
+    }
+
+    fn go_on(self) {
+        ptrace::detach(self.0, None).unwrap();
+    }
+}
+
+/// A question in a datagram is judged, and about to be asked, when the rules that deny it come: they
+/// are acknowledged once it was.
+#[test]
+fn no_question_is_asked_after_the_acknowledgement_that_was_judged_before() {
+    const REFUSED: u8 = 5;
+    for server in [SERVER4, SERVER6] {
+        let world = World::new(rules(1, &[Application::Dns(name("a.example"))]));
+        let socket = |namespace: &Namespace, at: SocketAddr| {
+            let socket = namespace.run(move || UdpSocket::bind(at).unwrap());
+            socket.set_read_timeout(Some(WAIT)).unwrap();
+            socket
+        };
+        let at = SocketAddr::new(server, 53);
+        let asked = socket(&world.server, at);
+        let client = if server.is_ipv4() { CLIENT4 } else { CLIENT6 };
+        let asking = socket(&world.client, SocketAddr::new(client, 0));
+        asking.connect(at).unwrap();
+        // A connection is a worker's, and goes on.
+        let mut stream = world.connect_to(at);
+        let main = Stopped::at(world.proxy.0.id(), libc::SYS_sendto, || {
+            asking.send(&question()).unwrap();
+        });
+        let other = rules(2, &[Application::Dns(name("b.example"))]);
+        world.agent.send(&ToProxy::Snapshot(other));
+        let mut heard = [0; 2 + 512];
+        while heard[2 + 3] & 0xf != REFUSED {
+            stream.write_all(&framed_question()).unwrap();
+            stream.read_exact(&mut heard[..2]).unwrap();
+            let length = usize::from(u16::from_be_bytes([heard[0], heard[1]]));
+            stream.read_exact(&mut heard[2..2 + length]).unwrap();
+        }
+        thread::sleep(Duration::from_millis(300));
+        assert!(!world.agent.is_acknowledged(2), "acknowledged before the question went out");
+        main.go_on();
+        world.agent.acknowledged(2);
+        asked.recv(&mut heard).unwrap();
+        asking.recv(&mut heard).unwrap();
+        assert_eq!(heard[3] & 0xf, REFUSED);
+        // The next one is not asked.
+        asking.send(&question()).unwrap();
+        asking.recv(&mut heard).unwrap();
+        assert_eq!(heard[3] & 0xf, REFUSED);
+        asked.set_nonblocking(true).unwrap();
+        assert!(asked.recv(&mut heard).is_err());
     }
 }

@@ -98,6 +98,11 @@ impl Agent {
         self.wait(|heard| (heard.acknowledged == Some(version)).then_some(()));
     }
 
+    /// Whether it is.
+    pub(crate) fn is_acknowledged(&self, version: u64) -> bool {
+        self.heard.0.lock().unwrap().acknowledged == Some(version)
+    }
+
     /// Waits for a record.
     pub(crate) fn record(&self, wanted: impl Fn(&AccessRecord) -> bool) -> AccessRecord {
         self.wait(|heard| heard.records.iter().find(|record| wanted(record)).cloned())
