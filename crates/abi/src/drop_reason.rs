@@ -34,11 +34,15 @@ pub enum DropReason {
     ProxyGone = 15,
     /// It would leave with a pod's address, and the node's cannot stand for it.
     NotMasqueraded = 16,
+    /// The table of masqueraded TCP flows is full.
+    MasqueradeTableFull = 17,
+    /// The endpoint has as many TCP flows as one may have.
+    TooManyFlows = 18,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 16] = [
+    pub const ALL: [Self; 18] = [
         Self::EgressDenied,
         Self::IngressDenied,
         Self::PolicyMissing,
@@ -55,6 +59,8 @@ impl DropReason {
         Self::ProxyBypassed,
         Self::ProxyGone,
         Self::NotMasqueraded,
+        Self::MasqueradeTableFull,
+        Self::TooManyFlows,
     ];
 
     /// The reason with this number; none for a number that no program of this version writes.
@@ -83,6 +89,8 @@ impl DropReason {
             Self::ProxyBypassed => "proxy bypassed",
             Self::ProxyGone => "proxy not running",
             Self::NotMasqueraded => "cannot be masqueraded",
+            Self::MasqueradeTableFull => "masquerade table full",
+            Self::TooManyFlows => "too many flows of one endpoint",
         }
     }
 }

@@ -2,6 +2,8 @@ use core::mem::size_of;
 
 use zerocopy::{FromBytes, Immutable, IntoBytes, KnownLayout};
 
+use crate::{ROW_NONE, limits::ENDPOINT_ROWS};
+
 /// Bits of [`FlowValue::flags`].
 pub mod flow_flags {
     /// The end that sorts higher opened the flow.
@@ -152,6 +154,19 @@ pub struct FlowValue {
     /// Zero.
     pub reserved2: u32,
 }
+
+impl FlowValue {
+    /// The row of the endpoint to which the flow counts: who opened it, if it lives here.
+    #[must_use]
+    #[inline(always)]
+    pub const fn payer(&self) -> u32 {
+        if self.opener_row == ROW_NONE { self.other_row } else { self.opener_row }
+    }
+}
+
+/// Value of `FLOW_COUNTS`: the TCP flows of each row, see [`FlowValue::payer`]. Who opens one adds
+/// one; the host counts anew when it collects.
+pub type FlowCounts = [u64; ENDPOINT_ROWS as usize];
 
 const _: () = assert!(size_of::<FlowKey4>() == 16);
 const _: () = assert!(size_of::<FlowKey6>() == 40);

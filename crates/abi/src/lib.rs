@@ -27,7 +27,7 @@ pub use endpoint::{
     ROW_HOST, ROW_NONE, row_flags,
 };
 pub use event::{Event, EventKind, event_flags};
-pub use flow::{FlowKey4, FlowKey6, FlowValue, flow_direction, flow_flags};
+pub use flow::{FlowCounts, FlowKey4, FlowKey6, FlowValue, flow_direction, flow_flags};
 pub use fragment::{FragmentKey, FragmentValue};
 pub use masquerade::{MASQUERADE_FIRST_PORT, MasqueradeKey, MasqueradeSettings, MasqueradeValue};
 pub use metrics::{METRICS_LEN, MetricsValue, metric_index};
@@ -68,6 +68,8 @@ pub mod map {
     pub const FLOWS4: &str = "FLOWS4";
     /// [`crate::FlowKey6`] → [`crate::FlowValue`], TCP over IPv6, hash.
     pub const FLOWS6: &str = "FLOWS6";
+    /// Index 0: [`crate::FlowCounts`], array.
+    pub const FLOW_COUNTS: &str = "FLOW_COUNTS";
     /// [`crate::FlowKey4`] → [`crate::FlowValue`], every other protocol over IPv4, LRU hash.
     pub const FLOWS4_ANY: &str = "FLOWS4_ANY";
     /// [`crate::FlowKey6`] → [`crate::FlowValue`], every other protocol over IPv6, LRU hash.
@@ -82,7 +84,9 @@ pub mod map {
     pub const FRAGMENTS: &str = "FRAGMENTS";
     /// Index 0: [`crate::MasqueradeSettings`], array.
     pub const MASQUERADE: &str = "MASQUERADE";
-    /// [`crate::MasqueradeKey`] → [`crate::MasqueradeValue`], LRU hash.
+    /// [`crate::MasqueradeKey`] → [`crate::MasqueradeValue`], TCP, hash.
+    pub const MASQUERADED_TCP: &str = "MASQUERADED_TCP";
+    /// [`crate::MasqueradeKey`] → [`crate::MasqueradeValue`], every other protocol, LRU hash.
     pub const MASQUERADED: &str = "MASQUERADED";
     /// [`crate::metric_index`] → [`crate::MetricsValue`], per-CPU array.
     pub const METRICS: &str = "METRICS";

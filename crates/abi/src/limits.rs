@@ -18,6 +18,9 @@ pub const PEERS: u32 = 1_048_576;
 pub const PORTS: u32 = 262_144;
 /// TCP flows per family.
 pub const FLOWS_TCP: u32 = 131_072;
+/// TCP flows that one endpoint can have, of both families together: a quarter of either table is
+/// left to all others.
+pub const FLOWS_TCP_OF_ENDPOINT: u64 = FLOWS_TCP as u64 / 4 * 3;
 /// Flows of other protocols per family.
 pub const FLOWS_ANY: u32 = 65_536;
 /// Service addresses (frontend address, port and protocol).
@@ -28,7 +31,9 @@ pub const BACKENDS: u32 = 262_144;
 pub const SOCKETS: u32 = 131_072;
 /// Fragmented datagrams in flight.
 pub const FRAGMENTS: u32 = 8192;
-/// Ports of masqueraded flows.
-pub const MASQUERADED: u32 = 131_072;
+/// Ports of masqueraded TCP flows: one for each flow that there can be.
+pub const MASQUERADED_TCP: u32 = 2 * FLOWS_TCP;
+/// Ports of masqueraded flows of other protocols.
+pub const MASQUERADED: u32 = 2 * FLOWS_ANY;
 /// Bytes of the event ring.
 pub const EVENTS_BYTES: u32 = 2 << 20;

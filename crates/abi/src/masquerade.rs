@@ -26,7 +26,7 @@ pub struct MasqueradeSettings {
     pub enabled: u32,
 }
 
-/// Key of `MASQUERADED`: what comes back to the node's address, as it comes.
+/// Key of `MASQUERADED` and `MASQUERADED_TCP`: what comes back to the node's address, as it comes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct MasqueradeKey {
@@ -42,7 +42,8 @@ pub struct MasqueradeKey {
     pub reserved: [u8; 3],
 }
 
-/// Value of `MASQUERADED`: the pod that asked. It counts only as long as its flow lives.
+/// Value of `MASQUERADED` and `MASQUERADED_TCP`: the pod that asked. It counts only as long as its
+/// flow lives.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
 #[repr(C)]
 pub struct MasqueradeValue {

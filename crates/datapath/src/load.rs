@@ -191,11 +191,14 @@ impl Datapath {
     /// Repeating it is harmless.
     ///
     /// # Errors
-    /// [`LoadError::Attach`] or [`LoadError::Pin`].
+    /// [`LoadError::Attach`], [`LoadError::Pin`] or [`LoadError::Map`].
     pub fn attach(&self, interface: &str, side: Side) -> Result<(), LoadError> {
+        // Programs of before may keep masqueraded flows' ports elsewhere, and do so until the last.
+        self.recall_ports()?;
         for (program, direction) in side.programs() {
             self.attach_program(interface, program, direction)?;
         }
+        self.recall_ports()?;
         let old = match side {
             Side::Uplink => Side::Underlay,
             Side::Underlay => Side::Uplink,
@@ -313,13 +316,22 @@ impl Datapath {
         EventReader::new(ring).map_err(LoadError::Events)
     }
 
-    /// Removes expired TCP flows.
+    /// Removes expired TCP flows, and frees what they had.
     ///
     /// # Errors
-    /// The kernel's clock cannot be read.
+    /// The kernel's clock or its counts cannot be read.
     pub fn collect_flows(&self) -> Result<FlowStats, LoadError> {
         let now = jiffies(&mut self.lock())?;
-        Ok(self.maps.collect_flows(now, monotonic_nanos()))
+        self.maps
+            .collect_flows(now, monotonic_nanos())
+            .map_err(|source| LoadError::Map { name: map::FLOW_COUNTS, source })
+    }
+
+    fn recall_ports(&self) -> Result<(), LoadError> {
+        let now = jiffies(&mut self.lock())?;
+        self.maps
+            .recall_ports(now)
+            .map_err(|source| LoadError::Map { name: map::MASQUERADED_TCP, source })
     }
 
     /// The pairs of addresses that have a live flow, the lower address first.

@@ -1,7 +1,7 @@
 //! The pinned maps, typed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet},
+    collections::{BTreeMap, BTreeSet, HashMap as Assigned, HashSet},
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -12,10 +12,10 @@ use aya::{
 };
 use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, DropReason, EndpointKey, EndpointRow,
-    EndpointValue, Event, EventKind, FlowKey4, FlowKey6, FlowValue, IpcacheKey, IpcacheValue,
-    METRICS_LEN, MasqueradeSettings, MetricsValue, PeerKey, PeerValue, PortKey, PortValue,
-    ServiceKey, ServiceValue, TunnelValue, event_flags, flow_flags, limits, map, metric_index,
-    row_flags,
+    EndpointValue, Event, EventKind, FlowCounts, FlowKey4, FlowKey6, FlowValue, IpcacheKey,
+    IpcacheValue, METRICS_LEN, MasqueradeKey, MasqueradeSettings, MasqueradeValue, MetricsValue,
+    PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue, TunnelValue, event_flags,
+    flow_flags, limits, map, metric_index, row_flags,
 };
 use rustix::rand::{GetRandomFlags, getrandom};
 
@@ -41,7 +41,11 @@ struct Tables {
     backends: Hash<BackendKey, BackendValue>,
     flows4: [Hash<FlowKey4, FlowValue>; 2],
     flows6: [Hash<FlowKey6, FlowValue>; 2],
+    flow_counts: Array<MapData, Wire<FlowCounts>>,
     masquerade: Array<MapData, Wire<MasqueradeSettings>>,
+    masqueraded: Hash<MasqueradeKey, MasqueradeValue>,
+    /// Ports that no flow had when flows were collected last.
+    idle: HashSet<MasqueradeKey>,
     metrics: PerCpuArray<MapData, Wire<MetricsValue>>,
 }
 
@@ -109,7 +113,10 @@ impl Maps {
             backends: take(object, map::BACKENDS)?,
             flows4: [take(object, map::FLOWS4)?, take(object, map::FLOWS4_ANY)?],
             flows6: [take(object, map::FLOWS6)?, take(object, map::FLOWS6_ANY)?],
+            flow_counts: take(object, map::FLOW_COUNTS)?,
             masquerade: take(object, map::MASQUERADE)?,
+            masqueraded: take(object, map::MASQUERADED_TCP)?,
+            idle: HashSet::new(),
             metrics: take(object, map::METRICS)?,
         };
         Ok(Self { tables: Mutex::new(tables) })
@@ -133,36 +140,47 @@ impl Maps {
         (0..limits::SHARDS).try_for_each(|shard| tables.shards.set(shard, revision, 0))
     }
 
-    /// Removes the TCP flows that expired before `now` (low 32 bits of the jiffies).
-    pub(crate) fn collect_flows(&self, now: u32, time: u64) -> FlowStats {
+    /// Removes the TCP flows that expired before `now` (low 32 bits of the jiffies), and brings what
+    /// follows from flows in line: how many each endpoint has, and whose which ports are.
+    pub(crate) fn collect_flows(&self, now: u32, time: u64) -> Result<FlowStats, MapError> {
         let mut tables = self.lock();
-        let mut stats = FlowStats::default();
-        collect(&mut tables.flows4[0], now, &mut stats, |key, value| {
-            close_event(ends4(key), value, time)
-        });
-        collect(&mut tables.flows6[0], now, &mut stats, |key, value| {
-            close_event((key.low, key.low_port, key.high, key.high_port, key.protocol), value, time)
-        });
-        stats
+        let Wire(before) = tables.flow_counts.get(&0, 0)?;
+        let mut found = Found::new(now, time);
+        collect(&mut tables.flows4[0], &mut found);
+        collect(&mut tables.flows6[0], &mut found);
+        tables.recount(&before, &found.counts)?;
+        tables.free_ports(&found.ports);
+        Ok(found.stats)
+    }
+
+    /// Enters the ports of masqueraded TCP flows that are not known, as those of flows that an agent
+    /// of another version left.
+    pub(crate) fn recall_ports(&self, now: u32) -> Result<(), MapError> {
+        let mut tables = self.lock();
+        let mut ports = Assigned::new();
+        living(&tables.flows4[0], now).for_each(|(key, flow)| note_port(&key, &flow, &mut ports));
+        living(&tables.flows6[0], now).for_each(|(key, flow)| note_port(&key, &flow, &mut ports));
+        for (key, owner) in ports {
+            match tables.masqueraded.insert(Wire(key), Wire(owner), BPF_NOEXIST) {
+                Err(error) if errno(&error) != Some(libc::EEXIST) => return Err(error),
+                _ => {}
+            }
+        }
+        Ok(())
     }
 
     /// The pairs of addresses that have a flow that does not expire before `now` (low 32 bits of
     /// the jiffies), the lower address first.
     pub(crate) fn live_pairs(&self, now: u32) -> BTreeSet<(IpAddr, IpAddr)> {
         let tables = self.lock();
-        let is_live = |flow: &FlowValue| flow.expires.wrapping_sub(now).cast_signed() >= 0;
         let mut pairs = BTreeSet::new();
-        for (Wire(key), Wire(flow)) in tables.flows4.iter().flat_map(|flows| flows.iter()).flatten()
-        {
-            if is_live(&flow) {
-                pairs.insert((IpAddr::from(key.low), IpAddr::from(key.high)));
-            }
+        for flows in &tables.flows4 {
+            let ends = |(key, _): (FlowKey4, _)| (IpAddr::from(key.low), IpAddr::from(key.high));
+            pairs.extend(living(flows, now).map(ends));
         }
-        for (Wire(key), Wire(flow)) in tables.flows6.iter().flat_map(|flows| flows.iter()).flatten()
-        {
-            if is_live(&flow) {
-                pairs.insert((IpAddr::from(key.low), IpAddr::from(key.high)));
-            }
+        for flows in &tables.flows6 {
+            let ends = |(key, _): (FlowKey6, _)| (IpAddr::from(key.low), IpAddr::from(key.high));
+            pairs.extend(living(flows, now).map(ends));
         }
         pairs
     }
@@ -213,63 +231,157 @@ impl Maps {
     }
 }
 
-type Ends = (Address, u16, Address, u16, u8);
+/// `BPF_NOEXIST`: what is there stays.
+const BPF_NOEXIST: u64 = 1;
 
 fn mapped(ipv4: [u8; 4]) -> Address {
     std::net::Ipv4Addr::from(ipv4).to_ipv6_mapped().octets()
 }
 
-fn ends4(key: &FlowKey4) -> Ends {
-    (mapped(key.low), key.low_port, mapped(key.high), key.high_port, key.protocol)
+/// An end of a flow; the port as the kernel has it.
+type End = (Address, u16);
+
+/// What the keys of both families say.
+trait FlowKey: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy {
+    const IPV6: bool;
+    /// The lower end first.
+    fn ends(&self) -> [End; 2];
+    fn protocol(&self) -> u8;
+    fn direction(&self) -> u8;
 }
 
-fn close_event(
-    (low, low_port, high, high_port, protocol): Ends,
+impl FlowKey for FlowKey4 {
+    const IPV6: bool = false;
+
+    fn ends(&self) -> [End; 2] {
+        [(mapped(self.low), self.low_port), (mapped(self.high), self.high_port)]
+    }
+
+    fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    fn direction(&self) -> u8 {
+        self.direction
+    }
+}
+
+impl FlowKey for FlowKey6 {
+    const IPV6: bool = true;
+
+    fn ends(&self) -> [End; 2] {
+        [(self.low, self.low_port), (self.high, self.high_port)]
+    }
+
+    fn protocol(&self) -> u8 {
+        self.protocol
+    }
+
+    fn direction(&self) -> u8 {
+        self.direction
+    }
+}
+
+/// Who opened the flow, and the other end.
+fn opener_first(key: &impl FlowKey, flow: &FlowValue) -> [End; 2] {
+    let [low, high] = key.ends();
+    if flow.flags & flow_flags::OPENER_HIGH != 0 { [high, low] } else { [low, high] }
+}
+
+/// The flow's port on the node, if it has one.
+fn note_port(
+    key: &impl FlowKey,
     flow: &FlowValue,
-    time: u64,
-) -> Event {
-    let (low, high) = ((low, u16::from_be(low_port)), (high, u16::from_be(high_port)));
-    let opener_high = flow.flags & flow_flags::OPENER_HIGH != 0;
-    let (source, destination) = if opener_high { (high, low) } else { (low, high) };
+    ports: &mut Assigned<MasqueradeKey, MasqueradeValue>,
+) {
+    if flow.masquerade_port == 0 {
+        return;
+    }
+    let [(address, port), (remote, remote_port)] = opener_first(key, flow);
+    let (protocol, direction) = (key.protocol(), key.direction());
+    let node = flow.masquerade_port;
+    ports.insert(
+        MasqueradeKey { remote, remote_port, port: node, protocol, reserved: [0; 3] },
+        MasqueradeValue { address, port, direction, reserved: 0 },
+    );
+}
+
+fn close_event<K: FlowKey>(key: &K, flow: &FlowValue, time: u64) -> Event {
+    let [source, destination] = opener_first(key, flow);
     let mut event: Event = zerocopy::FromZeros::new_zeroed();
     event.time = time;
     event.kind = EventKind::Close as u8;
-    event.protocol = protocol;
-    (event.source, event.source_port) = source;
-    (event.destination, event.destination_port) = destination;
-    if source.0[..12] != mapped([0; 4])[..12] {
+    event.protocol = key.protocol();
+    (event.source, event.source_port) = (source.0, u16::from_be(source.1));
+    (event.destination, event.destination_port) = (destination.0, u16::from_be(destination.1));
+    if K::IPV6 {
         event.flags |= event_flags::IPV6;
     }
     event.fill_flow(flow, true, true);
     event
 }
 
-fn collect<K>(
-    flows: &mut Hash<K, FlowValue>,
+fn has_expired(flow: &FlowValue, now: u32) -> bool {
+    flow.expires.wrapping_sub(now).cast_signed() < 0
+}
+
+fn living<K: FlowKey + 'static>(
+    flows: &Hash<K, FlowValue>,
     now: u32,
-    stats: &mut FlowStats,
-    close: impl Fn(&K, &FlowValue) -> Event,
-) where
-    K: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + 'static,
-{
-    let expired = |flow: &FlowValue| flow.expires.wrapping_sub(now).cast_signed() < 0;
+) -> impl Iterator<Item = (K, FlowValue)> {
+    let flows = flows.iter().flatten().map(|(Wire(key), Wire(flow))| (key, flow));
+    flows.filter(move |(_, flow)| !has_expired(flow, now))
+}
+
+/// What a collection comes across.
+struct Found {
+    now: u32,
+    time: u64,
+    stats: FlowStats,
+    /// Living flows of each row.
+    counts: FlowCounts,
+    ports: Assigned<MasqueradeKey, MasqueradeValue>,
+}
+
+impl Found {
+    fn new(now: u32, time: u64) -> Self {
+        let counts = [0; limits::ENDPOINT_ROWS as usize];
+        Self { now, time, stats: FlowStats::default(), counts, ports: Assigned::new() }
+    }
+
+    fn note(&mut self, key: &impl FlowKey, flow: &FlowValue) {
+        self.stats.live += 1;
+        if let Some(count) = self.counts.get_mut(flow.payer() as usize) {
+            *count += 1;
+        }
+        note_port(key, flow, &mut self.ports);
+    }
+}
+
+fn collect<K: FlowKey + 'static>(flows: &mut Hash<K, FlowValue>, found: &mut Found) {
+    let now = found.now;
     let mut gone = Vec::new();
     for (key, Wire(flow)) in flows.iter().flatten() {
-        if expired(&flow) {
+        if has_expired(&flow, now) {
             gone.push((key, flow));
         } else {
-            stats.live += 1;
+            found.note(&key.0, &flow);
         }
     }
     for (key, flow) in gone {
         // A packet may have revived it since.
-        let revived = flows.get(&key, 0).is_ok_and(|Wire(flow)| !expired(&flow));
-        if revived || flows.remove(&key).is_err() {
+        if let Ok(Wire(flow)) = flows.get(&key, 0)
+            && !has_expired(&flow, now)
+        {
+            found.note(&key.0, &flow);
+            continue;
+        }
+        if flows.remove(&key).is_err() {
             continue;
         }
         let hidden = flow_flags::CLOSE_LOGGED | flow_flags::TRANSLATED | flow_flags::UPSTREAM;
         if flow.flags & hidden == 0 {
-            stats.closed.push(close(&key.0, &flow));
+            found.stats.closed.push(close_event(&key.0, &flow, found.time));
         }
     }
 }
@@ -283,6 +395,28 @@ fn shard_of(address: &Address) -> u32 {
 }
 
 impl Tables {
+    /// Flows that were opened since `before` may or may not be among those that were `found`: they
+    /// count in any case, until the next time.
+    fn recount(&mut self, before: &FlowCounts, found: &FlowCounts) -> Result<(), MapError> {
+        let Wire(mut counts) = self.flow_counts.get(&0, 0)?;
+        for ((count, before), found) in counts.iter_mut().zip(before).zip(found) {
+            *count = count.saturating_sub(*before) + found;
+        }
+        self.flow_counts.set(0, Wire(counts), 0)
+    }
+
+    /// Frees the ports of flows that are no more. A flow may be younger than the look at flows, or
+    /// have escaped it: only who is missed twice is gone.
+    fn free_ports(&mut self, used: &Assigned<MasqueradeKey, MasqueradeValue>) {
+        let known = self.masqueraded.keys().flatten().map(|Wire(key)| key);
+        let idle: HashSet<_> = known.filter(|key| !used.contains_key(key)).collect();
+        for key in idle.intersection(&self.idle) {
+            // What is gone is free.
+            let _ = self.masqueraded.remove(&Wire(*key));
+        }
+        self.idle = idle;
+    }
+
     fn put_row(&mut self, number: u32, row: &EndpointRow) -> Result<(), MapError> {
         let revision = self.rows.get(&number, 0)?.0.revision;
         // Content first, then the revision: whoever reads the new revision reads the new content.

@@ -14,7 +14,7 @@ use crate::load::{LoadError, remove_pin};
 
 /// The tables that packets fill; each can be kept or not for itself. The agent writes all others:
 /// these refer to each other, so they are kept together or not at all.
-const LEARNED: [&str; 11] = [
+const LEARNED: [&str; 13] = [
     map::EVENTS,
     // The agent's, but it refers to no other table, and with an empty one pods' own addresses leave.
     map::MASQUERADE,
@@ -22,9 +22,11 @@ const LEARNED: [&str; 11] = [
     map::FLOWS4_ANY,
     map::FLOWS6,
     map::FLOWS6_ANY,
+    map::FLOW_COUNTS,
     map::METRICS,
     map::FRAGMENTS,
     map::MASQUERADED,
+    map::MASQUERADED_TCP,
     map::SOCKETS,
     "SETTINGS",
 ];

@@ -2,7 +2,11 @@
 //!
 //! Needs root, a bpffs at `/sys/fs/bpf` and a cgroup v2 hierarchy; `make setup` provides them.
 
+#![expect(unsafe_code, reason = "unshare is unsafe to call from a program with threads")]
 #![expect(clippy::unwrap_used, reason = "a test that cannot be set up fails")]
+
+#[path = "verdicts/masquerade.rs"]
+mod masquerade;
 
 use std::{
     collections::BTreeMap,
@@ -15,9 +19,9 @@ use std::{
 
 use palisade_abi::{
     Address, CHUNK_RULES, ChunkKey, ChunkValue, DropReason, EndpointKey, EndpointRow,
-    EndpointValue, IpcacheKey, IpcacheValue, MasqueradeSettings, NODE_NONE, PREFIX_ID_BIT,
-    PREFIX_POD_BIT, PeerKey, PeerValue, PortKey, PortValue, ROW_NONE, TABLE_ALLOW_ALL, TABLE_NONE,
-    TunnelValue, identity, protocol, row_flags, tunnel_kind,
+    EndpointValue, IpcacheKey, IpcacheValue, NODE_NONE, PREFIX_ID_BIT, PREFIX_POD_BIT, PeerKey,
+    PeerValue, PortKey, PortValue, ROW_NONE, TABLE_ALLOW_ALL, TABLE_NONE, TunnelValue, identity,
+    protocol, row_flags, tunnel_kind,
 };
 use palisade_datapath::{Config, Datapath, Entry, Kernel, Key, Plan, Step, execute};
 use palisade_policy::{
@@ -73,22 +77,7 @@ impl Node {
     }
 
     fn row(&self, ingress_table: u32, egress_table: u32) {
-        self.put(Entry::Row(
-            ROW,
-            EndpointRow {
-                ingress_table,
-                egress_table,
-                ifindex: IFINDEX,
-                identity: OWN,
-                flags: row_flags::VALID,
-                endpoint: 7,
-                mac: POD_MAC,
-                host_mac: HOST_MAC,
-                ipv4: [172, 20, 7, 1],
-                ipv6: own(true),
-                ..EndpointRow::default()
-            },
-        ));
+        self.put(Entry::Row(ROW, EndpointRow { ingress_table, egress_table, ..endpoint() }));
     }
 
     fn peer(&self, address: Address, identity: u32, prefix: u32) {
@@ -103,6 +92,10 @@ impl Node {
 
     fn enters(&self, packet: &Packet) -> u32 {
         self.datapath.test_run("to_pod", IFINDEX, &packet.frame(HOST_MAC, POD_MAC), 1).unwrap().0
+    }
+
+    fn run(&self, program: &'static str, packet: &Packet) -> u32 {
+        self.datapath.test_run(program, IFINDEX, &packet.frame(POD_MAC, HOST_MAC), 1).unwrap().0
     }
 
     fn drops(&self, reason: DropReason) -> u64 {
@@ -136,6 +129,20 @@ impl Drop for Node {
         let _ = fs::remove_dir_all(bpffs.join("links"));
         let _ = fs::remove_dir_all(bpffs);
         let _ = fs::remove_dir(cgroup);
+    }
+}
+
+fn endpoint() -> EndpointRow {
+    EndpointRow {
+        ifindex: IFINDEX,
+        identity: OWN,
+        flags: row_flags::VALID,
+        endpoint: 7,
+        mac: POD_MAC,
+        host_mac: HOST_MAC,
+        ipv4: [172, 20, 7, 1],
+        ipv6: own(true),
+        ..EndpointRow::default()
     }
 }
 
@@ -793,13 +800,10 @@ fn the_kernel_judges_as_the_policies_say() {
     assert!(pairs >= 100_000 && proxied > 1000, "{pairs}, {proxied}");
 }
 
-/// The verifier gives up at a million instructions; kernels differ in how many they need.
 #[test]
 fn pods_of_other_nodes_come_out_of_the_overlay_only() {
     let node = Node::new();
-    let run = |program, packet: &Packet| {
-        node.datapath.test_run(program, IFINDEX, &packet.frame(POD_MAC, HOST_MAC), 1).unwrap().0
-    };
+    let run = |program, packet: &Packet| node.run(program, packet);
     for ipv6 in [false, true] {
         let packet = Packet::out(ipv6, protocol::UDP, 80).reversed();
         let value = EndpointValue { identity: OWN, prefix: 0, row: ROW, node: NODE_NONE };
@@ -822,70 +826,7 @@ fn pods_of_other_nodes_come_out_of_the_overlay_only() {
     }
 }
 
-#[test]
-fn nothing_leaves_with_a_pods_address_where_the_nodes_must_stand_for_it() {
-    let node = Node::new();
-    node.row(TABLE_ALLOW_ALL, TABLE_ALLOW_ALL);
-    let run = |program, packet: &Packet| {
-        node.datapath.test_run(program, IFINDEX, &packet.frame(POD_MAC, HOST_MAC), 1).unwrap().0
-    };
-    let refused = || node.drops(DropReason::NotMasqueraded);
-    for ipv6 in [false, true] {
-        let (network, prefix_len, world) = match ipv6 {
-            false => ("0.0.0.0", 96, identity::WORLD_IPV4),
-            true => ("::", 0, identity::WORLD_IPV6),
-        };
-        let key = IpcacheKey { prefix_len, address: mapped(network) };
-        node.put(Entry::Ipcache(key, IpcacheValue { identity: world, prefix: 0 }));
-        let value = EndpointValue { identity: OWN, prefix: 0, row: ROW, node: NODE_NONE };
-        node.put(Entry::Endpoint(EndpointKey { address: own(ipv6) }, value));
-        let uplink = mapped(if ipv6 { "fd31::1" } else { "192.0.2.1" });
-        let without = MasqueradeSettings { enabled: 1, ..MasqueradeSettings::default() };
-        let with = match ipv6 {
-            false => MasqueradeSettings { ipv4: uplink, ..without },
-            true => MasqueradeSettings { ipv6: uplink, ..without },
-        };
-        let packet = Packet::out(ipv6, protocol::UDP, 80);
-
-        node.datapath.set_masquerade(&MasqueradeSettings::default()).unwrap();
-        assert_eq!(run("to_net", &packet), OK, "nobody asks for it");
-        node.datapath.set_masquerade(&with).unwrap();
-        let before = refused();
-        assert_eq!(run("to_net", &packet), SHOT, "of no flow");
-        assert_eq!(node.leaves(&packet), OK);
-        assert_eq!(run("to_net", &packet), OK);
-        assert_eq!(run("to_net", &Packet { source: uplink, ..packet.clone() }), OK, "the node's");
-        node.datapath.set_masquerade(&without).unwrap();
-        assert_eq!(run("to_net", &packet), SHOT, "no address");
-        let sctp = Packet::out(ipv6, protocol::SCTP, 80);
-        assert_eq!(node.leaves(&sctp), OK);
-        node.datapath.set_masquerade(&with).unwrap();
-        assert_eq!(run("to_net", &sctp), SHOT, "a protocol of another checksum");
-        assert_eq!(refused(), before + 3);
-
-        // Who asks at the pod's own address is answered from it, and so is the cluster.
-        let asked = Packet { source_port: 1, ..packet.reversed() };
-        assert_eq!(node.enters(&asked), OK);
-        assert_eq!(run("to_net", &asked.reversed()), OK, "an answer");
-        node.peer(other(ipv6), PEER, 0);
-        assert_eq!(run("to_net", &Packet { source_port: 2, ..packet.clone() }), OK, "a pod");
-        node.kernel
-            .apply(&Step::Delete(Key::Endpoint(EndpointKey { address: other(ipv6) })))
-            .unwrap();
-
-        // More flows to one place than there are ports: the rest stays.
-        let (mut left, before) = (0, refused());
-        for source_port in 10_000..30_000 {
-            let packet = Packet { source_port, destination_port: 81, ..packet.clone() };
-            assert_eq!(node.leaves(&packet), OK);
-            left += u64::from(run("to_net", &packet) == OK);
-        }
-        println!("{left} flows have a port");
-        assert!((16_000..=16_384).contains(&left), "{left}");
-        assert_eq!(refused(), before + 20_000 - left);
-    }
-}
-
+/// The verifier gives up at a million instructions; kernels differ in how many they need.
 #[test]
 fn the_verifier_is_far_from_its_limit() {
     let begun = std::time::SystemTime::now();

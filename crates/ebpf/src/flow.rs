@@ -1,13 +1,16 @@
 //! The flow cache: one entry for both directions of a flow, which holds the verdicts of both its
 //! ends together with the revisions that they were made under.
 
+use core::arch::asm;
+
 use palisade_abi::{
-    Address, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_direction, flow_flags, limits, protocol,
+    Address, DropReason, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_direction, flow_flags,
+    limits, protocol,
 };
 
 use crate::{
     clock,
-    maps::{ENDPOINT_ROWS, FLOWS4, FLOWS4_ANY, FLOWS6, FLOWS6_ANY, SHARDS},
+    maps::{ENDPOINT_ROWS, FLOW_COUNTS, FLOWS4, FLOWS4_ANY, FLOWS6, FLOWS6_ANY, SHARDS},
     packet::{FIN, Kind, Packet, RST, unmapped},
 };
 
@@ -172,16 +175,53 @@ impl Key {
         }
     }
 
+    /// Enters a flow. One that is new, not in the place of another, counts to its endpoint, unless
+    /// it is of those that give way by themselves (LRU).
     #[inline(never)]
-    pub fn insert(&self, value: &FlowValue) -> i32 {
-        let done = match (self.ipv6, self.tcp) {
+    pub fn enter(&self, value: &FlowValue, new: bool) -> Result<(), DropReason> {
+        let count = count_of(value.payer()).ok_or(DropReason::Internal)?;
+        let counts = new && self.tcp;
+        // SAFETY: a live map value; a few flows too many at the same time do not matter.
+        if counts && unsafe { count.read_volatile() } >= limits::FLOWS_TCP_OF_ENDPOINT {
+            return Err(DropReason::TooManyFlows);
+        }
+        self.insert(value).map_err(|_| DropReason::FlowTableFull)?;
+        if counts {
+            // SAFETY: a live map value.
+            unsafe { add_one(count) };
+        }
+        Ok(())
+    }
+
+    #[inline(always)]
+    fn insert(&self, value: &FlowValue) -> Result<(), i32> {
+        match (self.ipv6, self.tcp) {
             (false, true) => FLOWS4.insert(&self.v4, value, 0),
             (false, false) => FLOWS4_ANY.insert(&self.v4, value, 0),
             (true, true) => FLOWS6.insert(&self.v6, value, 0),
             (true, false) => FLOWS6_ANY.insert(&self.v6, value, 0),
-        };
-        if done.is_ok() { 0 } else { -1 }
+        }
     }
+}
+
+#[inline(always)]
+fn count_of(row: u32) -> Option<*mut u64> {
+    const { assert!(limits::ENDPOINT_ROWS.is_power_of_two()) };
+    let counts = FLOW_COUNTS.get_ptr_mut(0)?;
+    // All rows are below; the verifier does not see it from a comparison.
+    let row = row & (limits::ENDPOINT_ROWS - 1);
+    // SAFETY: a live map value.
+    Some(unsafe { &raw mut (*counts)[row as usize] })
+}
+
+/// Adds one, whoever else does so meanwhile. Rust has no atomic types for this target.
+///
+/// # Safety
+/// `count` points at a live value.
+#[inline(always)]
+unsafe fn add_one(count: *mut u64) {
+    // SAFETY: the caller's.
+    unsafe { asm!("lock *(u64 *)({} + 0) += {}", in(reg) count, in(reg) 1_u64, options(nostack)) };
 }
 
 #[inline(always)]

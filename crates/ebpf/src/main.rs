@@ -6,12 +6,14 @@
 //! every pod: which one it is follows from the interface.
 #![no_std]
 #![no_main]
+#![feature(asm_experimental_arch)]
 
 mod clock;
 mod event;
 mod fast;
 mod flow;
 mod guard;
+mod lookup;
 mod maps;
 mod masquerade;
 mod net;

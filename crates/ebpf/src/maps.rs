@@ -7,10 +7,10 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     Address, BackendKey, BackendValue, ChunkKey, ChunkValue, EndpointKey, EndpointRow,
-    EndpointValue, FlowKey4, FlowKey6, FlowValue, FragmentKey, FragmentValue, IpcacheValue,
-    METRICS_LEN, MasqueradeKey, MasqueradeSettings, MasqueradeValue, MetricsValue, PeerKey,
-    PeerValue, PortKey, PortValue, ServiceKey, ServiceValue, SocketKey, SocketValue, TunnelValue,
-    limits,
+    EndpointValue, FlowCounts, FlowKey4, FlowKey6, FlowValue, FragmentKey, FragmentValue,
+    IpcacheValue, METRICS_LEN, MasqueradeKey, MasqueradeSettings, MasqueradeValue, MetricsValue,
+    PeerKey, PeerValue, PortKey, PortValue, ServiceKey, ServiceValue, SocketKey, SocketValue,
+    TunnelValue, limits,
 };
 
 // Policy and service tables change while packets read them. Without preallocation an element that
@@ -45,6 +45,9 @@ pub static PORTS: HashMap<PortKey, PortValue> = HashMap::pinned(limits::PORTS, B
 pub static FLOWS4: HashMap<FlowKey4, FlowValue> = HashMap::pinned(limits::FLOWS_TCP, 0);
 #[map]
 pub static FLOWS6: HashMap<FlowKey6, FlowValue> = HashMap::pinned(limits::FLOWS_TCP, 0);
+/// So that no endpoint fills them alone.
+#[map]
+pub static FLOW_COUNTS: Array<FlowCounts> = Array::pinned(1, 0);
 #[map]
 pub static FLOWS4_ANY: LruHashMap<FlowKey4, FlowValue> = LruHashMap::pinned(limits::FLOWS_ANY, 0);
 #[map]
@@ -64,6 +67,11 @@ pub static SOCKETS: LruHashMap<SocketKey, SocketValue> = LruHashMap::pinned(limi
 
 #[map]
 pub static MASQUERADE: Array<MasqueradeSettings> = Array::pinned(1, 0);
+// As with flows: nobody's flood takes a TCP connection its port, and the agent collects. Most nodes
+// need a small part of it, so nothing is allocated before.
+#[map]
+pub static MASQUERADED_TCP: HashMap<MasqueradeKey, MasqueradeValue> =
+    HashMap::pinned(limits::MASQUERADED_TCP, BPF_F_NO_PREALLOC);
 /// A full table evicts the port that was used last; its flow gets another, or the same one again.
 #[map]
 pub static MASQUERADED: LruHashMap<MasqueradeKey, MasqueradeValue> =

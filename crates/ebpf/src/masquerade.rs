@@ -1,14 +1,14 @@
 //! Pods reach what is outside the cluster with their node's address, and answers reach the pods: on
 //! the uplink, and nowhere else. Whatever judges, follows and tells of a flow sees the pod's own.
 //!
-//! A flow's port on the node is in the flow's entry. `MASQUERADED` says whose a port is, as long as
-//! that flow lives; after that it says nothing, and the port is anybody's.
+//! A flow's port on the node is in the flow's entry. `MASQUERADED_TCP` and `MASQUERADED` say whose a
+//! port is, as long as that flow lives; after that they say nothing, and the port is anybody's.
 
 use core::ffi::c_void;
 
 use aya_ebpf::{
     bindings::{__sk_buff, BPF_NOEXIST},
-    helpers::generated::{bpf_get_prandom_u32, bpf_loop},
+    helpers::generated::{bpf_get_prandom_u32, bpf_loop, bpf_sk_release},
     macros::map,
     maps::{PerCpuArray, lpm_trie::Key as Prefix},
 };
@@ -21,7 +21,8 @@ use crate::{
     clock, event,
     fast::{self, look},
     flow::{self, Key},
-    maps::{ENDPOINTS, IPCACHE, MASQUERADE, MASQUERADED},
+    lookup::{Tuple4, Tuple6, find_tcp, find_udp},
+    maps::{ENDPOINTS, IPCACHE, MASQUERADE, MASQUERADED, MASQUERADED_TCP},
     net,
     packet::{self, ACK, ETH_LEN, Kind, Packet, SYN, load, mapped},
     rewrite::{End, Name, rewrite, rewrite_error},
@@ -165,28 +166,30 @@ fn hide(skb: *mut __sk_buff, s: &mut Scratch, sent: bool) -> Result<(), DropReas
         direction,
         reserved: 0,
     };
-    let mut draw = Draw {
-        key: MasqueradeKey {
-            remote: s.packet.destination,
-            remote_port: s.packet.destination_port,
-            port: flow.masquerade_port,
-            protocol: s.packet.protocol,
-            reserved: [0; 3],
-        },
-        owner,
-        ipv6: u32::from(s.packet.ipv6),
-        drawn: 0,
+    let key = MasqueradeKey {
+        remote: s.packet.destination,
+        remote_port: s.packet.destination_port,
+        port: flow.masquerade_port,
+        protocol: s.packet.protocol,
+        reserved: [0; 3],
     };
-    if draw.key.port == 0 || masquerade_claim(&draw) != CLAIMED {
-        // SAFETY: the callback has the signature that the helper documents, and the draw outlives
-        // it.
-        unsafe { bpf_loop(DRAWS, draw_port as *mut c_void, (&raw mut draw).cast(), 0) };
-        if draw.drawn == 0 {
-            return Err(DropReason::NotMasqueraded);
-        }
-        flow.masquerade_port = draw.key.port;
+    let claim = Claim { key, owner, ipv6: u32::from(s.packet.ipv6) };
+    let mut search = Search { skb, claim, outcome: TAKEN };
+    if search.claim.key.port != 0 {
+        search.outcome = masquerade_claim(skb, &search.claim);
     }
-    show(skb, s, draw.key.port)
+    if search.outcome == TAKEN {
+        // SAFETY: the callback has the signature that the helper documents, and the search
+        // outlives it.
+        unsafe { bpf_loop(DRAWS, draw_port as *mut c_void, (&raw mut search).cast(), 0) };
+    }
+    let port = search.claim.key.port;
+    match search.outcome {
+        CLAIMED => flow.masquerade_port = port,
+        FULL => return Err(DropReason::MasqueradeTableFull),
+        _ => return Err(DropReason::NotMasqueraded),
+    }
+    show(skb, s, port)
 }
 
 #[inline(always)]
@@ -255,56 +258,126 @@ fn living(key: &Key) -> Option<*mut FlowValue> {
     if clock::passed(expires, clock::now()) { None } else { Some(found) }
 }
 
-/// The search for a port, on the stack: `bpf_loop` hands on nothing else.
+/// A port that a flow would have.
 #[repr(C)]
-struct Draw {
+struct Claim {
     key: MasqueradeKey,
     owner: MasqueradeValue,
     ipv6: u32,
-    drawn: u32,
+}
+
+/// The search for a port, on the stack: `bpf_loop` hands on nothing else.
+#[repr(C)]
+struct Search {
+    skb: *mut __sk_buff,
+    claim: Claim,
+    outcome: u32,
 }
 
 const NEXT: i64 = 0;
 const STOP: i64 = 1;
 
-extern "C" fn draw_port(_: u64, draw: *mut Draw) -> i64 {
+extern "C" fn draw_port(_: u64, search: *mut Search) -> i64 {
     // SAFETY: `hide`'s own, handed through by the helper.
-    let draw = unsafe { &mut *draw };
+    let search = unsafe { &mut *search };
     // SAFETY: the helper takes nothing and cannot fail.
     let random = unsafe { bpf_get_prandom_u32() } as u16;
-    draw.key.port = (MASQUERADE_FIRST_PORT | random).to_be();
-    if masquerade_claim(draw) != CLAIMED {
-        return NEXT;
-    }
-    draw.drawn = 1;
-    STOP
+    search.claim.key.port = (MASQUERADE_FIRST_PORT | random).to_be();
+    search.outcome = masquerade_claim(search.skb, &search.claim);
+    if search.outcome == TAKEN { NEXT } else { STOP }
 }
 
 /// Answers of [`masquerade_claim`]. Of 0 and 1 the compiler would make numbers for `bpf_loop`, of
 /// which the verifier then does not see that they are nothing else.
 const CLAIMED: u32 = 2;
 const TAKEN: u32 = 3;
+const FULL: u32 = 4;
 
 /// Whether the port is the flow's now. A global function, which the verifier walks once.
 #[unsafe(no_mangle)]
 #[inline(never)]
-extern "C" fn masquerade_claim(draw: *const Draw) -> u32 {
+extern "C" fn masquerade_claim(skb: *mut __sk_buff, claim: *const Claim) -> u32 {
     // SAFETY: the verifier wants the pointer checked, and knows the size of what it points at.
-    let Some(draw) = (unsafe { draw.as_ref() }) else { return TAKEN };
+    let Some(claim) = (unsafe { claim.as_ref() }) else { return TAKEN };
     let Some(s) = scratch() else { return TAKEN };
-    // SAFETY: the value is copied out at once; half of two values names no flow that lives, or one
-    // that is spared.
-    if let Some(holder) = unsafe { MASQUERADED.get(&draw.key) }.copied() {
-        if holder == draw.owner {
+    if let Some(holder) = holder(&claim.key) {
+        if holder == claim.owner {
             return CLAIMED;
         }
-        if belongs_to(&draw.key, &holder, draw.ipv6 != 0, s).is_some() {
+        if belongs_to(&claim.key, &holder, claim.ipv6 != 0, s).is_some() {
             return TAKEN;
         }
-        let _ = MASQUERADED.remove(&draw.key);
+        forget(&claim.key);
     }
-    let inserted = MASQUERADED.insert(&draw.key, &draw.owner, u64::from(BPF_NOEXIST));
-    if inserted.is_ok() { CLAIMED } else { TAKEN }
+    // The node's sockets have none of these ports, but for what asked for one, or was there before
+    // they were reserved.
+    if is_nodes(skb, &claim.key, claim.ipv6 != 0) {
+        return TAKEN;
+    }
+    match enter(&claim.key, &claim.owner) {
+        Ok(()) => CLAIMED,
+        Err(EXISTS) => TAKEN,
+        Err(_) => FULL,
+    }
+}
+
+/// `-EEXIST`: somebody else was faster.
+const EXISTS: i32 = -17;
+
+#[inline(always)]
+fn holder(key: &MasqueradeKey) -> Option<MasqueradeValue> {
+    // SAFETY: the value is copied out at once; of the one table it stays while this program runs,
+    // and of the other half of two values names no flow that lives, or one that is spared.
+    let found = unsafe {
+        if key.protocol == protocol::TCP { MASQUERADED_TCP.get(key) } else { MASQUERADED.get(key) }
+    };
+    found.copied()
+}
+
+#[inline(always)]
+fn forget(key: &MasqueradeKey) {
+    // Who else forgot it meanwhile did the same.
+    let _ = match key.protocol {
+        protocol::TCP => MASQUERADED_TCP.remove(key),
+        _ => MASQUERADED.remove(key),
+    };
+}
+
+#[inline(always)]
+fn enter(key: &MasqueradeKey, owner: &MasqueradeValue) -> Result<(), i32> {
+    let new = u64::from(BPF_NOEXIST);
+    match key.protocol {
+        protocol::TCP => MASQUERADED_TCP.insert(key, owner, new),
+        _ => MASQUERADED.insert(key, owner, new),
+    }
+}
+
+/// Whether answers at this port are for a socket of the node.
+#[inline(always)]
+fn is_nodes(skb: *mut __sk_buff, key: &MasqueradeKey, ipv6: bool) -> bool {
+    let Some(settings) = settings() else { return false };
+    let own = own(settings, &key.remote);
+    let ports = [key.remote_port, key.port];
+    if ipv6 {
+        has_socket(skb, key.protocol, &Tuple6::new(&key.remote, &own, ports))
+    } else {
+        has_socket(skb, key.protocol, &Tuple4::new(&key.remote, &own, ports))
+    }
+}
+
+#[inline(always)]
+fn has_socket<T>(skb: *mut __sk_buff, protocol: u8, tuple: &T) -> bool {
+    let socket = match protocol {
+        protocol::TCP => find_tcp(skb, tuple),
+        protocol::UDP => find_udp(skb, tuple),
+        _ => return false,
+    };
+    if socket.is_null() {
+        return false;
+    }
+    // SAFETY: just looked up, and not used any more.
+    unsafe { bpf_sk_release(socket.cast()) };
+    true
 }
 
 /// The living flow whose port it is; `s.inside` is the answer in it then.
@@ -397,8 +470,7 @@ fn reveal(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     if !is_ours(key.port) {
         return Ok(());
     }
-    // SAFETY: as in `masquerade_claim`.
-    let Some(owner) = (unsafe { MASQUERADED.get(&key) }).copied() else { return Ok(()) };
+    let Some(owner) = holder(&key) else { return Ok(()) };
     if belongs_to(&key, &owner, s.packet.ipv6, s).is_none() {
         return Ok(());
     }

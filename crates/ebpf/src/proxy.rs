@@ -4,13 +4,13 @@
 //! Who else listens at the proxy's port, or at the port that a client asks for, gets nothing: a
 //! socket of the proxy is known by its mark, which takes `CAP_NET_ADMIN` to set.
 
-use core::{ffi::c_void, mem::size_of};
+use core::ffi::c_void;
 
 use aya_ebpf::{
-    bindings::{__sk_buff, BPF_F_CURRENT_NETNS, BPF_F_INGRESS, bpf_sock, bpf_sock_tuple},
+    bindings::{__sk_buff, BPF_F_INGRESS, bpf_sock},
     helpers::generated::{
-        bpf_l4_csum_replace, bpf_redirect, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_lookup_udp,
-        bpf_sk_release, bpf_skb_change_type, bpf_skb_store_bytes, bpf_skc_lookup_tcp,
+        bpf_l4_csum_replace, bpf_redirect, bpf_sk_assign, bpf_sk_fullsock, bpf_sk_release,
+        bpf_skb_change_type, bpf_skb_store_bytes,
     },
 };
 use palisade_abi::{
@@ -19,7 +19,10 @@ use palisade_abi::{
     protocol,
 };
 
-use crate::packet::{ACK, Kind, Packet, SYN, load, unmapped};
+use crate::{
+    lookup::{Tuple4, Tuple6, find_tcp, find_udp},
+    packet::{ACK, Kind, Packet, SYN, load},
+};
 
 const TC_ACT_OK: i32 = 0;
 /// `skb->pkt_type` of what is for this machine (linux/if_packet.h).
@@ -98,10 +101,12 @@ extern "C" fn proxy_give(skb: *mut __sk_buff, packet: *const Packet, leg: u32) -
     // SAFETY: the verifier wants the pointer checked, and knows the size of what it points at.
     let Some(packet) = (unsafe { packet.as_ref() }) else { return DropReason::Internal as u32 };
     let leg = if leg == Leg::Client as u32 { Leg::Client } else { Leg::Server };
+    let Packet { source, destination, .. } = packet;
+    let ports = [packet.source_port, packet.destination_port];
     let done = if packet.ipv6 {
-        hand_over(skb, packet, leg, Tuple6::of(packet), Tuple6::LISTENER)
+        hand_over(skb, packet, leg, Tuple6::new(source, destination, ports), LISTENER6)
     } else {
-        hand_over(skb, packet, leg, Tuple4::of(packet), Tuple4::LISTENER)
+        hand_over(skb, packet, leg, Tuple4::new(source, destination, ports), LISTENER4)
     };
     match done {
         Ok(()) => 0,
@@ -134,61 +139,13 @@ fn hand_over<T>(
     Ok(())
 }
 
-/// `struct bpf_sock_tuple` of a family: the sender first, as the receiving socket sees it.
-#[repr(C)]
-struct Tuple4 {
-    source: [u8; 4],
-    destination: [u8; 4],
-    ports: [u16; 2],
-}
-
-#[repr(C)]
-struct Tuple6 {
-    source: [u8; 16],
-    destination: [u8; 16],
-    ports: [u16; 2],
-}
-
-impl Tuple4 {
-    const LISTENER: Self =
-        Self { source: [0; 4], destination: [127, 0, 0, 1], ports: [0, PROXY_PORT.to_be()] };
-
-    #[inline(always)]
-    fn of(packet: &Packet) -> Self {
-        Self {
-            source: unmapped(&packet.source),
-            destination: unmapped(&packet.destination),
-            ports: [packet.source_port, packet.destination_port],
-        }
-    }
-}
-
-impl Tuple6 {
-    const LISTENER: Self = Self {
-        source: [0; 16],
-        destination: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
-        ports: [0, PROXY_PORT.to_be()],
-    };
-
-    #[inline(always)]
-    fn of(packet: &Packet) -> Self {
-        Self {
-            source: packet.source,
-            destination: packet.destination,
-            ports: [packet.source_port, packet.destination_port],
-        }
-    }
-}
-
-/// `BPF_F_CURRENT_NETNS` is the 32-bit −1 in the bindings; the helpers want it in 64.
-const HERE: u64 = BPF_F_CURRENT_NETNS as i64 as u64;
-
-#[inline(always)]
-fn find_tcp<T>(skb: *mut __sk_buff, tuple: &T) -> *mut bpf_sock {
-    let tuple: *mut bpf_sock_tuple = (&raw const *tuple).cast_mut().cast();
-    // SAFETY: a live context and tuple; the caller releases the socket.
-    unsafe { bpf_skc_lookup_tcp(skb.cast(), tuple, size_of::<T>() as u32, HERE, 0) }
-}
+const LISTENER4: Tuple4 =
+    Tuple4 { source: [0; 4], destination: [127, 0, 0, 1], ports: [0, PROXY_PORT.to_be()] };
+const LISTENER6: Tuple6 = Tuple6 {
+    source: [0; 16],
+    destination: [0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 1],
+    ports: [0, PROXY_PORT.to_be()],
+};
 
 /// Whether the socket is not the proxy's. Small sockets (of a connection that begins or has ended)
 /// bear no mark; theirs was checked when they were full ones or by their listener.
@@ -249,15 +206,12 @@ fn tcp<T>(skb: *mut __sk_buff, packet: &Packet, tuple: &T, listener: &T) -> Resu
 
 #[inline(always)]
 fn udp<T>(skb: *mut __sk_buff, tuple: &T) -> Result<(), DropReason> {
-    let tuple: *mut bpf_sock_tuple = (&raw const *tuple).cast_mut().cast();
-    // SAFETY: a live context and tuple; `assign` releases the socket.
-    unsafe {
-        let socket = bpf_sk_lookup_udp(skb.cast(), tuple, size_of::<T>() as u32, HERE, 0);
-        if socket.is_null() {
-            return Err(DropReason::ProxyGone);
-        }
-        assign(skb, socket)
+    let socket = find_udp(skb, tuple);
+    if socket.is_null() {
+        return Err(DropReason::ProxyGone);
     }
+    // SAFETY: just looked up.
+    unsafe { assign(skb, socket) }
 }
 
 /// A client uses a port again whose last connection still waits here for stray packets. The stack

@@ -583,9 +583,7 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
     };
     let retransmitted = is_retransmission(known, flags, now);
     flow::advance(&mut s.flow, true, s.packet.length, tcp, s.packet.tcp_flags, now);
-    if s.key.insert(&s.flow) != 0 {
-        return Err(DropReason::FlowTableFull);
-    }
+    s.key.enter(&s.flow, known.is_none())?;
     // What the proxy opens is told by what its client opened.
     if !retransmitted && !s.upstream {
         event::count(metric_index::FLOWS_CREATED, 0);
@@ -683,14 +681,13 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
             s.flow = FlowValue {
                 flags: flow_flags::TRANSLATED
                     | if side == Side::High { flow_flags::OPENER_HIGH } else { 0 },
+                opener_row: s.own.row,
                 nat_address: address,
                 nat_port: port,
                 ..FlowValue::default()
             };
             flow::advance(&mut s.flow, true, 0, tcp, 0, now);
-            if s.key.insert(&s.flow) != 0 {
-                return Err(DropReason::FlowTableFull);
-            }
+            s.key.enter(&s.flow, s.key.find().is_none())?;
             (address, port)
         }
     };

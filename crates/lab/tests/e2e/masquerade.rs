@@ -1,8 +1,9 @@
 //! Pods and what is outside the cluster: it meets nodes only, whatever becomes of the pods' packets.
 
 use std::{
-    io,
-    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpStream, UdpSocket},
+    fs,
+    io::{self, Read, Write},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     time::Duration,
 };
 
@@ -239,6 +240,73 @@ fn strangers_do_not_get_in(world: &World) {
     }
 }
 
+/// A connection to the outside that nobody says anything on.
+struct Idle {
+    inside: TcpStream,
+    outside: TcpStream,
+}
+
+impl Idle {
+    /// One for each family.
+    fn open(world: &World, pod: usize) -> [Self; 2] {
+        world.outside.pod.addresses.map(|address| {
+            let listen = move || TcpListener::bind(SocketAddr::new(address, 0));
+            let listener = world.outside.pod.run(listen);
+            let to = listener.local_addr().unwrap();
+            let inside = world.pods[pod].run(move || TcpStream::connect_timeout(&to, WAIT));
+            let outside = listener.accept().unwrap().0;
+            let mut idle = Self { inside, outside };
+            for end in [&idle.inside, &idle.outside] {
+                end.set_read_timeout(Some(WAIT)).unwrap();
+            }
+            idle.speak();
+            idle
+        })
+    }
+
+    /// The outside has something to say.
+    fn speak(&mut self) {
+        for (from, to) in [(&self.outside, &self.inside), (&self.inside, &self.outside)] {
+            let (mut from, mut to, mut word) = (from, to, [0; 4]);
+            from.write_all(b"word").unwrap();
+            to.read_exact(&mut word).unwrap();
+            assert_eq!(&word, b"word");
+        }
+    }
+}
+
+/// Datagrams from a pod to each port of the outside, from so many of its own. Two at a time: what is
+/// used twice is not the first that a table gives up.
+fn flood(world: &World, pod: usize, sources: usize) {
+    let targets = world.outside.pod.addresses.into_iter().chain(world.outside.second);
+    let targets: Vec<IpAddr> = targets.collect();
+    world.pods[pod].run(move || {
+        for _ in 0..sources {
+            for address in &targets {
+                let socket = UdpSocket::bind(any(*address, 0))?;
+                for port in 1..=u16::MAX {
+                    for _ in 0..2 {
+                        socket.send_to(b"x", SocketAddr::new(*address, port))?;
+                    }
+                }
+            }
+        }
+        Ok(())
+    });
+}
+
+/// The ports of connections are not taken away, least of all by somebody else.
+#[test]
+fn a_flood_of_one_pod_cuts_off_no_other() {
+    let world = World::new(&["--routing", "native", "--masquerade", "always"]);
+    let mut idle = Idle::open(&world, 0);
+    flood(&world, 1, 2);
+    for connection in &mut idle {
+        connection.speak();
+    }
+    world.end();
+}
+
 #[test]
 fn the_outside_meets_nodes_only() {
     let world = World::new(&["--routing", "overlay"]);
@@ -263,6 +331,7 @@ fn masqueraded_flows_follow_policy_and_outlive_the_agent() {
             .unwrap()
     };
     let allowed = Conversations::start(flows(&world.pods[1]));
+    let mut idle = Idle::open(&world, 1);
     let mut denied = flows(&world.pods[0]);
     for flow in &mut denied {
         flow.ask(1).unwrap();
@@ -284,6 +353,8 @@ fn masqueraded_flows_follow_policy_and_outlive_the_agent() {
     }
     for _ in 0..3 {
         let before = world.lab.process(1, Program::Agent);
+        // Of an agent of another version, which had no such table.
+        fs::remove_file(world.lab.cni(1).maps.join("MASQUERADED_TCP")).unwrap();
         world.lab.kill(1, Program::Agent);
         eventually("the agent is ready again", || {
             let status = world.lab.statuses().into_iter().next().flatten();
@@ -291,6 +362,9 @@ fn masqueraded_flows_follow_policy_and_outlive_the_agent() {
                 now.ready && now.pid != before.as_raw_nonzero().get().cast_unsigned()
             })
         });
+        for connection in &mut idle {
+            connection.speak();
+        }
         assert_eq!(world.answers(1), [Answer::Open; 6], "after the agent's death");
     }
     let (interrupted, words, slowest) = allowed.end();
