@@ -49,6 +49,8 @@ use crate::{
 
 /// Events that may wait for the engine before their senders do.
 const QUEUE: usize = 4096;
+/// How long other tables may lack what the kernel refuses before they are taken as they are.
+const PATIENCE: Duration = Duration::from_secs(30);
 
 /// Connects, isolates and watches the pods of one node.
 #[derive(Debug, Parser)]
@@ -237,7 +239,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
 
     let open = async {
         if succession == Succession::Later {
-            filled(&progress).await;
+            filled(&progress, PATIENCE).await;
             datapath.attach_sockets()?;
             if let Some(uplink) = &options.uplink {
                 datapath.attach(uplink, side)?;
@@ -351,14 +353,13 @@ async fn mtu(
 
 /// Waits until the kernel's tables hold what follows from all inputs, for a while even where the
 /// kernel refuses a part. That part stays closed; what was there before would stay open.
-async fn filled(progress: &watch::Receiver<Progress>) {
-    const PATIENCE: Duration = Duration::from_secs(30);
+async fn filled(progress: &watch::Receiver<Progress>, patience: Duration) {
     let mut progress = progress.clone();
     if progress.wait_for(|progress| progress.told).await.is_err() {
         std::future::pending::<()>().await;
     }
     let synced = progress.wait_for(|progress| progress.synced);
-    if tokio::time::timeout(PATIENCE, synced).await.is_err() {
+    if tokio::time::timeout(patience, synced).await.is_err() {
         warn!("the kernel refuses a part of the tables, which stays closed");
     }
 }
@@ -429,5 +430,26 @@ async fn collect_flows(datapath: Arc<Datapath>, observer: Arc<Observer>) {
             Ok(stats) => observer.record(&stats.closed),
             Err(error) => warn!(%error, "cannot collect flows"),
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::time::timeout;
+
+    use super::*;
+
+    #[tokio::test]
+    async fn tables_are_awaited_as_long_as_inputs_are_missing_and_not_much_longer() {
+        let (sender, progress) = watch::channel(Progress::default());
+        let patience = Duration::from_millis(50);
+        let mut waiting = std::pin::pin!(filled(&progress, patience));
+        assert!(timeout(2 * patience, &mut waiting).await.is_err(), "nothing is known yet");
+        sender.send_modify(|progress| progress.told = true);
+        let told = Instant::now();
+        waiting.await;
+        assert!(told.elapsed() >= patience, "the kernel refuses a part");
+        sender.send_modify(|progress| progress.synced = true);
+        timeout(Duration::ZERO, filled(&progress, PATIENCE)).await.expect("all is there");
     }
 }

@@ -236,7 +236,7 @@ fn source(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
-const FRIENDS_ONLY: &str = r"
+pub(crate) const FRIENDS_ONLY: &str = r"
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
 metadata: {name: friends-only}
