@@ -13,7 +13,7 @@ use socket2::{Domain, Protocol as IpProtocol, Socket, Type};
 use super::{
     connectivity::palisade,
     harness::{Beyond, Lab, Outside, Pod, eventually},
-    overlay::{command, transfer},
+    overlay::{checksum, command, octets, transfer},
     probe::{self, Answer, Protocol, Target, allow_echo},
     traffic::{Conversations, Counter, Flow, PORT, serve_echo},
 };
@@ -240,6 +240,74 @@ fn strangers_do_not_get_in(world: &World) {
     }
 }
 
+/// An ICMP error that says of a datagram that nobody is at its port.
+fn unreachable([from, to]: [SocketAddr; 2]) -> Vec<u8> {
+    let (source, destination) = (octets(from.ip()), octets(to.ip()));
+    let mut bytes = vec![if from.is_ipv4() { 3 } else { 1 }, if from.is_ipv4() { 3 } else { 4 }];
+    bytes.extend([0; 6]);
+    bytes.extend(match from {
+        SocketAddr::V4(_) => vec![0x45, 0, 0, 28, 0, 1, 0, 0, 64, 17, 0, 0],
+        SocketAddr::V6(_) => vec![0x60, 0, 0, 0, 0, 8, 17, 64],
+    });
+    bytes.extend([source, destination].concat());
+    bytes.extend([from.port().to_be_bytes(), to.port().to_be_bytes()].concat());
+    bytes.extend([0, 8, 0, 0]);
+    // Of ICMPv6 the kernel makes the checksum.
+    if from.is_ipv4() {
+        let sum = checksum(&[&bytes]);
+        bytes[2..4].copy_from_slice(&sum.to_be_bytes());
+    }
+    bytes
+}
+
+/// An error reaches a pod only if it quotes what the pod sent, as it was outside.
+fn forged_errors_do_not_get_in(world: &World) {
+    let outside = &world.outside;
+    for (family, address) in outside.pod.addresses.into_iter().enumerate() {
+        let server = outside.pod.run(move || UdpSocket::bind(SocketAddr::new(address, 0)));
+        server.set_read_timeout(Some(WAIT)).unwrap();
+        let to = server.local_addr().unwrap();
+        let socket = world.pods[0].run(move || {
+            let socket = UdpSocket::bind(any(address, 0))?;
+            socket.connect(to).map(|()| socket)
+        });
+        socket.set_read_timeout(Some(WAIT)).unwrap();
+        let own =
+            SocketAddr::new(world.pods[0].addresses[family], socket.local_addr().unwrap().port());
+        socket.send(b"hello").unwrap();
+        let (_, peer) = server.recv_from(&mut [0; 8]).unwrap();
+        let protocol = if to.is_ipv4() { IpProtocol::ICMPV4 } else { IpProtocol::ICMPV6 };
+        let raw = outside
+            .pod
+            .run(move || Socket::new(Domain::for_address(to), Type::RAW, Some(protocol)));
+        let tell = |quoted| {
+            let at = SocketAddr::new(peer.ip(), 0);
+            raw.send_to(&unreachable(quoted), &at.into()).unwrap();
+        };
+        let port_of = |at: SocketAddr, port| SocketAddr::new(at.ip(), port);
+        let arrived = Counter::start(&world.pods[0], &[&outside.pod]);
+        for quoted in [
+            [peer, port_of(to, to.port() ^ 1)],
+            [peer, SocketAddr::new(outside.second[family], to.port())],
+            [port_of(peer, peer.port() ^ 1), to],
+            [own, to],
+            [port_of(own, peer.port()), to],
+            [to, peer],
+        ] {
+            tell(quoted);
+        }
+        server.send_to(b"true", peer).unwrap();
+        let mut word = [0; 8];
+        let length = socket.recv(&mut word).unwrap();
+        assert_eq!(&word[..length], b"true", "{address}");
+        eventually("what arrived is counted", || arrived.count() > 0);
+        assert_eq!(arrived.count(), 1, "{address}");
+        tell([peer, to]);
+        let refused = socket.recv(&mut word).unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::ConnectionRefused, "{address}");
+    }
+}
+
 /// A connection to the outside that nobody says anything on.
 struct Idle {
     inside: TcpStream,
@@ -315,6 +383,7 @@ fn the_outside_meets_nodes_only() {
     errors_come_back(&world);
     fragments_keep_together(&world);
     strangers_do_not_get_in(&world);
+    forged_errors_do_not_get_in(&world);
     the_path_may_be_narrow(&world);
     what_cannot_be_masqueraded_stays(&world);
     world.end();

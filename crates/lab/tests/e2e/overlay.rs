@@ -140,7 +140,7 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
 }
 
 /// Sum of 16-bit words, as all of IP wants it.
-fn checksum(parts: &[&[u8]]) -> u16 {
+pub(crate) fn checksum(parts: &[&[u8]]) -> u16 {
     let bytes: Vec<u8> = parts.concat();
     let words = bytes.chunks(2).map(|pair| {
         u32::from(u16::from_be_bytes([pair[0], pair.get(1).copied().unwrap_or_default()]))
@@ -152,7 +152,7 @@ fn checksum(parts: &[&[u8]]) -> u16 {
     !(sum as u16)
 }
 
-fn octets(address: IpAddr) -> Vec<u8> {
+pub(crate) fn octets(address: IpAddr) -> Vec<u8> {
     match address {
         IpAddr::V4(v4) => v4.octets().to_vec(),
         IpAddr::V6(v6) => v6.octets().to_vec(),
