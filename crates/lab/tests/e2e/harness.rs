@@ -5,7 +5,7 @@ use std::{
     io::{self, Write},
     net::IpAddr,
     path::{Path, PathBuf},
-    process::{Command, Output, Stdio},
+    process::{Child, Command, Output, Stdio},
     sync::{Mutex, PoisonError},
     thread,
     time::{Duration, Instant},
@@ -56,6 +56,16 @@ pub(crate) struct Suspended(Pid);
 impl Drop for Suspended {
     fn drop(&mut self) {
         kill_process(self.0, Signal::CONT).unwrap();
+    }
+}
+
+/// See [`Lab::other_agent`].
+pub(crate) struct OtherAgent(Child);
+
+impl Drop for OtherAgent {
+    fn drop(&mut self) {
+        self.0.kill().unwrap();
+        self.0.wait().unwrap();
     }
 }
 
@@ -261,6 +271,43 @@ impl Lab {
         kill_process(self.pid(), Signal::KILL).unwrap();
         let status = || program(&["status"]).status.code();
         eventually("the lab's process is gone", || status() == Some(3));
+    }
+
+    /// Stops a node's agent until the returned value goes; another one may take its place.
+    pub(crate) fn suspend_agent(&self, number: usize) -> Suspended {
+        self.signal(number, Program::Agent, Signal::STOP);
+        Suspended(self.process(number, Program::Agent))
+    }
+
+    /// An agent in the place of a node's own, whom nobody tells the uplink, until the returned value
+    /// goes. It is ready.
+    pub(crate) fn other_agent(&self, number: usize, options: &[&str]) -> OtherAgent {
+        let (node, layout) = (&self.nodes[number - 1], &self.layout);
+        let run = layout.run_dir().join("others").join(&node.name);
+        let group = mounts::cgroup2_root().unwrap().unwrap().join("palisade").join(&node.name);
+        let log = File::options().append(true).open(layout.log(node, Program::Agent)).unwrap();
+        let mut command = Command::new(PROGRAM);
+        command.arg("netns-exec").arg(node.netns_path()).arg("--");
+        command.arg(Path::new(PROGRAM).with_file_name(Program::Agent.file()));
+        command.args(["--node-name", &node.name]).args(options);
+        for (option, path) in [
+            ("--run-dir", &run),
+            ("--state-dir", &layout.node_state(node)),
+            ("--kubeconfig", &layout.node_kubeconfig()),
+            ("--bpffs", &layout.bpffs(node)),
+            ("--cgroup", &group),
+        ] {
+            command.arg(option).arg(path);
+        }
+        command.stdin(Stdio::null()).stdout(log.try_clone().unwrap()).stderr(log);
+        let child = command.spawn();
+        let agent = OtherAgent(child.unwrap());
+        let socket = run.join("admin.sock");
+        eventually("the other agent is ready", || {
+            let answer = ask(&socket, &Request::Status);
+            matches!(answer, Ok(Response::Status(status)) if status.ready)
+        });
+        agent
     }
 
     /// The administrator's kubeconfig.

@@ -1,6 +1,7 @@
 //! Pods of different nodes through the overlay: as without it, and nobody else gets in.
 
 use std::{
+    fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
     process::Command,
@@ -137,6 +138,26 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
     // Somebody takes the interface away: it comes back, with its programs and routes.
     command(&nodes[1], "ip link del palisade_vxlan");
     eventually("the overlay is back", || all(&answers(&friend, &server.addresses), Answer::Open));
+}
+
+/// An uplink that nobody named, but that was found to masquerade at, keeps the program of an overlay
+/// that is no more.
+#[test]
+fn pods_meet_without_the_overlay_that_there_was() {
+    let lab = Lab::up_with(2, &OVERLAY);
+    let [server, client] = lab.pods([("server", 2), ("client", 1)]);
+    serve_echo(&server);
+    let _own = [1, 2].map(|number| lab.suspend_agent(number));
+    for routing in ["overlay", "native", "overlay"] {
+        let _agents = [1, 2].map(|number| lab.other_agent(number, &["--routing", routing]));
+        let open = || all(&answers(&client, &server.addresses), Answer::Open);
+        eventually("pods meet", open);
+        let pins = fs::read_dir(lab.cni(1).pins).unwrap();
+        let mut names = pins.map(|pin| pin.unwrap().file_name().into_string().unwrap());
+        assert!(names.any(|name| name.starts_with("from_underlay-")), "{routing}");
+        let route = command(&lab.node(1), &format!("ip route get {}", server.addresses[0]));
+        assert_eq!(route.contains("palisade_vxlan"), routing == "overlay", "{route}");
+    }
 }
 
 /// Sum of 16-bit words, as all of IP wants it.
