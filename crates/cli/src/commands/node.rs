@@ -19,6 +19,7 @@ use palisade_api::{
 };
 use rtnetlink::packet_route::{
     AddressFamily,
+    address::{AddressAttribute, AddressMessage},
     route::{RouteAttribute, RouteMessage, RouteProtocol, RouteType},
     rule::{RuleAttribute, RuleMessage},
 };
@@ -290,7 +291,7 @@ fn restore_settings(root: &Path, record: &Path) -> Result<()> {
     Ok(())
 }
 
-/// The overlay's interface, the ways to other nodes and to the proxy, and the rules that lead there.
+/// The overlay's interface, the router's addresses, the ways to other nodes and to the proxy, and the rules that lead there.
 async fn clean_network() -> Result<()> {
     let (connection, handle, _) = rtnetlink::new_connection()?;
     tokio::spawn(connection);
@@ -299,6 +300,11 @@ async fn clean_network() -> Result<()> {
         let removed = handle.link().del(index).execute().await;
         removed.with_context(|| format!("cannot remove {OVERLAY}"))?;
         println!("{OVERLAY} removed");
+    }
+    let addresses: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;
+    for address in addresses.into_iter().filter(is_router) {
+        let removed = handle.address().del(address).execute().await;
+        removed.context("cannot remove the addresses of the node's router")?;
     }
     for family in [AddressFamily::Inet, AddressFamily::Inet6] {
         let mut all = RouteMessage::default();
@@ -321,6 +327,12 @@ async fn clean_network() -> Result<()> {
         }
     }
     Ok(())
+}
+
+/// An address of ours on the loopback interface, which is the first one everywhere.
+fn is_router(address: &AddressMessage) -> bool {
+    let ours = AddressAttribute::Protocol(ROUTE_PROTOCOL.into());
+    address.header.index == 1 && address.attributes.contains(&ours)
 }
 
 /// A route of ours that does not lead to a pod of this node, which keeps its own.

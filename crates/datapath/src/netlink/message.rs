@@ -297,6 +297,8 @@ pub(super) fn add_address(ifindex: u32, address: IpNet) -> Call {
     }
     message.attributes.push(AddressAttribute::Local(address.addr()));
     message.attributes.push(AddressAttribute::Address(address.addr()));
+    // Whoever cleans the node knows by this what is ours.
+    message.attributes.push(AddressAttribute::Protocol(ROUTE_PROTOCOL.into()));
     Call {
         what: format!("add address {address} to interface {ifindex}"),
         message: RouteNetlinkMessage::NewAddress(message),

@@ -12,7 +12,7 @@ use std::{
 use palisade_lab::nodes::Program;
 use serde_json::Value;
 
-use crate::harness::{Lab, PROGRAM, eventually};
+use crate::harness::{Lab, PROGRAM, eventually, program, text};
 
 fn palisade(lab: &Lab, args: &[&str]) -> Command {
     let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
@@ -189,8 +189,14 @@ fn a_cleaned_node_has_its_settings_back() {
                 .collect::<io::Result<Vec<_>>>()
         })
     };
+    let routers = || {
+        let show =
+            ["exec", "node1", "--", "ip", "-o", "address", "show", "dev", "lo", "scope", "global"];
+        text(&program(&show)).lines().filter(|line| line.contains("inet")).count()
+    };
     let ours = ["0", "0", "49152-65535"];
     assert_eq!(settings(), ours);
+    assert_eq!(routers(), 2);
     // An agent that finds them as it wants them forgets nothing.
     let records = lab.cni(1).records;
     let ready = || {
@@ -208,10 +214,10 @@ fn a_cleaned_node_has_its_settings_back() {
     fs::create_dir_all(place.join("cni")).unwrap();
     fs::create_dir_all(place.join("state")).unwrap();
     symlink(records.parent().unwrap(), place.join("state/agent")).unwrap();
-    let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
+    let palisade = Path::new(PROGRAM).with_file_name("palisade");
     let directory = |flag: &str, path: &str| format!("--{flag}={}", place.join(path).display());
     let mut clean = Command::new(PROGRAM);
-    clean.args(["exec", "node1", "--"]).arg(program).args(["node", "clean"]).args([
+    clean.args(["exec", "node1", "--"]).arg(palisade).args(["node", "clean"]).args([
         directory("cni-bin-dir", "cni"),
         directory("cni-conf-dir", "cni"),
         directory("run-dir", "run"),
@@ -221,6 +227,7 @@ fn a_cleaned_node_has_its_settings_back() {
     let Output { status, stderr, .. } = clean.output().unwrap();
     assert!(status.success(), "{}", String::from_utf8_lossy(&stderr));
     assert_eq!(settings(), ["1", "1", ""]);
+    assert_eq!(routers(), 0);
     assert!(!place.join("state").exists());
     fs::remove_dir_all(place).unwrap();
     drop(suspended);
