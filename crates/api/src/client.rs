@@ -22,7 +22,7 @@ const PROBE: Duration = Duration::from_secs(5);
 /// A connection whose far end acknowledged nothing for so long is dead.
 const DEAD: Duration = Duration::from_secs(15);
 /// Until a new connection, handshake included, has failed.
-const CONNECT: Duration = Duration::from_secs(5);
+const CONNECT: Duration = Duration::from_secs(10);
 /// Until a request without an answer has failed; longer than any watch is quiet.
 const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 

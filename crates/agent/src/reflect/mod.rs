@@ -140,8 +140,9 @@ struct Patience {
 impl Patience {
     const FIRST: Duration = Duration::from_millis(50);
     const LAST: Duration = Duration::from_secs(3);
-    /// So long without a failure, and all is well again.
-    const CALM: Duration = Duration::from_secs(10);
+    /// So long without a failure, and all is well again: longer than an attempt to connect and the
+    /// pause before it.
+    const CALM: Duration = Duration::from_secs(15);
 
     fn after(&mut self, now: Instant) -> Duration {
         if self.failed.is_none_or(|failed| now - failed > Self::CALM) {
