@@ -1,13 +1,13 @@
 //! Frames of HTTP/2, for what no library sends.
 
 use std::{
-    io::{self, Read, Write},
+    io::{Read, Write},
     net::TcpStream,
 };
 
 use palisade_proxy::http::PREFACE;
 
-use super::{SERVER4, WAIT, World};
+use super::{SERVER4, World};
 
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
@@ -58,16 +58,10 @@ pub(crate) fn raw(world: &World) -> TcpStream {
 
 /// The next frame: kind, stream, payload. `None`: the connection ended.
 pub(crate) fn next(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
-    let mut read = |bytes: &mut [u8]| {
-        let read = stream.read_exact(bytes);
-        let late = |error: &io::Error| error.kind() == io::ErrorKind::WouldBlock;
-        assert!(!read.as_ref().is_err_and(late), "no frame within {WAIT:?}");
-        read.ok()
-    };
     let mut head = [0; 9];
-    read(&mut head)?;
+    stream.read_exact(&mut head).ok()?;
     let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-    read(&mut payload)?;
+    stream.read_exact(&mut payload).ok()?;
     Some((head[3], u32::from_be_bytes(head[5..].try_into().unwrap()), payload))
 }
 
