@@ -21,6 +21,8 @@ pub const FLOWS_TCP: u32 = 131_072;
 /// TCP flows that one endpoint can have, of both families together: a quarter of either table is
 /// left to all others.
 pub const FLOWS_TCP_OF_ENDPOINT: u64 = FLOWS_TCP as u64 / 4 * 3;
+/// With so many no more are opened to it from elsewhere: the rest is for those that it opens itself.
+pub const FLOWS_TCP_FROM_ELSEWHERE: u64 = FLOWS_TCP as u64 / 2;
 /// Flows of other protocols per family.
 pub const FLOWS_ANY: u32 = 65_536;
 /// Service addresses (frontend address, port and protocol).

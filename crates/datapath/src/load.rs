@@ -194,11 +194,12 @@ impl Datapath {
     /// [`LoadError::Attach`], [`LoadError::Pin`] or [`LoadError::Map`].
     pub fn attach(&self, interface: &str, side: Side) -> Result<(), LoadError> {
         // Programs of before may keep masqueraded flows' ports elsewhere, and do so until the last.
-        self.recall_ports()?;
+        // Without the ports connections may be lost; without the programs nothing is judged.
+        let recalled = self.recall_ports();
         for (program, direction) in side.programs() {
             self.attach_program(interface, program, direction)?;
         }
-        self.recall_ports()?;
+        recalled.and_then(|()| self.recall_ports())?;
         let old = match side {
             Side::Uplink => Side::Underlay,
             Side::Underlay => Side::Uplink,

@@ -1,7 +1,7 @@
 //! The pinned maps, typed.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap as Assigned, HashSet},
+    collections::{BTreeMap, BTreeSet, HashMap as Assigned},
     net::IpAddr,
     sync::{Mutex, MutexGuard, PoisonError},
 };
@@ -44,8 +44,8 @@ struct Tables {
     flow_counts: Array<MapData, Wire<FlowCounts>>,
     masquerade: Array<MapData, Wire<MasqueradeSettings>>,
     masqueraded: Hash<MasqueradeKey, MasqueradeValue>,
-    /// Ports that no flow had when flows were collected last.
-    idle: HashSet<MasqueradeKey>,
+    /// Ports that no flow had when flows were collected last, and whose they were.
+    idle: Assigned<MasqueradeKey, MasqueradeValue>,
     metrics: PerCpuArray<MapData, Wire<MetricsValue>>,
 }
 
@@ -116,7 +116,7 @@ impl Maps {
             flow_counts: take(object, map::FLOW_COUNTS)?,
             masquerade: take(object, map::MASQUERADE)?,
             masqueraded: take(object, map::MASQUERADED_TCP)?,
-            idle: HashSet::new(),
+            idle: Assigned::new(),
             metrics: take(object, map::METRICS)?,
         };
         Ok(Self { tables: Mutex::new(tables) })
@@ -406,13 +406,20 @@ impl Tables {
     }
 
     /// Frees the ports of flows that are no more. A flow may be younger than the look at flows, or
-    /// have escaped it: only who is missed twice is gone.
+    /// have escaped it: only who is missed twice at the same port is gone.
     fn free_ports(&mut self, used: &Assigned<MasqueradeKey, MasqueradeValue>) {
         let known = self.masqueraded.keys().flatten().map(|Wire(key)| key);
-        let idle: HashSet<_> = known.filter(|key| !used.contains_key(key)).collect();
-        for key in idle.intersection(&self.idle) {
-            // What is gone is free.
-            let _ = self.masqueraded.remove(&Wire(*key));
+        let unused: Vec<_> = known.filter(|key| !used.contains_key(key)).collect();
+        let owner = |key: &MasqueradeKey| self.masqueraded.get(&Wire(*key), 0).ok();
+        let idle: Assigned<_, _> = unused
+            .into_iter()
+            .filter_map(|key| owner(&key).map(|Wire(owner)| (key, owner)))
+            .collect();
+        for (key, owner) in &idle {
+            if self.idle.get(key) == Some(owner) {
+                // What is gone is free.
+                let _ = self.masqueraded.remove(&Wire(*key));
+            }
         }
         self.idle = idle;
     }

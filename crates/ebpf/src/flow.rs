@@ -181,8 +181,12 @@ impl Key {
     pub fn enter(&self, value: &FlowValue, new: bool) -> Result<(), DropReason> {
         let count = count_of(value.payer()).ok_or(DropReason::Internal)?;
         let counts = new && self.tcp;
+        let most = match value.opener_row {
+            ROW_NONE => limits::FLOWS_TCP_FROM_ELSEWHERE,
+            _ => limits::FLOWS_TCP_OF_ENDPOINT,
+        };
         // SAFETY: a live map value; a few flows too many at the same time do not matter.
-        if counts && unsafe { count.read_volatile() } >= limits::FLOWS_TCP_OF_ENDPOINT {
+        if counts && unsafe { count.read_volatile() } >= most {
             return Err(DropReason::TooManyFlows);
         }
         self.insert(value).map_err(|_| DropReason::FlowTableFull)?;
