@@ -113,7 +113,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     // Before the node's own connections of this process get ports.
     netlink
         .prepare_node(masquerades, move |changes| {
-            settings::record(&record, recorded_settings(changes))
+            if let Err(error) = settings::record(&record, recorded_settings(changes)) {
+                warn!(%error, "settings of the node are changed, and cannot be put back one day");
+            }
         })
         .await?;
     netlink.steer_to_proxy().await?;

@@ -25,33 +25,46 @@ pub struct Change {
 /// Settings by their paths below `/proc/sys/net`.
 pub type Changes = BTreeMap<String, Change>;
 
-/// What is recorded; nothing where there is no record.
+/// The file: settings are set anew with each start of the machine, so that what they were counts until
+/// the next one only.
+#[derive(Serialize, Deserialize)]
+struct Record {
+    boot: String,
+    changes: Changes,
+}
+
+/// What is recorded of this start of the machine.
 ///
 /// # Errors
 /// The record cannot be read, or is none.
 pub fn read(file: &Path) -> io::Result<Changes> {
-    match fs::read(file) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Changes::new()),
-        read => Ok(serde_json::from_slice(&read?)?),
-    }
+    let record: Record = match fs::read(file) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Changes::new()),
+        read => serde_json::from_slice(&read?)?,
+    };
+    Ok(if record.boot == boot()? { record.changes } else { Changes::new() })
 }
 
 /// Adds to the record. A setting that is changed once more was given another value by somebody
-/// since, or by a new start of the machine: that value counts.
+/// since: that value counts. A record that cannot be read is replaced.
 ///
 /// # Errors
-/// The record cannot be read or written.
-pub fn record(file: &Path, changes: Changes) -> io::Result<()> {
-    if changes.is_empty() {
+/// The record cannot be written.
+pub fn record(file: &Path, new: Changes) -> io::Result<()> {
+    if new.is_empty() {
         return Ok(());
     }
-    let mut all = read(file)?;
-    all.extend(changes);
+    let mut changes = read(file).unwrap_or_default();
+    changes.extend(new);
     let partial = file.with_extension("partial");
     let mut aside = File::create(&partial)?;
-    aside.write_all(&serde_json::to_vec(&all)?)?;
+    aside.write_all(&serde_json::to_vec(&Record { boot: boot()?, changes })?)?;
     aside.sync_all()?;
     fs::rename(&partial, file)
+}
+
+fn boot() -> io::Result<String> {
+    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -75,7 +88,14 @@ mod tests {
         expected.extend(change("b", "2", "0"));
         assert_eq!(read(&file).unwrap(), expected);
         fs::write(&file, "no record").unwrap();
-        assert!(read(&file).is_err() && record(&file, change("a", "1", "0")).is_err());
+        assert!(read(&file).is_err());
+        record(&file, change("a", "1", "0")).unwrap();
+        assert_eq!(read(&file).unwrap(), change("a", "1", "0"));
+        let text = fs::read_to_string(&file).unwrap();
+        fs::write(&file, text.replace(&boot().unwrap(), "another")).unwrap();
+        assert_eq!(read(&file).unwrap(), Changes::new());
+        record(&file, change("b", "1", "0")).unwrap();
+        assert_eq!(read(&file).unwrap(), change("b", "1", "0"));
         fs::remove_file(&file).unwrap();
     }
 }

@@ -105,7 +105,7 @@ impl Bench {
         let directory = std::env::temp_dir().join(&node.0);
         let (attachments, restored) = Self::restore(&node, &directory).await;
         assert!(restored.live.is_empty() && restored.gone.is_empty());
-        node.netlink().prepare_node(false, |_| Ok(())).await.expect("settings");
+        node.netlink().prepare_node(false, |_| ()).await.expect("settings");
         let routers = ["10.244.9.1", "fd44:0:0:9::1"].map(|a| a.parse().expect("address"));
         node.netlink().add_router_addresses(&routers).await.expect("routers");
         Some(Self { node, directory, attachments, endpoints })

@@ -277,11 +277,20 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
 
 /// What the agent set is again what it was; what somebody has set since stays.
 fn restore_settings(root: &Path, record: &Path) -> Result<()> {
-    let changes = settings::read(record)
-        .with_context(|| format!("cannot read what settings were: {}", record.display()))?;
+    let changes = settings::read(record).unwrap_or_else(|error| {
+        let record = record.display();
+        eprintln!(
+            "warning: settings stay as they are: cannot read what they were in {record}: {error}"
+        );
+        settings::Changes::new()
+    });
     for (name, settings::Change { before, after }) in changes {
         let path = root.join(&name);
-        let present = fs::read_to_string(&path).with_context(|| path.display().to_string())?;
+        let present = match fs::read_to_string(&path) {
+            // The kernel has it no more, as with a family that was taken away.
+            Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
+            read => read.with_context(|| path.display().to_string())?,
+        };
         if present.trim() == after {
             fs::write(&path, format!("{before}\n"))
                 .with_context(|| format!("cannot set {}", path.display()))?;

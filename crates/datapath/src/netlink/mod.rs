@@ -73,9 +73,6 @@ pub enum NetlinkError {
         /// What the kernel said.
         source: io::Error,
     },
-    /// What settings were before could not be recorded.
-    #[error("cannot record the node's settings: {0}")]
-    Record(#[source] io::Error),
     /// The namespace is no namespace, or gone.
     #[error(transparent)]
     Namespace(#[from] NamespaceError),

@@ -1,6 +1,5 @@
 //! Settings of the node as a whole.
 
-use std::io;
 use std::ops::RangeInclusive;
 
 use palisade_abi::MASQUERADE_FIRST_PORT;
@@ -41,11 +40,11 @@ impl Netlink {
     pub async fn prepare_node(
         &self,
         masquerades: bool,
-        record: impl FnOnce(Vec<SettingChange>) -> io::Result<()> + Send + 'static,
+        record: impl FnOnce(Vec<SettingChange>) + Send + 'static,
     ) -> Result<(), NetlinkError> {
         self.run(move |_| {
             let changes = changes(masquerades)?;
-            record(changes.clone()).map_err(NetlinkError::Record)?;
+            record(changes.clone());
             changes.iter().try_for_each(|change| sysctl::set(change.name, &change.after))
         })
         .await

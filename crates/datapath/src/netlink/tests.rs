@@ -77,7 +77,7 @@ fn pod_link(host: Link) -> PodLink {
 async fn a_pod_interface_carries_packets_both_ways() {
     let (Some(node), Some(pod)) = (TempNs::new("node"), TempNs::new("pod")) else { return };
     let (node_nl, pod_nl) = (node.netlink(), pod.netlink());
-    node_nl.prepare_node(false, |_| Ok(())).await.expect("prepare");
+    node_nl.prepare_node(false, |_| ()).await.expect("prepare");
     let routers = [ip("10.244.9.1"), ip("fd44:0:0:9::1")];
     node_nl.add_router_addresses(&routers).await.expect("routers");
     node_nl.add_router_addresses(&routers).await.expect("again");

@@ -132,7 +132,7 @@ impl Node {
                 tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
             runtime.block_on(async {
                 let netlink = Netlink::current().unwrap();
-                netlink.prepare_node(false, |_| Ok(())).await.unwrap();
+                netlink.prepare_node(false, |_| ()).await.unwrap();
                 netlink.steer_to_proxy().await.unwrap();
                 netlink.steer_to_proxy().await.unwrap();
             });
