@@ -8,10 +8,10 @@ use hyper_timeout::TimeoutConnector;
 use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioExecutor};
 use kube::{
     Client, Config,
-    client::{ConfigExt, retry::RetryPolicy},
+    client::ConfigExt,
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::{BoxError, ServiceBuilder, retry::RetryLayer};
+use tower::{BoxError, ServiceBuilder};
 
 /// Seconds after which a quiet watch is renewed: a server that hangs, though its machine answers,
 /// is noticed within this time.
@@ -44,7 +44,8 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     Ok(connect(&config)?)
 }
 
-/// As `Client::try_from` does it, which has no way to say something about the sockets.
+/// As `Client::try_from` does it, which has no way to say something about the sockets. Who asks in vain
+/// asks again by himself, and is to hear of it first.
 fn connect(config: &Config) -> kube::Result<Client> {
     let mut tcp = HttpConnector::new();
     // What is below TLS.
@@ -60,7 +61,6 @@ fn connect(config: &Config) -> kube::Result<Client> {
     let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
-        .layer(RetryLayer::new(RetryPolicy::server_retry()))
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
         .map_err(BoxError::from)
