@@ -452,15 +452,24 @@ impl Attachments {
             Err(error) => return warn!("cannot read the queue of deletions: {error}"),
         };
         for attachment in queued {
-            if let Err(failure) = self.del(endpoints, &attachment).await {
+            let _lock = self.lock(&attachment.container_id).await;
+            // Who attached the container since, took its deletion out.
+            if !self.queued(&attachment).exists() {
+                continue;
+            }
+            if let Err(failure) = self.del_locked(endpoints, &attachment).await {
                 warn!("queued deletion of {attachment}: {failure}");
             }
         }
     }
 
+    /// Where the plugin leaves the attachment's deletion.
+    fn queued(&self, attachment: &Attachment) -> PathBuf {
+        deletion_queue(&self.settings.socket).join(attachment.file_name())
+    }
+
     fn unqueue(&self, attachment: &Attachment) -> io::Result<()> {
-        let path = deletion_queue(&self.settings.socket).join(attachment.file_name());
-        match std::fs::remove_file(path) {
+        match std::fs::remove_file(self.queued(attachment)) {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }

@@ -187,11 +187,13 @@ fn killed_agents_leave_nothing(lab: &Lab, node: &Node) {
         let mut last = None;
         for round in 0..ROUNDS {
             let container = Container::new(node, &format!("a{worker}-{round}"));
+            let begun = Instant::now();
             let outcome = loop {
                 let outcome = container.run("ADD", json!({}));
                 if outcome.success {
                     break outcome;
                 }
+                assert!(begun.elapsed() < Duration::from_secs(60), "{}", outcome.answer);
                 container.delete();
             };
             in_use.add(&outcome.answer);
