@@ -401,6 +401,35 @@ fn an_answer_waits_until_its_addresses_are_in_force() {
     drop(server);
 }
 
+/// The rules change while the agent is asked, and are in force before it answers.
+#[test]
+fn an_answer_that_waited_is_judged_by_the_newest_rules() {
+    let world = world(rules(1, &["*"], &["*"]));
+    let _server = NameServer::new(&world.server, plain);
+    let mut version = 1;
+    let mut change = |names: &[&str]| {
+        version += 1;
+        world.agent.put(rules(version, names, &["*"]));
+    };
+    for (number, address) in [SERVER4, SERVER6].into_iter().enumerate() {
+        let (udp, tcp) = (format!("udp{number}.org"), format!("tcp{number}.org"));
+        let client = if address.is_ipv4() { CLIENT4 } else { CLIENT6 };
+        let socket = socket(&world, client, address);
+        socket.send(&query(&udp)).unwrap();
+        let of_udp = world.agent.learn();
+        let mut stream = connect(&world, address);
+        stream.write_all(&frame(&query(&tcp))).unwrap();
+        let of_tcp = world.agent.learn();
+        change(&["other.org"]);
+        for learn in [of_udp, of_tcp] {
+            world.agent.send(&ToProxy::Learned { id: learn.id });
+        }
+        assert_eq!(rcode(&receive(&socket)), REFUSED);
+        assert_eq!(rcode(&framed(&mut stream).unwrap()), REFUSED);
+        change(&["*"]);
+    }
+}
+
 #[test]
 fn no_answer_overtakes_its_addresses() {
     let world = world(rules(1, &["*"], &["*"]));

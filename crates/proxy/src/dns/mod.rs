@@ -216,13 +216,18 @@ impl Exchange<'_> {
                 return None;
             }
         };
-        // The rules may be others than when the question came.
+        // The rules may be others than when the question came, before the agent learns anything by
+        // them, and after it did.
         let judged = self.judge();
         if !judged.allowed {
             return Some(self.reply(&judged, Rcode::REFUSED));
         }
         if !self.may_hear(&answer).await {
             return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+        }
+        let judged = self.judge();
+        if !judged.allowed {
+            return Some(self.reply(&judged, Rcode::REFUSED));
         }
         self.record(&judged, Some(answer.rcode), Some(&answer));
         Some(reply)

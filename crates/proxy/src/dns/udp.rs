@@ -134,9 +134,10 @@ fn v6(address: SockaddrIn6) -> SocketAddr {
 
 /// Sends the answer as if the server did.
 fn send(flow: Flow, reply: &[u8], raw: &Raw) -> io::Result<()> {
-    // One call in place of six.
-    if reply.len() <= SHORT {
-        return raw.send(flow.server, flow.client, reply);
+    // One call in place of six. Its room is everybody's: where there is none, or the way carries
+    // less, the answer has a socket of its own.
+    if reply.len() <= SHORT && raw.send(flow.server, flow.client, reply).is_ok() {
+        return Ok(());
     }
     let socket = net::transparent(flow.server, Type::DGRAM, Protocol::UDP)?;
     // Answers of the same server may be sent at the same time.

@@ -1,8 +1,10 @@
 //! Asking the server: one socket for each question, in the client's name.
 
 use std::{
-    io,
+    future::poll_fn,
+    io, mem,
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
+    task::Poll,
 };
 
 use socket2::{Protocol, Type};
@@ -58,7 +60,10 @@ async fn ask_udp(
     for _ in 0..=MAX_STRAYS {
         buffer.clear();
         socket.recv_buf(&mut buffer).await?;
-        if let Ok(answer) = Answer::read(question, id, &buffer) {
+        let read = Answer::read(question, id, &buffer);
+        // A long message takes long to read: whatever comes next waits for the next turn.
+        end_turn().await;
+        if let Ok(answer) = read {
             return Ok((answer, buffer));
         }
     }
@@ -92,6 +97,19 @@ pub(super) async fn write_framed(
 ) -> io::Result<()> {
     let length = u16::try_from(message.len()).map_err(io::Error::other)?;
     stream.write_all(&[&length.to_be_bytes(), message].concat()).await
+}
+
+/// Ends the turn of [`super::turns`]: a set of futures stops at those that wake themselves.
+async fn end_turn() {
+    let mut over = false;
+    poll_fn(|context| {
+        if mem::replace(&mut over, true) {
+            return Poll::Ready(());
+        }
+        context.waker().wake_by_ref();
+        Poll::Pending
+    })
+    .await;
 }
 
 fn random_id() -> io::Result<u16> {
