@@ -14,7 +14,11 @@ mod world;
 use std::{
     io::Write,
     net::{TcpStream, UdpSocket},
-    sync::atomic::{AtomicBool, Ordering::Relaxed},
+    sync::{
+        Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering::Relaxed},
+        mpsc::{Sender, channel},
+    },
     thread,
     time::{Duration, Instant},
 };
@@ -47,18 +51,24 @@ fn slow(ask: &mut impl FnMut()) -> Duration {
     times[times.len() * 99 / 100]
 }
 
-/// Compares what somebody else asks, alone and while the flood goes on, which it does until it is
-/// told that it is over.
+/// Compares what somebody else asks, alone and while the flood goes on, which says when it begins,
+/// goes on until it is over, and then tells how often it did what it does.
 #[track_caller]
-fn is_hardly_noticed(what: &str, mut ask: impl FnMut(), flood: impl FnOnce(&AtomicBool) + Send) {
+fn is_hardly_noticed(
+    what: &str,
+    mut ask: impl FnMut(),
+    flood: impl FnOnce(Sender<()>, &AtomicBool) -> u64 + Send,
+) {
     let alone = slow(&mut ask);
     let over = AtomicBool::new(false);
-    let beside = thread::scope(|scope| {
-        scope.spawn(|| flood(&over));
-        let beside = slow(&mut ask);
+    let (begins, begun) = channel();
+    let (beside, done) = thread::scope(|scope| {
+        let flood = scope.spawn(|| flood(begins, &over));
+        let beside = begun.recv().map(|()| slow(&mut ask));
         over.store(true, Relaxed);
-        beside
+        (beside.unwrap(), flood.join().unwrap())
     });
+    assert!(done >= 1000, "{what}: only {done}");
     println!("{what}: the slowest in a hundred {alone:?} alone, {beside:?} beside it");
     assert!(beside <= UNSEEN.max(2 * alone), "{what}: {alone:?} alone, {beside:?} beside it");
 }
@@ -78,6 +88,9 @@ fn pace(over: &AtomicBool, a_second: u64, mut step: impl FnMut(u64)) -> u64 {
     }
     done
 }
+
+/// Tests here measure: one at a time.
+static MEASURING: Mutex<()> = Mutex::new(());
 
 fn public() -> World {
     World::new(rules(1, &[http(&["GET|POST /public(/.*)?"])]))
@@ -114,41 +127,46 @@ fn many(world: &World, count: usize, say: &'static [u8]) -> Vec<TcpStream> {
 
 #[test]
 fn heads_that_do_not_end() {
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let world = public();
     let _origin = origin(&world);
     let ask = asker(&world);
-    is_hardly_noticed("10,000 heads without an end", ask, |over| {
+    is_hardly_noticed("10,000 heads without an end", ask, |begins, over| {
         let limit = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
         let count = limit.map_or(10_000, |limit| 10_000.min(limit as usize / 2));
         let mut streams = many(&world, count, b"GET /pub");
-        pace(over, 1000, |n| {
-            let stream = n as usize % streams.len();
-            // Many of them are ended by now.
-            _ = streams[stream].write_all(b"l");
-        });
+        begins.send(()).unwrap();
+        let count = streams.len();
+        // Many of them are ended by now.
+        pace(over, 1000, |n| _ = streams[n as usize % count].write_all(b"l"))
     });
 }
 
 #[test]
 fn bodies_that_come_byte_by_byte() {
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let world = public();
     let _origin = origin(&world);
     let ask = asker(&world);
-    is_hardly_noticed("1,000 bodies, a byte a second", ask, |over| {
+    is_hardly_noticed("1,000 bodies, a byte a second", ask, |begins, over| {
         let head = b"POST /public HTTP/1.1\r\nHost: a\r\nContent-Length: 10000\r\n\r\n";
         let mut streams = many(&world, 1000, head);
-        pace(over, 1000, |n| _ = streams[n as usize % 1000].write_all(b"x"));
+        begins.send(()).unwrap();
+        let count = streams.len();
+        pace(over, 1000, |n| _ = streams[n as usize % count].write_all(b"x"))
     });
 }
 
 #[test]
 fn requests_that_are_taken_back() {
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     let world = public();
     let _origin = origin(&world);
     let ask = asker(&world);
-    is_hardly_noticed("1,000 requests a second that are taken back", ask, |over| {
+    is_hardly_noticed("1,000 requests a second that are taken back", ask, |begins, over| {
         let mut stream = raw(&world);
         let mut number = 1;
+        begins.send(()).unwrap();
         pace(over, 1000, |_| {
             let asked = frame(HEADERS, END_HEADERS, number, &block(&GET));
             let taken = frame(RST_STREAM, 0, number, &[0, 0, 0, 8]);
@@ -158,13 +176,14 @@ fn requests_that_are_taken_back() {
                 stream = raw(&world);
                 number = 1;
             }
-        });
+        })
     });
 }
 
 #[test]
 fn questions_without_an_end() {
     const A_SECOND: u64 = 50_000;
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
     for name in ["evil.org", "mute.cdn.example.com"] {
         let world = pods::world(pods::usual());
         let _server = NameServer::new(&world.server, |asked| {
@@ -175,12 +194,12 @@ fn questions_without_an_end() {
             other.send(&query("api.example.com")).unwrap();
             assert_eq!(rcode(&receive(&other)), 0);
         };
-        is_hardly_noticed(&format!("50,000 questions a second for {name}"), ask, |over| {
+        is_hardly_noticed(&format!("50,000 questions a second for {name}"), ask, |begins, over| {
             let greedy: UdpSocket = pods::socket(&world, CLIENT4, SERVER4);
-            let done = pace(over, A_SECOND, |n| {
+            begins.send(()).unwrap();
+            pace(over, A_SECOND, |n| {
                 greedy.send(&Message::query(n as u16, name, A).bytes()).unwrap();
-            });
-            println!("{done} questions");
+            })
         });
     }
 }

@@ -94,7 +94,7 @@ fn curl(from: &Pod, name: Option<&str>, to: IpAddr) -> (Option<i32>, String) {
         }
         None => (format!("https://{at}/"), "unused:1:[::1]".to_owned()),
     };
-    let arguments = ["-sgk", "--max-time", "2", "--resolve", &resolve, &url].map(str::to_owned);
+    let arguments = ["-sgk", "--max-time", "10", "--resolve", &resolve, &url].map(str::to_owned);
     let output = from.run(move || Command::new("curl").args(arguments).output());
     (output.status.code(), String::from_utf8_lossy(&output.stdout).into_owned())
 }
