@@ -1,6 +1,7 @@
 //! Messages between processes.
 
 pub mod admin;
+pub mod boot;
 #[cfg(feature = "client")]
 pub mod client;
 pub mod cni;

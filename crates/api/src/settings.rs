@@ -10,6 +10,8 @@ use std::{
 
 use serde::{Deserialize, Serialize};
 
+use crate::boot;
+
 /// The record's name in the directory of the agent's records.
 pub const FILE: &str = "settings";
 
@@ -42,7 +44,7 @@ pub fn read(file: &Path) -> io::Result<Changes> {
         Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Changes::new()),
         read => serde_json::from_slice(&read?)?,
     };
-    Ok(if record.boot == boot()? { record.changes } else { Changes::new() })
+    Ok(if record.boot == boot::id()? { record.changes } else { Changes::new() })
 }
 
 /// Adds to the record. A setting that is changed once more was given another value by somebody
@@ -58,13 +60,9 @@ pub fn record(file: &Path, new: Changes) -> io::Result<()> {
     changes.extend(new);
     let partial = file.with_extension("partial");
     let mut aside = File::create(&partial)?;
-    aside.write_all(&serde_json::to_vec(&Record { boot: boot()?, changes })?)?;
+    aside.write_all(&serde_json::to_vec(&Record { boot: boot::id()?, changes })?)?;
     aside.sync_all()?;
     fs::rename(&partial, file)
-}
-
-fn boot() -> io::Result<String> {
-    Ok(fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned())
 }
 
 #[cfg(test)]
@@ -92,7 +90,7 @@ mod tests {
         record(&file, change("a", "1", "0")).unwrap();
         assert_eq!(read(&file).unwrap(), change("a", "1", "0"));
         let text = fs::read_to_string(&file).unwrap();
-        fs::write(&file, text.replace(&boot().unwrap(), "another")).unwrap();
+        fs::write(&file, text.replace(&boot::id().unwrap(), "another")).unwrap();
         assert_eq!(read(&file).unwrap(), Changes::new());
         record(&file, change("b", "1", "0")).unwrap();
         assert_eq!(read(&file).unwrap(), change("b", "1", "0"));

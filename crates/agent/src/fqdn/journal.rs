@@ -47,7 +47,7 @@ impl Journal {
     /// # Errors
     /// The file cannot be read or written. What cannot be understood is left out.
     pub(super) fn open(path: PathBuf) -> io::Result<(Self, Cache)> {
-        let boot = fs::read_to_string("/proc/sys/kernel/random/boot_id")?.trim().to_owned();
+        let boot = palisade_api::boot::id()?;
         let text = match fs::read_to_string(&path) {
             Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
             read => read?,
