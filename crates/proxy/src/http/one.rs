@@ -390,23 +390,11 @@ async fn upload(
     let mut out = Outlet::new(server, request.body);
     request.write(&mut out.bytes);
     let mut reader = Reader::new(request.body);
-    loop {
-        let (used, piece) = reader.next(buffer.data()).map_err(Fault::Request)?;
-        let (more, written) = match piece {
-            Piece::Data(data) => (false, out.data(data).await),
-            Piece::More => (true, out.flush().await),
-            Piece::End => {
-                buffer.consume(used);
-                break;
-            }
-        };
-        buffer.consume(used);
-        if written.is_err() {
-            return Ok(());
-        }
-        if more && fill(buffer, client).await.ok_or(Fault::Broken)? == 0 {
-            return Err(Fault::Broken);
-        }
+    match hand_on(&mut reader, buffer, client, &mut out).await {
+        Ok(()) => {}
+        Err(Stopped::Malformed(fault)) => return Err(Fault::Request(fault)),
+        Err(Stopped::Source) => return Err(Fault::Broken),
+        Err(Stopped::Sink) => return Ok(()),
     }
     // Trailers of requests do not pass: the request was judged without them.
     if out.end(&[]).await.is_err() {
@@ -420,6 +408,46 @@ async fn upload(
         _ = socket2::SockRef::from(server).shutdown(std::net::Shutdown::Write);
     }
     Ok(())
+}
+
+/// Why a body was not handed on to its end.
+enum Stopped {
+    /// It is none.
+    Malformed(Malformed),
+    /// Its sender is gone, or says nothing for long.
+    Source,
+    /// Nobody takes it.
+    Sink,
+}
+
+/// Hands a body on as it comes. What follows it stays in the buffer.
+async fn hand_on(
+    reader: &mut Reader,
+    buffer: &mut Buffer,
+    from: &TcpStream,
+    to: &mut Outlet<'_>,
+) -> Result<(), Stopped> {
+    loop {
+        let (used, piece) = reader.next(buffer.data()).map_err(Stopped::Malformed)?;
+        let (more, written) = match piece {
+            Piece::Data(data) => (false, to.data(data).await),
+            Piece::More => (true, to.flush().await),
+            Piece::End => {
+                buffer.consume(used);
+                return Ok(());
+            }
+        };
+        buffer.consume(used);
+        written.map_err(|_| Stopped::Sink)?;
+        if !more {
+            continue;
+        }
+        match fill(buffer, from).await {
+            Some(1..) => {}
+            Some(0) if reader.may_end() => return Ok(()),
+            _ => return Err(Stopped::Source),
+        }
+    }
 }
 
 /// Reads on; `None` when nothing comes for long, or the stream is broken.
@@ -504,25 +532,11 @@ impl Download<'_> {
         out: &mut Outlet<'_>,
         buffer: &mut Buffer,
     ) -> Result<(), Fault> {
-        loop {
-            let (used, piece) = reader.next(buffer.data()).map_err(Fault::Response)?;
-            let (more, written) = match piece {
-                Piece::Data(data) => (false, out.data(data).await),
-                Piece::More => (true, out.flush().await),
-                Piece::End => {
-                    buffer.consume(used);
-                    break;
-                }
-            };
-            buffer.consume(used);
-            written.map_err(|_| Fault::Broken)?;
-            if more && fill(buffer, self.server).await.ok_or(Fault::Gone)? == 0 {
-                if reader.may_end() {
-                    break;
-                }
-                return Err(Fault::Gone);
-            }
-        }
+        hand_on(&mut reader, buffer, self.server, out).await.map_err(|stopped| match stopped {
+            Stopped::Malformed(fault) => Fault::Response(fault),
+            Stopped::Source => Fault::Gone,
+            Stopped::Sink => Fault::Broken,
+        })?;
         let trailers: Vec<_> =
             reader.trailers().iter().filter(|(name, _)| may_trail(name)).collect();
         out.end(&trailers).await.map_err(|_| Fault::Broken)
