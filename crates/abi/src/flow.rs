@@ -164,9 +164,25 @@ impl FlowValue {
     }
 }
 
-/// Value of `FLOW_COUNTS`: the TCP flows of each row, see [`FlowValue::payer`]. Who opens one adds
-/// one; the host counts anew when it collects.
-pub type FlowCounts = [u64; ENDPOINT_ROWS as usize];
+/// Value of `FLOW_COUNTS`: the TCP flows of a family. Who opens one adds one; the host counts anew
+/// when it collects.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, FromBytes, IntoBytes, Immutable, KnownLayout)]
+#[repr(C)]
+pub struct FlowCounts {
+    /// All of them.
+    pub all: u64,
+    /// Those of each row, see [`FlowValue::payer`].
+    pub of_row: [u64; ENDPOINT_ROWS as usize],
+}
+
+impl FlowCounts {
+    /// No flows.
+    pub const NONE: Self = Self { all: 0, of_row: [0; ENDPOINT_ROWS as usize] };
+    /// Index of those over IPv4.
+    pub const IPV4: u32 = 0;
+    /// Index of those over IPv6.
+    pub const IPV6: u32 = 1;
+}
 
 const _: () = assert!(size_of::<FlowKey4>() == 16);
 const _: () = assert!(size_of::<FlowKey6>() == 40);

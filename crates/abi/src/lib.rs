@@ -68,7 +68,7 @@ pub mod map {
     pub const FLOWS4: &str = "FLOWS4";
     /// [`crate::FlowKey6`] → [`crate::FlowValue`], TCP over IPv6, hash.
     pub const FLOWS6: &str = "FLOWS6";
-    /// Index 0: [`crate::FlowCounts`], array.
+    /// [`crate::FlowCounts`] of each family, array.
     pub const FLOW_COUNTS: &str = "FLOW_COUNTS";
     /// [`crate::FlowKey4`] → [`crate::FlowValue`], every other protocol over IPv4, LRU hash.
     pub const FLOWS4_ANY: &str = "FLOWS4_ANY";

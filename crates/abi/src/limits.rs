@@ -18,11 +18,12 @@ pub const PEERS: u32 = 1_048_576;
 pub const PORTS: u32 = 262_144;
 /// TCP flows per family.
 pub const FLOWS_TCP: u32 = 131_072;
-/// TCP flows that one endpoint can have, of both families together: a quarter of either table is
-/// left to all others.
-pub const FLOWS_TCP_OF_ENDPOINT: u64 = FLOWS_TCP as u64 / 4 * 3;
-/// With so many no more are opened to it from elsewhere: the rest is for those that it opens itself.
-pub const FLOWS_TCP_FROM_ELSEWHERE: u64 = FLOWS_TCP as u64 / 2;
+/// TCP flows that one endpoint can have for each of its family that is free: alone it fills three
+/// quarters of the table, the next one three quarters of the rest, so that no few endpoints fill it.
+pub const FLOWS_TCP_PER_FREE: u64 = 3;
+/// With so many no more are opened to it from elsewhere, which fill half of the table at most: the
+/// rest is for those that it opens itself.
+pub const FLOWS_TCP_FROM_ELSEWHERE_PER_FREE: u64 = 1;
 /// Flows of other protocols per family.
 pub const FLOWS_ANY: u32 = 65_536;
 /// Service addresses (frontend address, port and protocol).

@@ -144,11 +144,13 @@ impl Maps {
     /// follows from flows in line: how many each endpoint has, and whose which ports are.
     pub(crate) fn collect_flows(&self, now: u32, time: u64) -> Result<FlowStats, MapError> {
         let mut tables = self.lock();
-        let Wire(before) = tables.flow_counts.get(&0, 0)?;
         let mut found = Found::new(now, time);
+        let before = tables.flow_counts.get(&FlowCounts::IPV4, 0)?;
         collect(&mut tables.flows4[0], &mut found);
+        tables.recount(FlowCounts::IPV4, &before, &mut found)?;
+        let before = tables.flow_counts.get(&FlowCounts::IPV6, 0)?;
         collect(&mut tables.flows6[0], &mut found);
-        tables.recount(&before, &found.counts)?;
+        tables.recount(FlowCounts::IPV6, &before, &mut found)?;
         tables.free_ports(&found.ports);
         Ok(found.stats)
     }
@@ -338,20 +340,21 @@ struct Found {
     now: u32,
     time: u64,
     stats: FlowStats,
-    /// Living flows of each row.
+    /// Living flows of the family.
     counts: FlowCounts,
     ports: Assigned<MasqueradeKey, MasqueradeValue>,
 }
 
 impl Found {
     fn new(now: u32, time: u64) -> Self {
-        let counts = [0; limits::ENDPOINT_ROWS as usize];
-        Self { now, time, stats: FlowStats::default(), counts, ports: Assigned::new() }
+        let (stats, counts) = (FlowStats::default(), FlowCounts::NONE);
+        Self { now, time, stats, counts, ports: Assigned::new() }
     }
 
     fn note(&mut self, key: &impl FlowKey, flow: &FlowValue) {
         self.stats.live += 1;
-        if let Some(count) = self.counts.get_mut(flow.payer() as usize) {
+        self.counts.all += 1;
+        if let Some(count) = self.counts.of_row.get_mut(flow.payer() as usize) {
             *count += 1;
         }
         note_port(key, flow, &mut self.ports);
@@ -397,12 +400,24 @@ fn shard_of(address: &Address) -> u32 {
 impl Tables {
     /// Flows that were opened since `before` may or may not be among those that were `found`: they
     /// count in any case, until the next time.
-    fn recount(&mut self, before: &FlowCounts, found: &FlowCounts) -> Result<(), MapError> {
-        let Wire(mut counts) = self.flow_counts.get(&0, 0)?;
-        for ((count, before), found) in counts.iter_mut().zip(before).zip(found) {
-            *count = count.saturating_sub(*before) + found;
+    fn recount(
+        &mut self,
+        family: u32,
+        Wire(before): &Wire<FlowCounts>,
+        found: &mut Found,
+    ) -> Result<(), MapError> {
+        let Wire(mut counts) = self.flow_counts.get(&family, 0)?;
+        let found = std::mem::replace(&mut found.counts, FlowCounts::NONE);
+        let settle = |count: &mut u64, before: u64, found: u64| {
+            *count = count.saturating_sub(before) + found;
+        };
+        settle(&mut counts.all, before.all, found.all);
+        for ((count, before), found) in
+            counts.of_row.iter_mut().zip(before.of_row).zip(found.of_row)
+        {
+            settle(count, before, found);
         }
-        self.flow_counts.set(0, Wire(counts), 0)
+        self.flow_counts.set(family, Wire(counts), 0)
     }
 
     /// Frees the ports of flows that are no more. A flow may be younger than the look at flows, or

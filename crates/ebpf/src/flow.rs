@@ -4,8 +4,8 @@
 use core::arch::asm;
 
 use palisade_abi::{
-    Address, DropReason, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_direction, flow_flags,
-    limits, protocol,
+    Address, DropReason, FlowCounts, FlowKey4, FlowKey6, FlowValue, ROW_NONE, flow_direction,
+    flow_flags, limits, protocol,
 };
 
 use crate::{
@@ -179,22 +179,39 @@ impl Key {
     /// it is of those that give way by themselves (LRU).
     #[inline(never)]
     pub fn enter(&self, value: &FlowValue, new: bool) -> Result<(), DropReason> {
-        let count = count_of(value.payer()).ok_or(DropReason::Internal)?;
+        let [all, own] = self.counts(value.payer()).ok_or(DropReason::Internal)?;
         let counts = new && self.tcp;
-        let most = match value.opener_row {
-            ROW_NONE => limits::FLOWS_TCP_FROM_ELSEWHERE,
-            _ => limits::FLOWS_TCP_OF_ENDPOINT,
+        let per_free = match value.opener_row {
+            ROW_NONE => limits::FLOWS_TCP_FROM_ELSEWHERE_PER_FREE,
+            _ => limits::FLOWS_TCP_PER_FREE,
         };
-        // SAFETY: a live map value; a few flows too many at the same time do not matter.
-        if counts && unsafe { count.read_volatile() } >= most {
+        // SAFETY: live map values; a few flows too many at the same time do not matter.
+        let (all_now, own_now) = unsafe { (all.read_volatile(), own.read_volatile()) };
+        let free = u64::from(limits::FLOWS_TCP).saturating_sub(all_now);
+        if counts && own_now >= per_free * free {
             return Err(DropReason::TooManyFlows);
         }
         self.insert(value).map_err(|_| DropReason::FlowTableFull)?;
         if counts {
-            // SAFETY: a live map value.
-            unsafe { add_one(count) };
+            // SAFETY: live map values.
+            unsafe {
+                add_one(all);
+                add_one(own);
+            }
         }
         Ok(())
+    }
+
+    /// How many TCP flows of the family there are, in all and of a row.
+    #[inline(always)]
+    fn counts(&self, row: u32) -> Option<[*mut u64; 2]> {
+        const { assert!(limits::ENDPOINT_ROWS.is_power_of_two()) };
+        let family = if self.ipv6 { FlowCounts::IPV6 } else { FlowCounts::IPV4 };
+        let counts = FLOW_COUNTS.get_ptr_mut(family)?;
+        // All rows are below; the verifier does not see it from a comparison.
+        let row = row & (limits::ENDPOINT_ROWS - 1);
+        // SAFETY: a live map value.
+        Some(unsafe { [&raw mut (*counts).all, &raw mut (*counts).of_row[row as usize]] })
     }
 
     #[inline(always)]
@@ -206,16 +223,6 @@ impl Key {
             (true, false) => FLOWS6_ANY.insert(&self.v6, value, 0),
         }
     }
-}
-
-#[inline(always)]
-fn count_of(row: u32) -> Option<*mut u64> {
-    const { assert!(limits::ENDPOINT_ROWS.is_power_of_two()) };
-    let counts = FLOW_COUNTS.get_ptr_mut(0)?;
-    // All rows are below; the verifier does not see it from a comparison.
-    let row = row & (limits::ENDPOINT_ROWS - 1);
-    // SAFETY: a live map value.
-    Some(unsafe { &raw mut (*counts)[row as usize] })
 }
 
 /// Adds one, whoever else does so meanwhile. Rust has no atomic types for this target.

@@ -45,9 +45,9 @@ pub static PORTS: HashMap<PortKey, PortValue> = HashMap::pinned(limits::PORTS, B
 pub static FLOWS4: HashMap<FlowKey4, FlowValue> = HashMap::pinned(limits::FLOWS_TCP, 0);
 #[map]
 pub static FLOWS6: HashMap<FlowKey6, FlowValue> = HashMap::pinned(limits::FLOWS_TCP, 0);
-/// So that no endpoint fills them alone.
+/// So that no few endpoints fill them.
 #[map]
-pub static FLOW_COUNTS: Array<FlowCounts> = Array::pinned(1, 0);
+pub static FLOW_COUNTS: Array<FlowCounts> = Array::pinned(2, 0);
 #[map]
 pub static FLOWS4_ANY: LruHashMap<FlowKey4, FlowValue> = LruHashMap::pinned(limits::FLOWS_ANY, 0);
 #[map]

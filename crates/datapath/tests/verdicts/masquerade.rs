@@ -127,18 +127,23 @@ fn neighbour(node: &Node, ipv6: bool) -> palisade_abi::Address {
     address
 }
 
+/// As `FlowCounts`: of all flows of a family, then of those of each row.
+type Counts = [u64; 1 + limits::ENDPOINT_ROWS as usize];
+
 /// TCP connections never lose their places to newer ones, so nobody may take all.
 #[test]
-fn an_endpoint_leaves_flows_to_the_others() {
+fn endpoints_leave_flows_to_the_others() {
+    const MOST: u64 = limits::FLOWS_TCP as u64;
+    const OWN: usize = 1 + ROW as usize;
     let node = Node::new();
     node.row(TABLE_ALLOW_ALL, TABLE_ALLOW_ALL);
     let pin = node.directories[0].join("maps").join(map::FLOW_COUNTS);
     let map = Map::Array(MapData::from_pin(pin).unwrap());
-    let mut table = Array::<_, [u64; limits::ENDPOINT_ROWS as usize]>::try_from(map).unwrap();
-    let mut set_count = |count| {
-        let mut counts = table.get(&0, 0).unwrap();
-        counts[ROW as usize] = count;
-        table.set(0, counts, 0).unwrap();
+    let mut table = Array::<_, Counts>::try_from(map).unwrap();
+    let mut set_counts = |ipv6: bool, all, own| {
+        let mut counts = table.get(&ipv6.into(), 0).unwrap();
+        (counts[0], counts[OWN]) = (all, own);
+        table.set(ipv6.into(), counts, 0).unwrap();
     };
     let opening =
         |ipv6, source_port| Packet { source_port, ..Packet::out(ipv6, protocol::TCP, 80) };
@@ -146,11 +151,11 @@ fn an_endpoint_leaves_flows_to_the_others() {
     for ipv6 in [false, true] {
         // Two more are too many, and one from elsewhere is sooner.
         let before = refused();
-        let [first, second] = [1, 2].map(|port| opening(ipv6, port));
+        let [first, second, third] = [1, 2, 3].map(|port| opening(ipv6, port));
         let incoming = Packet { destination_port: 40_000, ..second.reversed() };
-        set_count(limits::FLOWS_TCP_FROM_ELSEWHERE);
+        set_counts(ipv6, MOST / 2, MOST / 2);
         assert_eq!(node.enters(&incoming), SHOT);
-        set_count(limits::FLOWS_TCP_OF_ENDPOINT - 1);
+        set_counts(ipv6, MOST / 4 * 3 - 1, MOST / 4 * 3 - 1);
         assert_eq!(node.leaves(&first), OK);
         assert_eq!(node.leaves(&second), SHOT);
         assert_eq!(refused(), before + 2);
@@ -159,24 +164,29 @@ fn an_endpoint_leaves_flows_to_the_others() {
         assert_eq!(node.leaves(&first.clone().flags(ACK)), OK);
         assert_eq!(node.leaves(&first), OK);
         assert_eq!(node.leaves(&Packet { protocol: protocol::UDP, ..second.clone() }), OK);
-        // Another endpoint opens as many as it likes.
+        // Another endpoint has a share of the rest, however little others left.
         let source = neighbour(&node, ipv6);
+        set_counts(ipv6, MOST - 1, MOST - 1);
         assert_eq!(node.leaves(&Packet { source, ..second.clone() }), OK);
         node.put(Entry::Interface(IFINDEX, ROW));
+        set_counts(ipv6, MOST - 8, 3 * 8 - 1);
+        assert_eq!(node.leaves(&third), OK);
         assert_eq!(node.leaves(&second), SHOT);
         // Flows are counted, so one that is there does not count twice and one that is not, not once.
-        set_count(limits::FLOWS_TCP_OF_ENDPOINT);
+        set_counts(ipv6, MOST, MOST);
         node.datapath.collect_flows().unwrap();
         assert_eq!((node.leaves(&second), node.enters(&incoming)), (OK, OK));
     }
-    set_count(0);
-    node.datapath.collect_flows().unwrap();
-    assert_eq!(table.get(&0, 0).unwrap()[ROW as usize], 6);
+    let mut counts = |ipv6: bool| {
+        let counts = table.get(&ipv6.into(), 0).unwrap();
+        (counts[0], counts[OWN])
+    };
+    assert_eq!([false, true].map(&mut counts), [(5, 4); 2]);
     for ipv6 in [false, true] {
         node.kernel.apply(&Step::FlushFlows(own(ipv6))).unwrap();
     }
     node.datapath.collect_flows().unwrap();
-    assert_eq!(table.get(&0, 0).unwrap()[ROW as usize], 0);
+    assert_eq!([false, true].map(counts), [(1, 0); 2]);
 }
 
 /// The table of TCP ports, as bytes.
