@@ -74,8 +74,22 @@ pub fn now() -> u64 {
 }
 
 /// Words in the names of parameters that carry secrets.
-const SECRET: [&str; 9] =
-    ["auth", "credential", "key", "passw", "pwd", "secret", "session", "sig", "token"];
+const SECRET: [&str; 11] = [
+    "auth",
+    "bearer",
+    "credential",
+    "jwt",
+    "key",
+    "pass",
+    "pwd",
+    "secret",
+    "session",
+    "sig",
+    "token",
+];
+/// Names of such parameters that are common words besides: an authorisation code, a one-time
+/// password.
+const SECRET_NAMES: [&str; 2] = ["code", "otp"];
 
 /// A URL without the values of parameters whose names sound like secrets.
 #[must_use]
@@ -83,7 +97,7 @@ pub fn without_credentials(url: &str) -> Cow<'_, str> {
     let Some((path, query)) = url.split_once('?') else { return url.into() };
     let is_secret = |name: &str| {
         let name = name.to_ascii_lowercase();
-        SECRET.iter().any(|word| name.contains(word))
+        SECRET.iter().any(|word| name.contains(word)) || SECRET_NAMES.contains(&&*name)
     };
     let parts = query.split_inclusive(['&', ';']).map(|part| match part.split_once('=') {
         Some((name, value)) if is_secret(name) => {
@@ -107,6 +121,11 @@ mod tests {
             ("http://a/b?access_token=s3&x=1", "http://a/b?access_token=[redacted]&x=1"),
             ("http://a/b?x=1;API-Key=s3=s4", "http://a/b?x=1;API-Key=[redacted]"),
             ("http://a/b?token", "http://a/b?token"),
+            (
+                "http://a/b?code=4&jwt=5&pass=6",
+                "http://a/b?code=[redacted]&jwt=[redacted]&pass=[redacted]",
+            ),
+            ("http://a/b?zipcode=4&Bearer=5", "http://a/b?zipcode=4&Bearer=[redacted]"),
         ] {
             assert_eq!(without_credentials(url), told);
         }
