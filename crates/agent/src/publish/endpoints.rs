@@ -80,7 +80,7 @@ fn status(scope: &Scope, state: &EndpointState) -> Value {
             })
         })
         .collect();
-    let enforcement = |enforced: bool| json!({ "enforcing": enforced });
+    let enforcement = |enforced: bool| json!({ "enforcing": enforced, "state": if enforced { "enforcing" } else { "disabled" } });
     json!({
         "id": state.id,
         "external-identifiers": {
