@@ -133,7 +133,7 @@ fn custom_cell(column: &Value, object: &Value) -> Value {
     }
 }
 
-/// Kubernetes' JSON path: `.a.b`, `['a.b']`, `[0]`, `[*]`, `[?(@.type=="Ready")]`.
+/// Kubernetes' JSON path: `.a.b`, `.a\.b`, `['a.b']`, `[0]`, `[*]`, `[?(@.type=="Ready")]`.
 fn json_path<'a>(object: &'a Value, path: &str) -> Vec<&'a Value> {
     let mut found = vec![object];
     let mut rest =
@@ -148,15 +148,16 @@ fn json_path<'a>(object: &'a Value, path: &str) -> Vec<&'a Value> {
             found = found.into_iter().flat_map(|value| pick(value, index)).collect();
         } else {
             let start = rest.trim_start_matches('.');
-            let end = start.find(['.', '[']).unwrap_or(start.len());
-            let name = &start[..end];
+            let is_end = |(at, _): &(usize, &str)| !start[..*at].ends_with('\\');
+            let end = start.match_indices(['.', '[']).find(is_end).map_or(start.len(), |end| end.0);
+            let name = start[..end].replace("\\.", ".");
             rest = &start[end..];
             found = found
                 .into_iter()
-                .flat_map(|value| match (name, value) {
+                .flat_map(|value| match (name.as_str(), value) {
                     ("*", Value::Object(fields)) => fields.values().collect(),
                     ("*", Value::Array(items)) => items.iter().collect(),
-                    _ => value.get(name).into_iter().collect::<Vec<_>>(),
+                    _ => value.get(&name).into_iter().collect::<Vec<_>>(),
                 })
                 .collect();
             if name.is_empty() && !rest.starts_with('[') {
@@ -586,6 +587,7 @@ mod tests {
         let text = |path| json_path(&object, path).first().and_then(|v| v.as_str()).unwrap_or("");
         assert_eq!(text(".status.conditions[?(@.type=='Valid')].status"), "True");
         assert_eq!(text(".metadata.labels['a.b']"), "c");
+        assert_eq!(text(r".metadata.labels.a\.b"), "c");
         assert_eq!(text(".status.conditions[0].type"), "A");
     }
 }
