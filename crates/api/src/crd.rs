@@ -118,6 +118,21 @@ fn string_map() -> Value {
     json!({ "type": "object", "additionalProperties": { "type": "string" } })
 }
 
+/// What `kubectl explain` says of a field.
+fn about(text: &str, mut schema: Value) -> Value {
+    schema["description"] = text.into();
+    schema
+}
+
+/// What has to hold beyond the structure, in the Common Expression Language, and what to say where
+/// it does not. The API server refuses what would take too long: no list of any length is looked
+/// through.
+fn valid(mut schema: Value, rules: &[(&str, &str)]) -> Value {
+    let rules = rules.iter().map(|(rule, message)| json!({ "rule": rule, "message": message }));
+    schema["x-kubernetes-validations"] = rules.collect();
+    schema
+}
+
 /// A part of an object that is kept as it is.
 fn opaque() -> Value {
     json!({ "type": "object", "x-kubernetes-preserve-unknown-fields": true })
@@ -156,7 +171,19 @@ fn definitions() -> Vec<Definition> {
                 column("Namespace", ".metadata.labels.io\\.kubernetes\\.pod\\.namespace", "string"),
                 age()
             ]),
-            schema: object(json!({ "security-labels": string_map() }), &["security-labels"]),
+            schema: valid(
+                object(
+                    json!({ "security-labels": about(
+                        "The labels that the number stands for, each with its source.",
+                        string_map(),
+                    ) }),
+                    &["security-labels"],
+                ),
+                &[(
+                    "self.security__dash__labels == oldSelf.security__dash__labels",
+                    "a number stands for the same labels as long as it exists; make a new one",
+                )],
+            ),
         },
         Definition {
             kind: "CiliumEndpoint",
@@ -271,5 +298,24 @@ mod tests {
                 "ciliumnodes.cilium.io"
             ]
         );
+    }
+
+    /// Whoever writes a policy is told by the API server what it lacks.
+    #[test]
+    fn policies_and_identities_are_checked_as_they_are_written() {
+        let messages = |kind: usize, path: &str| {
+            let schema = definitions()[kind].schema.pointer(path).cloned().unwrap_or_default();
+            let rules = schema["x-kubernetes-validations"].as_array().cloned().unwrap_or_default();
+            assert!(
+                rules.iter().all(|rule| rule["rule"].is_string() && rule["message"].is_string())
+            );
+            rules.len()
+        };
+        for policy in [0, 1] {
+            let counts =
+                ["", "/properties/spec", "/properties/specs/items"].map(|at| messages(policy, at));
+            assert_eq!(counts, [1, 2, 2]);
+        }
+        assert_eq!(messages(2, ""), 1);
     }
 }

@@ -2,7 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::{age, column, list, object, opaque, string, string_map, strings};
+use super::{about, age, column, list, object, opaque, string, string_map, strings, valid};
 
 const ENTITIES: [&str; 11] = [
     "all",
@@ -23,7 +23,13 @@ pub(super) fn columns() -> Value {
 }
 
 pub(super) fn schema() -> Value {
-    object(json!({ "spec": rule(), "specs": list(rule()), "status": status() }), &[])
+    let fields = json!({
+        "spec": about("What the policy says.", rule()),
+        "specs": about("What the policy says, in several parts, beside or instead of `spec`.", list(rule())),
+        "status": about("What became of the policy; written by Palisade.", status()),
+    });
+    let some = ("has(self.spec) || has(self.specs)", "a policy needs `spec` or `specs`");
+    about("Who may talk to whom.", valid(object(fields, &[]), &[some]))
 }
 
 fn selector() -> Value {
@@ -46,25 +52,31 @@ fn selector() -> Value {
 }
 
 fn rule() -> Value {
+    let one_subject = (
+        "has(self.endpointSelector) != has(self.nodeSelector)",
+        "write either `endpointSelector`, for pods (`{}` selects all), or `nodeSelector`",
+    );
+    let some_rule = (
+        "has(self.ingress) || has(self.ingressDeny) || has(self.egress) || has(self.egressDeny)",
+        "write one of `ingress`, `ingressDeny`, `egress` and `egressDeny`; an empty list denies all",
+    );
+    valid(structure_of_rule(), &[one_subject, some_rule])
+}
+
+fn structure_of_rule() -> Value {
     json!({
         "type": "object",
         "oneOf": [
             { "required": ["endpointSelector"] },
             { "required": ["nodeSelector"] },
         ],
-        "anyOf": [
-            { "required": ["ingress"] },
-            { "required": ["ingressDeny"] },
-            { "required": ["egress"] },
-            { "required": ["egressDeny"] },
-        ],
         "properties": {
-            "endpointSelector": selector(),
-            "nodeSelector": selector(),
-            "ingress": list(entry("from", true)),
-            "ingressDeny": list(entry("from", false)),
-            "egress": list(entry("to", true)),
-            "egressDeny": list(entry("to", false)),
+            "endpointSelector": about("The pods that the policy is for, by their labels.", selector()),
+            "nodeSelector": about("The nodes that the policy is for, by their labels.", selector()),
+            "ingress": about("Who may reach them; once this is given, nobody else may.", list(entry("from", true))),
+            "ingressDeny": about("Who must not reach them, whatever else allows it.", list(entry("from", false))),
+            "egress": about("Whom they may reach; once this is given, nobody else.", list(entry("to", true))),
+            "egressDeny": about("Whom they must not reach, whatever else allows it.", list(entry("to", false))),
             "enableDefaultDeny": { "type": "object", "properties": {
                 "ingress": { "type": "boolean" },
                 "egress": { "type": "boolean" },
