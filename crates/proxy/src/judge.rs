@@ -112,7 +112,8 @@ impl End {
                 let place = counting.binary_search_by_key(number, |(_, counts)| *counts).ok()?;
                 counting.get(place).map(|(source, _)| source)
             };
-            let found = rules.compiled.matcher.judge_by(request, |rule| source(rule).is_some())?;
+            let counts = |rule| source(rule).is_some();
+            let found = rules.compiled.matcher.judge_by(request, edits, counts)?;
             edits.extend(found.edits);
             source(found.rule).cloned()
         })

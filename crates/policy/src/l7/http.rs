@@ -185,9 +185,35 @@ pub enum HeaderChange {
 }
 
 impl HeaderEdit {
-    /// Whether the server sees another request for it.
-    fn is_felt(&self) -> bool {
-        self.change != HeaderChange::Log
+    /// Whether the server sees another request for it, of one with these headers that other edits
+    /// change first.
+    fn is_felt<'a>(
+        &'a self,
+        headers: &[(&str, &'a [u8])],
+        first: impl Iterator<Item = &'a HeaderEdit>,
+    ) -> bool {
+        let own = headers.iter().filter(|(name, _)| *name == self.name);
+        let mut values: Vec<&[u8]> = own.map(|(_, value)| *value).collect();
+        for edit in first.filter(|edit| edit.name == self.name) {
+            edit.change.apply(&mut values);
+        }
+        let unchanged = values.clone();
+        self.change.apply(&mut values);
+        values != unchanged
+    }
+}
+
+impl HeaderChange {
+    /// Makes it of the values of the name.
+    fn apply<'a>(&'a self, values: &mut Vec<&'a [u8]>) {
+        match self {
+            Self::Log => {}
+            Self::Add(value) => values.push(value.as_bytes()),
+            Self::Remove { except } => {
+                values.retain(|value| except.as_ref().is_some_and(|it| it.as_bytes() == *value));
+            }
+            Self::Replace(value) => *values = vec![value.as_bytes()],
+        }
     }
 }
 
@@ -280,14 +306,15 @@ impl HttpMatcher {
     /// The first rule that matches a request; `None` denies it.
     #[must_use]
     pub fn judge(&self, request: &HttpRequest<'_>) -> Option<Match> {
-        self.judge_by(request, |_| true)
+        self.judge_by(request, &[], |_| true)
     }
 
-    /// As [`Self::judge`], by those of the rules that count.
+    /// As [`Self::judge`], by those of the rules that count, where others change the request first.
     #[must_use]
     pub fn judge_by(
         &self,
         request: &HttpRequest<'_>,
+        first: &[HeaderEdit],
         counts: impl Fn(usize) -> bool,
     ) -> Option<Match> {
         let mut found: Option<Match> = None;
@@ -296,7 +323,8 @@ impl HttpMatcher {
         for (rule, ready) in rules {
             let Some(edits) = ready.judge(request) else { continue };
             if ready.broken {
-                if edits.iter().any(HeaderEdit::is_felt) {
+                let first = first.iter().chain(found.iter().flat_map(|found| &found.edits));
+                if edits.iter().any(|edit| edit.is_felt(request.headers, first.clone())) {
                     return None;
                 }
                 continue;
@@ -429,22 +457,50 @@ mod tests {
         Some(Pattern::try_from("[ab]{9999}".to_owned()).expect("it is read"))
     }
 
+    /// The headers after an edit.
+    fn edited(mut headers: Vec<(String, String)>, edit: &HeaderEdit) -> Vec<(String, String)> {
+        let others = |name: &String| *name != edit.name;
+        match &edit.change {
+            HeaderChange::Log => {}
+            HeaderChange::Add(value) => headers.push((edit.name.clone(), value.clone())),
+            HeaderChange::Remove { except } => {
+                headers.retain(|(name, value)| others(name) || Some(value) == except.as_ref());
+            }
+            HeaderChange::Replace(value) => {
+                headers.retain(|(name, _)| others(name));
+                headers.push((edit.name.clone(), value.clone()));
+            }
+        }
+        headers
+    }
+
     /// Rule after rule: what [`HttpMatcher::judge_by`] has to come to.
-    fn one_by_one(rules: &[Alone], counts: &[bool], request: &HttpRequest<'_>) -> Option<Match> {
+    fn one_by_one(
+        rules: &[Alone],
+        first: &[HeaderEdit],
+        counts: &[bool],
+        request: &HttpRequest<'_>,
+    ) -> Option<Match> {
+        let headers = request.headers.iter().map(|(name, value)| {
+            ((*name).to_owned(), String::from_utf8(value.to_vec()).expect("text"))
+        });
+        let mut headers = first.iter().fold(headers.collect(), edited);
         let mut found: Option<Match> = None;
         for (n, Alone(path, rest)) in rules.iter().enumerate().filter(|(n, _)| counts[*n]) {
             if !path.as_ref().is_none_or(|path| path.matches(request.target.as_bytes())) {
                 continue;
             }
             let Some(edits) = rest.judge(request) else { continue };
-            match (rest.broken, edits.iter().any(|edit| edit.change != HeaderChange::Log)) {
-                (true, true) => return None,
-                (true, false) => continue,
-                (false, _) => {}
+            if rest.broken {
+                if edits.iter().any(|edit| edited(headers.clone(), edit) != headers) {
+                    return None;
+                }
+                continue;
             }
             let found = found.get_or_insert_with(|| Match { rule: n, edits: Vec::new() });
             for edit in edits {
                 if !found.edits.contains(&edit) {
+                    headers = edited(headers, &edit);
                     found.edits.push(edit);
                 }
             }
@@ -481,6 +537,13 @@ mod tests {
         Pattern::new(&text).ok()
     }
 
+    const MISMATCHES: [Mismatch; 5] =
+        [Mismatch::Fail, Mismatch::Log, Mismatch::Add, Mismatch::Delete, Mismatch::Replace];
+
+    fn digit(random: &mut Random) -> String {
+        (*random.pick(&["1", "2"])).to_owned()
+    }
+
     fn rule(random: &mut Random) -> HttpRule {
         let word = |random: &mut Random, words: &[&str]| match random.below(120) {
             0 => too_large(),
@@ -489,8 +552,8 @@ mod tests {
         };
         let header = |random: &mut Random| HeaderRule {
             name: "x".into(),
-            value: random.once_in(2).then(|| HeaderValue::Text("1".into())),
-            mismatch: *random.pick(&[Mismatch::Fail, Mismatch::Log, Mismatch::Replace]),
+            value: random.once_in(2).then(|| HeaderValue::Text(digit(random))),
+            mismatch: *random.pick(&MISMATCHES),
         };
         HttpRule {
             method: word(random, &["GET", "GET|PUT", "PUT"]),
@@ -521,11 +584,16 @@ mod tests {
                 };
                 let found = matcher.judge(&request);
                 let all = vec![true; count];
-                assert_eq!(found, one_by_one(&alone, &all, &request), "{rules:?} {request:?}");
+                let wanted = one_by_one(&alone, &[], &all, &request);
+                assert_eq!(found, wanted, "{rules:?} {request:?}");
                 let some: Vec<bool> = (0..count).map(|_| random.once_in(2)).collect();
-                let of_some = matcher.judge_by(&request, |rule| some[rule]);
-                let wanted = one_by_one(&alone, &some, &request);
-                assert_eq!(of_some, wanted, "{some:?} of {rules:?} {request:?}");
+                let first = random.once_in(2).then(|| HeaderEdit {
+                    name: "x".into(),
+                    change: HeaderChange::Add(digit(&mut random)),
+                });
+                let of_some = matcher.judge_by(&request, first.as_slice(), |rule| some[rule]);
+                let wanted = one_by_one(&alone, first.as_slice(), &some, &request);
+                assert_eq!(of_some, wanted, "{first:?}, {some:?} of {rules:?} {request:?}");
                 *if found.is_some() { &mut allowed } else { &mut denied } += 1;
             }
         }
@@ -570,10 +638,9 @@ mod tests {
 
     #[test]
     fn a_rule_that_does_not_compile_is_left_out() {
-        const ALL: [Mismatch; 5] =
-            [Mismatch::Fail, Mismatch::Log, Mismatch::Add, Mismatch::Delete, Mismatch::Replace];
-        for (field, mismatch) in
-            ["method", "path", "host"].into_iter().flat_map(|field| ALL.map(|one| (field, one)))
+        for (field, mismatch) in ["method", "path", "host"]
+            .into_iter()
+            .flat_map(|field| MISMATCHES.map(|one| (field, one)))
         {
             let mut rules = good_and_broken(field, mismatch);
             for (good, broken) in [(0, 1), (1, 0)] {
@@ -586,7 +653,7 @@ mod tests {
                 assert_eq!((*rule, *found), (broken, field));
                 let judge = |method, target, headers: &[(&str, &[u8])], counts: &[usize]| {
                     let request = HttpRequest { method, target, host: "a", headers };
-                    matcher.judge_by(&request, |rule| counts.contains(&rule))
+                    matcher.judge_by(&request, &[], |rule| counts.contains(&rule))
                 };
                 let right: [(&str, &[u8]); 1] = [("x", b"1")];
                 let wrong: [(&str, &[u8]); 1] = [("x", b"2")];
@@ -598,11 +665,13 @@ mod tests {
                     assert_eq!(judge("GET", "/good", headers, &[broken]), None, "{field}");
                 }
                 assert_eq!(judge("GET", "/good", &right, &[good, broken]), allowed, "{field}");
-                // What it might change does not pass unchanged.
+                // What it might change does not pass unchanged; where there is nothing to remove, it
+                // changes nothing.
                 let harmless = matches!(mismatch, Mismatch::Fail | Mismatch::Log);
-                for headers in [&wrong[..], &[]] {
+                let removes = mismatch == Mismatch::Delete;
+                for (headers, passes) in [(&wrong[..], harmless), (&[], harmless || removes)] {
                     let found = judge("GET", "/good", headers, &[good, broken]);
-                    assert_eq!(found, allowed.clone().filter(|_| harmless), "{field} {mismatch:?}");
+                    assert_eq!(found, allowed.clone().filter(|_| passes), "{field} {mismatch:?}");
                 }
                 rules.swap(0, 1);
             }
