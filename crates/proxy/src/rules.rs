@@ -13,16 +13,16 @@ use std::{
 use anyhow::Context;
 use arc_swap::{ArcSwap, Guard};
 use ipnet::IpNet;
-use palisade_api::proxy::{Peer, Rules};
+use palisade_api::{
+    boot,
+    proxy::{Peer, Rules},
+};
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
 
 use crate::judge::Demands;
 
 const FILE: &str = "rules.json";
-
-/// Another one after each start of the machine.
-const BOOT_ID: &str = "/proc/sys/kernel/random/boot_id";
 
 /// What the file holds. The kernel's tables do not outlive the machine: addresses and numbers mean
 /// others after it starts again.
@@ -41,7 +41,8 @@ fn read(bytes: &[u8], boot: &str) -> Result<Rules, String> {
         rules: Rules,
     }
     let found: Found = serde_json::from_slice(bytes).map_err(|error| error.to_string())?;
-    match found.boot == boot {
+    // A proxy of before this version wrote the line end as well, and its rules are kept, too.
+    match found.boot.trim_end() == boot {
         true => Ok(found.rules),
         false => Err("they are from before the machine started".into()),
     }
@@ -113,7 +114,7 @@ impl Store {
     /// The file is there and cannot be read. What cannot be understood is as good as none.
     pub fn open(directory: &Path) -> anyhow::Result<Self> {
         let file = directory.join(FILE);
-        let boot = fs::read_to_string(BOOT_ID).with_context(|| format!("reading {BOOT_ID}"))?;
+        let boot = boot::id().context("reading the boot id of the machine")?;
         let rules = match fs::read(&file) {
             Ok(bytes) => read(&bytes, &boot).unwrap_or_else(|why| {
                 tracing::warn!(file = %file.display(), why, "starting without the last rules");
