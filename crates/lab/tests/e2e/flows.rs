@@ -4,17 +4,9 @@ use std::time::Duration;
 
 use super::{
     harness::{Lab, Pod},
-    traffic::{Conversations, Flow, serve_echo},
+    traffic::{Conversations, FRIENDS_ONLY, Flow, serve_echo},
 };
 
-const FRIENDS_ONLY: &str = r"
-apiVersion: networking.k8s.io/v1
-kind: NetworkPolicy
-metadata: {name: ingress}
-spec:
-  podSelector: {matchLabels: {app: target}}
-  ingress: [{from: [{podSelector: {matchExpressions: [{key: app, operator: In, values: [friend, friend-far]}]}}]}]
-";
 const FOES_STAY_HOME: &str = r"
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
@@ -43,7 +35,7 @@ fn changes_reach_open_flows() {
     let allowed = Conversations::start(flows(&[&friend, &friend_far], &target));
 
     for (kind, name, policy) in
-        [("netpol", "ingress", FRIENDS_ONLY), ("cnp", "egress", FOES_STAY_HOME)]
+        [("netpol", "friends-only", FRIENDS_ONLY), ("cnp", "egress", FOES_STAY_HOME)]
     {
         let mut denied = flows(&[&foe, &foe_far], &target);
         for flow in &mut denied {

@@ -236,6 +236,7 @@ fn source(packet: &[u8]) -> Option<IpAddr> {
     }
 }
 
+/// Who may talk to `target`.
 pub(crate) const FRIENDS_ONLY: &str = r"
 apiVersion: networking.k8s.io/v1
 kind: NetworkPolicy
