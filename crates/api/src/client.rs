@@ -1,17 +1,25 @@
 //! A connection to the API server for those who stay connected: one that dies without a word, as
 //! when a node gets another address, is noticed and replaced soon.
 
-use std::{path::Path, time::Duration};
+use std::{
+    path::Path,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering::Relaxed},
+    },
+    time::Duration,
+};
 
 use anyhow::Context;
+use http::Request;
 use hyper_timeout::TimeoutConnector;
 use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioExecutor};
 use kube::{
     Client, Config,
-    client::ConfigExt,
+    client::{Body, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::{BoxError, ServiceBuilder};
+use tower::{BoxError, ServiceBuilder, service_fn};
 
 /// Seconds after which a quiet watch is renewed: a server that hangs, though its machine answers,
 /// is noticed within this time.
@@ -66,4 +74,21 @@ fn connect(config: &Config) -> kube::Result<Client> {
         .map_err(BoxError::from)
         .service(http);
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// The same client, and a flag that is raised whenever the server begins a watch for it. Nothing else
+/// tells a server that has no news from one that takes the request and never answers.
+pub fn noticing(client: &Client) -> (Client, Arc<AtomicBool>) {
+    let (asked, begun) = (client.clone(), Arc::new(AtomicBool::new(false)));
+    let raised = Arc::clone(&begun);
+    let service = service_fn(move |request: Request<Body>| {
+        let (asked, raised) = (asked.clone(), Arc::clone(&raised));
+        let watches = request.uri().query().is_some_and(|query| query.contains("watch=true"));
+        async move {
+            let answer = asked.send(request).await?;
+            raised.fetch_or(watches && answer.status().is_success(), Relaxed);
+            Ok::<_, kube::Error>(answer)
+        }
+    });
+    (Client::new(service, client.default_namespace()), begun)
 }

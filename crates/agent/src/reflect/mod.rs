@@ -14,6 +14,7 @@ mod services;
 
 use std::{
     fmt::Debug,
+    sync::atomic::Ordering::Relaxed,
     time::{Duration, Instant},
 };
 
@@ -22,7 +23,7 @@ use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
-use palisade_api::client::WATCH_SECONDS;
+use palisade_api::client::{WATCH_SECONDS, noticing};
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tracing::{debug, info, warn};
@@ -39,22 +40,34 @@ pub const SECRETS_NAMESPACE: &str = "palisade-secrets";
 /// Follows every kind of object that the agent needs.
 pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    let to = || commands.clone();
-    tasks.spawn(follow(Api::all(client.clone()), namespaces::Reflect, to()));
-    tasks.spawn(follow(Api::all(client.clone()), pods::Reflect, to()));
-    tasks.spawn(follow(Api::all(client.clone()), services::Services, to()));
-    tasks.spawn(follow(Api::all(client.clone()), services::Slices, to()));
-    tasks.spawn(follow(Api::all(client.clone()), nodes::Nodes, to()));
-    let secrets = Api::namespaced(client.clone(), SECRETS_NAMESPACE);
-    tasks.spawn(follow(secrets, secrets::Reflect, to()));
-    let dynamic = |kind: &str| Api::all_with(client.clone(), &resources::cilium(kind));
-    tasks.spawn(follow(dynamic("CiliumNode"), nodes::CiliumNodes, to()));
-    tasks.spawn(follow(dynamic("CiliumIdentity"), identities::Reflect, to()));
+    let source =
+        Source { client: client.clone(), commands: commands.clone(), calm: Patience::CALM };
+    let from = || source.clone();
+    tasks.spawn(follow(from(), Api::all, namespaces::Reflect));
+    tasks.spawn(follow(from(), Api::all, pods::Reflect));
+    tasks.spawn(follow(from(), Api::all, services::Services));
+    tasks.spawn(follow(from(), Api::all, services::Slices));
+    tasks.spawn(follow(from(), Api::all, nodes::Nodes));
+    let of_secrets = |client| Api::namespaced(client, SECRETS_NAMESPACE);
+    tasks.spawn(follow(from(), of_secrets, secrets::Reflect));
+    let of = |resource| move |client| Api::all_with(client, &resource);
+    tasks.spawn(follow(from(), of(resources::cilium("CiliumNode")), nodes::CiliumNodes));
+    let identities = of(resources::cilium("CiliumIdentity"));
+    tasks.spawn(follow(from(), identities, identities::Reflect));
     for kind in crate::tables::POLICY_KINDS {
-        let api = Api::all_with(client.clone(), &resources::policy(kind));
-        tasks.spawn(follow(api, policies::Reflect { kind, cluster: cluster.to_owned() }, to()));
+        let policies = policies::Reflect { kind, cluster: cluster.to_owned() };
+        tasks.spawn(follow(from(), of(resources::policy(kind)), policies));
     }
     tasks
+}
+
+/// Who is asked, and who hears of the answers.
+#[derive(Clone)]
+struct Source {
+    client: Client,
+    commands: mpsc::Sender<Command>,
+    /// So long without a failure, and all is well again.
+    calm: Duration,
 }
 
 /// How objects of a kind become rows.
@@ -75,15 +88,19 @@ trait Parse: Send + 'static {
     fn intent(&self, change: Change<Self::Row>) -> Intent;
 }
 
-async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<Command>) {
+async fn follow<P: Parse>(source: Source, api: impl FnOnce(Client) -> Api<P::Object>, parse: P) {
+    let (client, begun) = noticing(&source.client);
+    let api = api(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
     let stream = watcher(api, config).backoff(Patience::default());
     let mut stream = std::pin::pin!(stream);
     let mut listed = Vec::new();
     let mut failing: Option<String> = None;
     loop {
-        let calm = if failing.is_some() { Patience::CALM } else { Duration::MAX };
+        let calm = if failing.is_some() { source.calm } else { Duration::MAX };
         let change = match timeout(calm, stream.try_next()).await {
+            // Nothing was answered: another failure is still to come.
+            Err(_) if !begun.load(Relaxed) => continue,
             // A watch that is taken up where it broke off does not say so.
             Err(_) => {
                 failing = None;
@@ -118,10 +135,11 @@ async fn follow<P: Parse>(api: Api<P::Object>, parse: P, commands: mpsc::Sender<
                     warn!(table, error, "cannot follow the API; what is known stands");
                 }
                 failing = Some(error.clone());
+                begun.store(false, Relaxed);
                 Change::Failed(error)
             }
         };
-        if commands.send(Command::Intent(Box::new(parse.intent(change)))).await.is_err() {
+        if source.commands.send(Command::Intent(Box::new(parse.intent(change)))).await.is_err() {
             return;
         }
     }
@@ -184,7 +202,11 @@ fn object_name<K: Resource>(object: &K) -> crate::tables::ObjectName {
 
 #[cfg(test)]
 mod tests {
-    use tokio::net::TcpListener;
+    use tokio::{
+        io::AsyncWriteExt,
+        net::{TcpListener, TcpStream},
+        task::JoinHandle,
+    };
 
     use super::*;
 
@@ -206,15 +228,21 @@ mod tests {
         assert_eq!(patience.after(now + Patience::CALM * 2), Patience::FIRST);
     }
 
-    /// A server that is away must not be hammered by every agent.
-    #[tokio::test]
-    async fn a_server_that_fails_is_asked_less_and_less() {
+    /// A server, who follows it, and what is told of that.
+    async fn world(calm: Duration) -> (TcpListener, JoinHandle<()>, mpsc::Receiver<Command>) {
         let server = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = server.local_addr().expect("an address");
         let url = format!("http://{address}").parse().expect("a URL");
         let client = Client::try_from(kube::Config::new(url)).expect("a client");
-        let (commands, mut queue) = mpsc::channel(64);
-        let following = tokio::spawn(follow(Api::all(client), namespaces::Reflect, commands));
+        let (commands, queue) = mpsc::channel(64);
+        let source = Source { client, commands, calm };
+        (server, tokio::spawn(follow(source, Api::all, namespaces::Reflect)), queue)
+    }
+
+    /// A server that is away must not be hammered by every agent.
+    #[tokio::test]
+    async fn a_server_that_fails_is_asked_less_and_less() {
+        let (server, following, mut queue) = world(Patience::CALM).await;
         let mut asked = Vec::new();
         for _ in 0..6 {
             drop(server.accept().await.expect("a request"));
@@ -223,5 +251,37 @@ mod tests {
         }
         following.abort();
         assert!(asked[5] - asked[4] >= Duration::from_millis(700), "{asked:?}");
+    }
+
+    /// A server that takes requests and answers none of them is as quiet as one without news.
+    #[tokio::test]
+    async fn who_never_answers_has_not_recovered() {
+        const CALM: Duration = Duration::from_millis(100);
+        const LIST: &str = r#"{"kind": "NamespaceList", "apiVersion": "v1",
+            "metadata": {"resourceVersion": "1"}, "items": []}"#;
+        let (server, following, mut queue) = world(CALM).await;
+        let asked = async || server.accept().await.expect("a request").0;
+        let answer = async |stream: &mut TcpStream, rest: &str| {
+            let answer = format!("HTTP/1.1 200 OK\r\nConnection: close\r\n{rest}");
+            stream.write_all(answer.as_bytes()).await.expect("it is heard");
+        };
+        let mut told = async || match queue.recv().await {
+            Some(Command::Intent(intent)) => *intent,
+            _ => panic!("nobody follows"),
+        };
+        let list = format!("Content-Length: {}\r\n\r\n{LIST}", LIST.len());
+        answer(&mut asked().await, &list).await;
+        assert!(matches!(told().await, Intent::Namespace(Change::Replace(_))));
+        drop(asked().await);
+        assert!(matches!(told().await, Intent::Namespace(Change::Failed(_))));
+        let silent = asked().await;
+        let silence = timeout(CALM * 5, told()).await;
+        assert!(silence.is_err(), "{silence:?}");
+        drop(silent);
+        assert!(matches!(told().await, Intent::Namespace(Change::Failed(_))));
+        let mut watched = asked().await;
+        answer(&mut watched, "Transfer-Encoding: chunked\r\n\r\n").await;
+        assert!(matches!(told().await, Intent::Namespace(Change::Recovered)));
+        following.abort();
     }
 }
