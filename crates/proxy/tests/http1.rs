@@ -7,11 +7,15 @@ mod world;
 use std::{
     io::{Read, Write},
     net::Shutdown,
+    sync::Arc,
     thread,
     time::{Duration, Instant},
 };
 
-use palisade_api::flow::L7;
+use palisade_api::{
+    flow::L7,
+    proxy::{Endpoint, Peer},
+};
 use palisade_policy::{
     l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, Pattern},
     model::Application,
@@ -449,13 +453,17 @@ fn a_rule_that_does_not_compile_is_left_out() {
     let of_path = |path| HttpRule { path, ..HttpRule::default() };
     let good = of_path(Some(Pattern::new("/public").unwrap()));
     let bad = of_path(too_large("/secret|/[a-z]{9999}"));
-    let header = HeaderRule {
+    let header = |value: &str, mismatch| HeaderRule {
         name: "x".into(),
-        value: Some(HeaderValue::Text("1".into())),
-        mismatch: Mismatch::Replace,
+        value: Some(HeaderValue::Text(value.into())),
+        mismatch,
     };
-    let editing =
-        HttpRule { host: too_large("[a-z]{9999}"), headers: vec![header], ..HttpRule::default() };
+    let broken = |mismatch| HttpRule {
+        host: too_large("[a-z]{9999}"),
+        headers: vec![header("1", mismatch)],
+        ..HttpRule::default()
+    };
+    let (editing, removing) = (broken(Mismatch::Replace), broken(Mismatch::Delete));
     let world = public();
     let origin = Origin::ok(&world.server);
     let one = |rule: &HttpRule| Application::Http(vec![rule.clone()]);
@@ -466,6 +474,7 @@ fn a_rule_that_does_not_compile_is_left_out() {
         (vec![one(&good), one(&bad)], 200, 200),
         (vec![one(&bad), one(&good)], 200, 200),
         (vec![one(&good), one(&editing)], 403, 200),
+        (vec![one(&good), one(&removing)], 200, 200),
     ];
     for (version, (table, bare, with_header)) in (2..).zip(&tables) {
         world.agent.put(rules(version, table));
@@ -483,6 +492,25 @@ fn a_rule_that_does_not_compile_is_left_out() {
         }
     }
     assert!(origin.text().contains("/public") && !origin.text().contains("/secret"));
+    // The client's policy adds what the server's might remove.
+    let adding = HttpRule { headers: vec![header("2", Mismatch::Add)], ..good.clone() };
+    for (version, table, wanted) in
+        [(20, vec![one(&good)], 200), (21, vec![one(&good), one(&removing)], 403)]
+    {
+        let mut both = rules(version, &table);
+        let client = Endpoint { id: 8, identity: 301, ingress: None, egress: Some(3) };
+        both.endpoints.extend([(CLIENT4, client), (CLIENT6, client)]);
+        both.tables.insert(3, Arc::clone(&rules(version, &[one(&adding)]).tables[&2]));
+        let server = Peer { identity: 300, prefix: 0, host: false };
+        both.addresses.extend([(SERVER4, server), (SERVER6, server)]);
+        world.agent.put(both);
+        for server in [SERVER4, SERVER6] {
+            let mut stream = world.connect(server);
+            stream.write_all(format!("{HEAD}\r\n").as_bytes()).unwrap();
+            stream.shutdown(Shutdown::Write).unwrap();
+            assert_eq!(status(&rest(&mut stream)), wanted, "{version} {server}");
+        }
+    }
 }
 
 #[test]
