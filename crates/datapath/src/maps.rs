@@ -531,8 +531,8 @@ fn flush<K>(flows: &mut Hash<K, FlowValue>, matches: impl Fn(&K) -> bool) -> Res
 where
     K: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy + 'static,
 {
-    let keys: Vec<_> = flows.keys().flatten().filter(|key| matches(&key.0)).collect();
-    for key in keys {
+    let keys = flows.keys().collect::<Result<Vec<_>, _>>()?;
+    for key in keys.into_iter().filter(|key| matches(&key.0)) {
         match flows.remove(&key) {
             Err(error) if !is_missing(&error) => return Err(error),
             _ => {}

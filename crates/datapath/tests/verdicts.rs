@@ -378,6 +378,51 @@ fn a_change_stops_live_flows_and_spares_the_allowed() {
     }
 }
 
+/// One pod leaves; the next one gets its address, its number and even its interface. What the first
+/// one asked for is not answered to the second one.
+#[test]
+fn the_next_pod_with_an_address_inherits_no_flow() {
+    const CLOSED: u32 = 9;
+    let node = Node::new();
+    for ipv6 in [false, true] {
+        node.peer(other(ipv6), PEER, 0);
+        for protocol in [protocol::TCP, protocol::UDP] {
+            node.row(TABLE_ALLOW_ALL, TABLE_ALLOW_ALL);
+            let opened = Packet::out(ipv6, protocol, 81);
+            let let_in = Packet { source_port: 443, ..Packet::out(ipv6, protocol, 50_000) };
+            assert_eq!(node.leaves(&opened), OK);
+            assert_eq!(node.enters(&opened.reversed().flags(SYN | ACK)), OK);
+            assert_eq!(node.enters(&let_in.reversed().flags(SYN)), OK);
+            assert_eq!(node.leaves(&let_in.clone().flags(SYN | ACK)), OK);
+
+            let address = own(ipv6);
+            let leave = [
+                Step::Put(Entry::Row(ROW, EndpointRow::default())),
+                Step::Delete(Key::Interface(IFINDEX)),
+                Step::Delete(Key::Endpoint(EndpointKey { address })),
+                Step::BumpShard(address),
+                Step::FlushFlows(address),
+            ];
+            execute(&*node.kernel, &Plan(leave.into())).unwrap();
+
+            // It may reach everybody, and be reached by nobody.
+            node.row(CLOSED, TABLE_ALLOW_ALL);
+            node.put(Entry::Interface(IFINDEX, ROW));
+            for flags in [ACK, SYN | ACK] {
+                let answer = opened.reversed().flags(flags);
+                assert_eq!(node.enters(&answer), SHOT, "an answer to the pod before");
+            }
+            for flags in [ACK, SYN] {
+                let more = let_in.reversed().flags(flags);
+                assert_eq!(node.enters(&more), SHOT, "what the pod before let in");
+            }
+            // Its own flows are as anybody's, from the same port, too.
+            assert_eq!(node.leaves(&opened), OK);
+            assert_eq!(node.enters(&opened.reversed().flags(SYN | ACK)), OK);
+        }
+    }
+}
+
 #[test]
 fn endpoints_speak_for_themselves_only() {
     let node = Node::new();

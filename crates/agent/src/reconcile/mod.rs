@@ -22,6 +22,7 @@ use std::{
 
 use ipnet::IpNet;
 use mirror::Mirror;
+use palisade_abi::{EndpointRow, ROW_HOST};
 use palisade_datapath::{Entry, Kernel, KernelError, Step};
 use palisade_policy::{CompiledPolicy, resolve::Changes};
 use policies::PolicyTables;
@@ -86,6 +87,13 @@ impl Writer<'_> {
         result
     }
 
+    /// Whether the kernel may still remember flows of whoever had an endpoint's addresses before:
+    /// they would count as this one's.
+    fn owes_flows(&self, row: &EndpointRow) -> bool {
+        let ipv4 = std::net::Ipv4Addr::from(row.ipv4).to_ipv6_mapped().octets();
+        [ipv4, row.ipv6].into_iter().any(|address| self.owed.contains(&Owed::Flows(address)))
+    }
+
     fn pay(&mut self, failures: &mut Failures) {
         for owed in std::mem::take(self.owed) {
             failures.note(self.run(&[owed.step()]));
@@ -120,6 +128,8 @@ struct Pending {
     addresses: BTreeSet<IpAddr>,
     prefixes: BTreeSet<IpNet>,
     endpoints: BTreeSet<u32>,
+    /// Endpoints that an agent before had begun to take out.
+    leaving: BTreeSet<u32>,
     services: BTreeSet<Frontend>,
     /// Policy prefixes that nothing needs once all this is done.
     removed: BTreeSet<IpNet>,
@@ -132,6 +142,7 @@ impl Pending {
         self.addresses.is_empty()
             && self.prefixes.is_empty()
             && self.endpoints.is_empty()
+            && self.leaving.is_empty()
             && self.services.is_empty()
     }
 }
@@ -309,7 +320,11 @@ impl Reconciler {
         pending.addresses.extend(self.mirror.addresses.keys());
         pending.prefixes.extend(self.mirror.prefixes.keys());
         pending.endpoints.extend(self.mirror.rows.keys());
-        pending.endpoints.insert(palisade_abi::ROW_HOST);
+        let rows = self.mirror.addresses.values().map(|value| value.row);
+        let rows = rows.chain(self.mirror.interfaces.values().copied());
+        let is_closed = |row: &u32| *row > ROW_HOST && !self.mirror.rows.contains_key(row);
+        pending.leaving.extend(rows.filter(is_closed));
+        pending.endpoints.insert(ROW_HOST);
         pending.services.extend(self.mirror.services.keys());
         for entry in tables.policy_entries.rows() {
             let Some(row) = self.mirror.rows.get(&entry.endpoint) else { continue };

@@ -40,8 +40,12 @@ pub(super) fn flip(
         }
         table
     };
+    pending.leaving.retain(|id| {
+        let steps = release(writer.mirror, *id);
+        !failures.note(writer.run(&steps))
+    });
     let mut rows = Vec::new();
-    let mut failed = BTreeSet::new();
+    let mut failed = pending.leaving.clone();
     for id in &pending.endpoints {
         let Some(wanted) = row(tables, &mut table, *id) else {
             let steps = release(writer.mirror, *id);
@@ -68,7 +72,7 @@ pub(super) fn flip(
     let flipped = failed.is_empty();
     if flipped {
         for (id, wanted) in rows {
-            if !failures.note(enter(writer, id, wanted)) {
+            if writer.owes_flows(&wanted) || !failures.note(enter(writer, id, wanted)) {
                 failed.insert(id);
             }
         }
@@ -148,14 +152,18 @@ pub(super) fn entries(mirror: &Mirror, id: u32, row: &EndpointRow) -> Vec<Entry>
 }
 
 /// The steps that forget an endpoint, as far as they are not done: nothing passes after the first.
+/// What shows that there was one goes last, so that an agent which is killed in the middle is
+/// followed by one that begins again.
 pub(super) fn release(mirror: &Mirror, id: u32) -> Vec<Step> {
     let mut steps = Vec::new();
     if mirror.rows.contains_key(&id) {
         steps.push(put(Entry::Row(id, EndpointRow::default())));
     }
+    let addresses = mirror.addresses.iter().filter(|(_, value)| value.row == id);
+    let addresses = addresses.map(|(address, _)| address_bytes(*address));
+    steps.extend(addresses.clone().map(Step::FlushFlows));
     let interfaces = mirror.interfaces.iter().filter(|(_, row)| **row == id);
     steps.extend(interfaces.map(|(ifindex, _)| Step::Delete(Key::Interface(*ifindex))));
-    let addresses = mirror.addresses.iter().filter(|(_, value)| value.row == id);
-    steps.extend(addresses.flat_map(|(address, _)| forget(address_bytes(*address), true)));
+    steps.extend(addresses.flat_map(|address| forget(address, false)));
     steps
 }

@@ -7,8 +7,8 @@ use std::{
 };
 
 use palisade_abi::{
-    ChunkKey, EndpointKey, IpcacheKey, PREFIX_POD_BIT, PeerKey, PortKey, ROW_HOST, TABLE_ALLOW_ALL,
-    TABLE_NONE,
+    ChunkKey, EndpointKey, EndpointRow, IpcacheKey, PREFIX_POD_BIT, PeerKey, PortKey, ROW_HOST,
+    TABLE_ALLOW_ALL, TABLE_NONE,
     identity::{UNKNOWN, is_world},
 };
 use palisade_api::{convert::convert, routing::Routing};
@@ -189,11 +189,21 @@ struct Agent {
 impl Agent {
     fn new() -> Self {
         let kernel = Arc::new(Watched { kernel: FakeKernel::default(), watch: Mutex::default() });
+        let mut agent = Self::over(kernel);
+        assert_eq!(agent.round(Self::world()), Vec::<String>::new());
+        agent
+    }
+
+    /// The next one over a kernel, without having heard anything.
+    fn over(kernel: Arc<Watched>) -> Self {
         let scope =
             Scope { node: "node1".into(), cluster: "default".into(), routing: Routing::Native };
-        let reconciler = Reconciler::new(kernel.clone()).expect("an empty kernel");
-        let resolver = Resolver::new(scope, []);
-        let mut agent = Self { kernel, tables: Tables::default(), resolver, reconciler };
+        let reconciler = Reconciler::new(kernel.clone()).expect("a kernel that can be read");
+        let resolver = Resolver::new(scope, reconciler.policy_prefixes().clone());
+        Self { kernel, tables: Tables::default(), resolver, reconciler }
+    }
+
+    fn world() -> Vec<Intent> {
         let mut world = vec![Intent::Namespace(Change::Put(Namespace {
             name: "default".into(),
             labels: BTreeMap::new(),
@@ -206,8 +216,7 @@ impl Agent {
         world.push(pod("far-friend", "friend", "node2", "10.0.2.11"));
         world.push(pod("far-foe", "foe", "node2", "10.0.2.12"));
         world.extend([("web", 2), ("friend", 3), ("foe", 4)].map(endpoint));
-        assert_eq!(agent.round(world), Vec::<String>::new());
-        agent
+        world
     }
 
     /// What the kernel lacks after the round.
@@ -570,4 +579,91 @@ fn removals_and_denials_happen_beside_a_full_table() {
     let web =
         allowed(&tables).into_iter().find(|(row, outwards, ..)| (*row, *outwards) == (2, false));
     assert_eq!(web, None, "the policy is not in force");
+}
+
+/// Of the pods that have one address one after the other.
+const PASSED_ON: &str = "10.0.1.12";
+
+fn heir() -> Intent {
+    pod("heir", "foe", "node1", PASSED_ON)
+}
+
+fn heir_attached(id: u32) -> Intent {
+    let Intent::Endpoint(Change::Put(old)) = endpoint(("friend", 3)) else { unreachable!() };
+    let pod = ObjectName::new("default", "heir");
+    Intent::Endpoint(Change::Put(Endpoint { id, pod, uid: "heir".into(), ifindex: 77, ..old }))
+}
+
+/// The pod that had the address is closed, then what the kernel remembers of its flows goes, and
+/// only then somebody else has the address: answers to what the first one asked for would pass,
+/// whatever the second one's policy.
+fn assert_nothing_is_inherited(what: &str, agent: &Agent) {
+    let address = mirror::address_bytes(ip(PASSED_ON));
+    let seen = agent.kernel.watch().seen.take().unwrap_or_default();
+    let first = |wanted: &dyn Fn(&Step) -> bool| {
+        seen.iter().position(|(step, _)| wanted(step)).unwrap_or(usize::MAX)
+    };
+    let closed = first(
+        &|step| matches!(step, Step::Put(Entry::Row(3, row)) if *row == EndpointRow::default()),
+    );
+    let flushed = first(&|step| *step == Step::FlushFlows(address));
+    let opened = first(&|step| matches!(step, Step::Put(Entry::Row(_, row)) if row.ifindex == 77));
+    assert!(closed < flushed && flushed < opened, "{what}: {closed}, {flushed}, {opened}");
+    assert!(opened < seen.len(), "{what}: the next pod never comes");
+}
+
+#[test]
+fn flows_go_with_their_pod_before_the_next_one_has_its_address() {
+    let leaves = || Intent::Endpoint(Change::Delete(3));
+    for failing in 0..3 {
+        let changes = [
+            ("another number", vec![gone("friend"), leaves(), heir(), heir_attached(5)]),
+            ("its number", vec![gone("friend"), leaves(), heir(), heir_attached(3)]),
+            ("its number, unasked", vec![gone("friend"), heir(), heir_attached(3)]),
+            ("while the API knows both", vec![leaves(), heir(), heir_attached(5)]),
+        ];
+        for (what, change) in changes {
+            let mut agent = Agent::new();
+            agent.kernel.watch().seen = Some(Vec::new());
+            let mut change = Some(change);
+            agent.refuse(|_, step| matches!(step, Step::FlushFlows(_)));
+            for _ in 0..failing {
+                let problems = agent.round(change.take().unwrap_or_default());
+                assert!(!problems.is_empty(), "{what}: nobody says that flows are still there");
+            }
+            agent.heal();
+            agent.settle(change.unwrap_or_default());
+            assert_nothing_is_inherited(&format!("{what}, {failing} times refused"), &agent);
+        }
+    }
+}
+
+/// The agent is killed between two of the writes that take a pod out, and the next one hears of the
+/// next pod before it has written anything.
+#[test]
+fn an_agent_that_is_killed_while_a_pod_leaves_leaves_no_flows() {
+    for id in [3, 5] {
+        for writes in 0.. {
+            let mut agent = Agent::new();
+            agent.kernel.watch().seen = Some(Vec::new());
+            agent.refuse(move |number, _| number >= writes);
+            let leaves = vec![gone("friend"), Intent::Endpoint(Change::Delete(3))];
+            let whole = agent.round(leaves).is_empty();
+            agent.heal();
+
+            let mut next = Agent::over(agent.kernel);
+            let mut world = Agent::world();
+            world.retain(|intent| match intent {
+                Intent::Endpoint(Change::Put(endpoint)) => endpoint.id != 3,
+                Intent::Pod(Change::Put(pod)) => pod.name.name != "friend",
+                _ => true,
+            });
+            world.extend([heir(), heir_attached(id)]);
+            next.settle(world);
+            assert_nothing_is_inherited(&format!("after {writes} writes, number {id}"), &next);
+            if whole {
+                break;
+            }
+        }
+    }
 }
