@@ -3,13 +3,17 @@
 
 use palisade_abi::{ROW_HOST, identity as number};
 use palisade_api::convert::convert;
-use palisade_policy::model::{PolicyKind, PolicyRef};
+use palisade_policy::{
+    identity::{PodLabels, security_labels},
+    model::{PolicyKind, PolicyRef},
+};
 use serde_json::json;
 
 use super::*;
 use crate::tables::{
     Change, Intent,
-    identities::AddressEntry,
+    identities::{AddressEntry, Identity},
+    namespaces::Namespace,
     nodes::{Node, NodeSource, Way},
     pods::{Endpoint, Pod},
     policies::{Finding, PolicyContent},
@@ -132,6 +136,83 @@ fn an_address_of_a_pod_and_of_another_node_is_nobodys() {
         let forged = owner_of("10.0.2.5", intents);
         assert_eq!(forged.map(|entry| entry.identity), Some(number::UNKNOWN));
     }
+}
+
+/// A pod is made again under its name. Whatever comes first, what the API says or what the runtime
+/// does, neither of the two pods is ever taken for the other.
+#[test]
+fn a_pod_of_the_same_name_is_never_taken_for_the_one_before() {
+    const OLD: (u32, &str) = (1000, "10.0.1.5");
+    const NEW: (u32, &str) = (1001, "10.0.1.6");
+    let labels = |app: &str| BTreeMap::from([("app".to_owned(), app.to_owned())]);
+    let in_api = |uid: &str, address: &str| {
+        let Intent::Pod(Change::Put(pod)) = pod("web", OWN, address) else { unreachable!() };
+        let labels = labels(uid);
+        Intent::Pod(Change::Put(Pod { uid: uid.into(), runtime_uid: uid.into(), labels, ..pod }))
+    };
+    let attached = |id: u32, uid: &str, address: &str| {
+        let Intent::Endpoint(Change::Put(end)) = endpoint("web", address) else { unreachable!() };
+        Intent::Endpoint(Change::Put(Endpoint { id, uid: uid.into(), ..end }))
+    };
+    let numbered = |id: u32, uid: &str| {
+        let labels = security_labels(&PodLabels {
+            namespace: "default",
+            namespace_labels: Some(&BTreeMap::new()),
+            pod_labels: Some(&labels(uid)),
+            service_account: "default",
+            cluster: "default",
+        });
+        Intent::Identity(Change::Put(Identity { id, labels: Arc::new(labels) }))
+    };
+    let namespace = || Namespace { name: "default".into(), labels: BTreeMap::new() };
+    let begin = || {
+        let mut bench = (
+            Resolver::new(
+                Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native },
+                [],
+            ),
+            Tables::default(),
+        );
+        for intent in [
+            Intent::Namespace(Change::Put(namespace())),
+            numbered(OLD.0, "old"),
+            numbered(NEW.0, "new"),
+            in_api("old", OLD.1),
+            attached(ENDPOINT, "old", OLD.1),
+        ] {
+            after(&mut bench, intent);
+        }
+        bench
+    };
+    fn after((resolver, tables): &mut (Resolver, Tables), intent: Intent) -> [Option<u32>; 2] {
+        tables.apply(intent);
+        resolver.resolve(tables);
+        [OLD, NEW].map(|(_, address)| tables.addresses.get(&ip(address)).map(|it| it.identity))
+    }
+    for order in [[0, 1, 2], [0, 2, 1], [1, 0, 2], [1, 2, 0], [2, 0, 1], [2, 1, 0]] {
+        let mut bench = begin();
+        let mut last = [Some(OLD.0), None];
+        for number in order {
+            let [old, new] = after(
+                &mut bench,
+                match number {
+                    0 => in_api("new", NEW.1),
+                    1 => Intent::Endpoint(Change::Delete(ENDPOINT)),
+                    _ => attached(ENDPOINT + 1, "new", NEW.1),
+                },
+            );
+            assert!([None, Some(OLD.0), Some(number::INIT)].contains(&old), "{order:?}: {old:?}");
+            assert!([None, Some(NEW.0), Some(number::INIT)].contains(&new), "{order:?}: {new:?}");
+            last = [old, new];
+        }
+        assert_eq!(last, [None, Some(NEW.0)], "{order:?}");
+    }
+    // The API says that the old one is gone, and nothing of the new one.
+    let mut bench = begin();
+    let gone = Intent::Pod(Change::Delete(ObjectName::new("default", "web")));
+    assert_eq!(after(&mut bench, gone), [Some(number::INIT), None]);
+    let known = after(&mut bench, attached(ENDPOINT + 1, "new", NEW.1));
+    assert_eq!(known, [Some(number::INIT); 2]);
 }
 
 /// A policy that compares a header with a Secret, as it is after its status says `reported`.
