@@ -202,8 +202,9 @@ fn object_name<K: Resource>(object: &K) -> crate::tables::ObjectName {
 
 #[cfg(test)]
 mod tests {
+    use serde_json::{Value, json};
     use tokio::{
-        io::AsyncWriteExt,
+        io::{AsyncReadExt, AsyncWriteExt},
         net::{TcpListener, TcpStream},
         task::JoinHandle,
     };
@@ -283,5 +284,70 @@ mod tests {
         answer(&mut watched, "Transfer-Encoding: chunked\r\n\r\n").await;
         assert!(matches!(told().await, Intent::Namespace(Change::Recovered)));
         following.abort();
+    }
+
+    fn list(version: &str, names: &[&str], more: Option<&str>) -> (u16, String) {
+        let item = |name: &&str| json!({ "metadata": { "name": name } });
+        let items: Vec<_> = names.iter().map(item).collect();
+        let metadata = json!({ "resourceVersion": version, "continue": more });
+        (200, json!({ "metadata": metadata, "items": items }).to_string())
+    }
+
+    fn event(kind: &str, object: &Value) -> String {
+        json!({ "type": kind, "object": object }).to_string() + "\n"
+    }
+
+    fn too_old() -> Value {
+        json!({ "kind": "Status", "status": "Failure", "reason": "Expired", "code": 410,
+                "message": "too old resource version" })
+    }
+
+    /// A server that forgot, or that was taken back to an earlier day: the list is read anew, and
+    /// only a whole one counts. What it lacks is gone, and before that nothing is.
+    #[tokio::test]
+    async fn what_a_new_list_lacks_is_gone_and_half_a_list_is_none() {
+        let object = |name: &str, version: &str| {
+            json!({ "apiVersion": "v1", "kind": "Namespace",
+                    "metadata": { "name": name, "resourceVersion": version } })
+        };
+        let half = event("DELETED", &object("b", "103"));
+        // What is asked for, and the answer.
+        let script = [
+            ("limit=", list("100", &["a"], Some("rest"))),
+            ("continue=rest", (410, too_old().to_string())),
+            ("limit=", list("101", &["a", "b"], None)),
+            ("resourceVersion=101", (200, event("ADDED", &object("c", "102")) + &half[..40])),
+            ("resourceVersion=102", (200, event("ERROR", &too_old()))),
+            ("limit=", (500, "{".into())),
+            ("limit=", list("7", &["a", "d"], None)),
+            ("resourceVersion=7", (200, event("DELETED", &object("d", "8")))),
+        ];
+        let (server, following, mut queue) = world(Patience::CALM).await;
+        for (wanted, (status, body)) in script {
+            let (mut stream, _) = server.accept().await.expect("a request");
+            let mut head = Vec::new();
+            while !head.ends_with(b"\r\n\r\n") {
+                head.push(stream.read_u8().await.expect("a head"));
+            }
+            let head = String::from_utf8(head).expect("text");
+            assert!(head.lines().next().is_some_and(|line| line.contains(wanted)), "{head}");
+            let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n{body}");
+            stream.write_all(answer.as_bytes()).await.expect("an answer");
+        }
+        let mut known = Vec::new();
+        while known.len() < 4 {
+            let Some(Command::Intent(intent)) = queue.recv().await else { panic!("an intent") };
+            let Intent::Namespace(change) = *intent else { panic!("{intent:?}") };
+            known.push(match change {
+                Change::Replace(rows) => {
+                    rows.into_iter().map(|row| row.name).collect::<Vec<_>>().join(" ")
+                }
+                Change::Put(row) => format!("+{}", row.name),
+                Change::Delete(name) => format!("-{name}"),
+                Change::Failed(_) | Change::Recovered => continue,
+            });
+        }
+        following.abort();
+        assert_eq!(known, ["a b", "+c", "a d", "-d"]);
     }
 }
