@@ -81,3 +81,107 @@ async fn take_back(api: &Api<DynamicObject>, identity: &DynamicObject) -> kube::
     let name = identity.metadata.name.as_deref().unwrap_or_default();
     api.patch(name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop)
 }
+
+#[cfg(test)]
+mod tests {
+    use std::{
+        collections::{BTreeMap, BTreeSet},
+        sync::{Mutex, PoisonError},
+    };
+
+    use palisade_policy::label::Label;
+    use serde_json::Value;
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::{TcpListener, TcpStream},
+    };
+
+    use super::*;
+
+    /// Identities by name: of an API server, what allocation relies on.
+    type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
+
+    async fn server(objects: &Objects) -> Client {
+        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
+        let url = format!("http://{}", listener.local_addr().expect("an address"));
+        let objects = objects.clone();
+        tokio::spawn(async move {
+            while let Ok((stream, _)) = listener.accept().await {
+                tokio::spawn(serve(stream, objects.clone()));
+            }
+        });
+        let config = kube::Config::new(url.parse().expect("a URL"));
+        Client::try_from(config).expect("a client")
+    }
+
+    async fn serve(mut stream: TcpStream, objects: Objects) {
+        let mut head = String::new();
+        while !head.ends_with("\r\n\r\n") {
+            head.push(stream.read_u8().await.expect("a head").into());
+        }
+        let head = head.to_ascii_lowercase();
+        let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
+        let mut body = vec![0; length.map_or(0, |length| length.parse().expect("a length"))];
+        stream.read_exact(&mut body).await.expect("a body");
+        let (status, said) = answer(&head, &body, &objects);
+        let said = said.to_string();
+        let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n{said}");
+        stream.write_all(answer.as_bytes()).await.expect("an answer");
+    }
+
+    fn answer(head: &str, body: &[u8], objects: &Objects) -> (u16, Value) {
+        let mut objects = objects.lock().unwrap_or_else(PoisonError::into_inner);
+        let refused = |code: u16| (code, json!({ "kind": "Status", "code": code, "reason": "x" }));
+        if head.starts_with("get ") {
+            let path = head.split(' ').nth(1).unwrap_or_default();
+            let name = path.rsplit('/').next().unwrap_or_default();
+            return objects.get(name).map_or_else(|| refused(404), |it| (200, it.clone()));
+        }
+        assert!(head.starts_with("post "), "{head}");
+        let object: Value = serde_json::from_slice(body).expect("an object");
+        let name = object["metadata"]["name"].as_str().expect("a name").to_owned();
+        if objects.contains_key(&name) {
+            return refused(409);
+        }
+        objects.insert(name, object.clone());
+        (201, object)
+    }
+
+    /// Many agents at the same moment, some for the same labels, and the numbers that all of them
+    /// would rather have are somebody else's.
+    #[tokio::test(flavor = "multi_thread")]
+    async fn no_number_has_two_meanings_and_no_labels_have_two_numbers() {
+        let labels = |app: &str| Labels::from_iter([Label::k8s("app", app)]);
+        let sets: Vec<_> = (0..8).map(|n| labels(&n.to_string())).collect();
+        let taken: Vec<u32> = sets.iter().flat_map(|set| candidates(set).take(2)).collect();
+        let objects = Objects::default();
+        for id in &taken {
+            let object = serde_json::to_value(object(*id, &labels("other"))).expect("an object");
+            objects.lock().expect("alone").insert(id.to_string(), object);
+        }
+        let client = server(&objects).await;
+        let workers = (0..64).map(|worker| {
+            let set = sets[worker % sets.len()].clone();
+            let api = Api::all_with(client.clone(), &resources::cilium("CiliumIdentity"));
+            tokio::spawn(async move { (worker, try_allocate(&api, &set).await) })
+        });
+        let mut numbers = BTreeMap::<usize, BTreeSet<u32>>::new();
+        for worker in workers.collect::<Vec<_>>() {
+            let (worker, number) = worker.await.expect("no panic");
+            let number = number.expect("an answer").expect("a number");
+            numbers.entry(worker % sets.len()).or_default().insert(number);
+        }
+        assert!(numbers.values().all(|numbers| numbers.len() == 1), "{numbers:?}");
+        let all: BTreeSet<u32> = numbers.values().flatten().copied().collect();
+        assert!(all.len() == sets.len() && taken.iter().all(|id| !all.contains(id)), "{numbers:?}");
+        let objects = objects.lock().expect("alone");
+        assert_eq!(objects.len(), taken.iter().collect::<BTreeSet<_>>().len() + sets.len());
+        for (set, numbers) in numbers {
+            for number in numbers {
+                let object = objects[&number.to_string()].clone();
+                let known = parse(&serde_json::from_value(object).expect("an object"));
+                assert_eq!(*known.expect("an identity").labels, sets[set], "{number}");
+            }
+        }
+    }
+}
