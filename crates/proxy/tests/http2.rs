@@ -20,6 +20,10 @@ use bytes::Bytes;
 use h2::{Reason, client::SendRequest};
 use http::{HeaderMap, Request, Response};
 use palisade_api::flow::L7;
+use palisade_policy::{
+    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, SecretRef},
+    model::Application,
+};
 use palisade_proxy::http::PREFACE;
 use tokio::runtime::Runtime;
 use world::{
@@ -170,6 +174,151 @@ fn each_stream_has_its_own_verdict() {
     let record = world.agent.record(|record| record.allowed);
     let L7::Http(seen) = record.l7 else { panic!() };
     assert_eq!((seen.version.as_str(), seen.status), ("HTTP/2", Some(200)));
+}
+
+/// The same forms as over HTTP/1, although others read the frames. What is behind a number sign is
+/// dropped by them before it is judged, so the server does not get it either.
+#[test]
+fn paths_are_judged_and_forwarded_in_one_form() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    for (path, wanted) in [
+        ("/public/../admin", None),
+        ("/public/./../admin", None),
+        ("/public/%2e%2e/admin", None),
+        ("/public/.%2E/admin", None),
+        ("/public%2f..%2fadmin", None),
+        ("/public/..%5cadmin", None),
+        (r"/public\..\admin", None),
+        ("/public/%2F", None),
+        ("//admin", None),
+        ("/public//../admin", None),
+        ("/admin/.", None),
+        ("/public/..;/admin", None),
+        ("/public/;x", None),
+        ("/public;a=b/..;/admin", None),
+        ("/public/%3b", None),
+        ("/%61dmin", None),
+        ("/%2561dmin", None),
+        ("/public/%2561", Some("/public/%2561")),
+        ("/%70ublic", Some("/public")),
+        ("/public/%00", None),
+        ("/public/%0d%0a", None),
+        ("/public/%zz", None),
+        ("/public/%2", None),
+        ("/public/%c0%ae", None),
+        ("/public/%ff", None),
+        ("/public/%u002e", None),
+        ("/public/／", None),
+        ("/public/\u{80}", None),
+        ("/public/\x01", None),
+        ("/public/\x7f", None),
+        ("/public/\t", None),
+        ("/PUBLIC", None),
+        ("/public.", None),
+        ("/public%20", None),
+        ("/publicx", None),
+        ("/public/?x=/../admin", Some("/public/?x=/../admin")),
+        ("/public/..?x", None),
+        ("/?x=/public", None),
+        ("/public/?", Some("/public/?")),
+        ("/public/?%00", Some("/public/?%00")),
+        ("/public/a/../b/./c//d", Some("/public/b/c/d")),
+        ("/public/%e2%82%ac", Some("/public/%E2%82%AC")),
+        ("/../../public", Some("/public")),
+        ("/public/...", Some("/public/...")),
+        ("/public/a%2e", Some("/public/a.")),
+        ("/admin#", None),
+        ("/admin#/../public", None),
+        ("/public#/../admin", Some("/public")),
+        ("/public/?a#/admin", Some("/public/?a")),
+    ] {
+        let before = origin.asked().len();
+        let mut stream = raw(&world);
+        let fields = [&GET[..3], &[(":path", path)]].concat();
+        stream.write_all(&frame(HEADERS, END_STREAM | END_HEADERS, 1, &block(&fields))).unwrap();
+        let allowed = match outcome(&mut stream) {
+            Some((HEADERS, 1, block)) => !refuses(&block),
+            Some((RST_STREAM | GOAWAY, ..)) | None => false,
+            other => panic!("{path}: {other:?}"),
+        };
+        assert_eq!(allowed, wanted.is_some(), "{path}");
+        let seen = origin.asked().split_off(before);
+        let wanted: Vec<_> = wanted.iter().map(|path| format!("GET http://a{path} {{}}")).collect();
+        assert_eq!(seen, wanted, "{path}");
+    }
+}
+
+/// What rules say of headers, over a reader and a writer that are not those of HTTP/1.
+#[test]
+fn headers_are_matched_and_changed_as_the_rules_say() {
+    let rule = |name: &str, value, mismatch| HeaderRule {
+        name: name.into(),
+        value: Some(value),
+        mismatch,
+    };
+    let text = |value: &str| HeaderValue::Text(value.into());
+    let secret = SecretRef { namespace: "x".into(), name: "s".into(), key: None };
+    let headers = vec![
+        rule("x-role", text("user"), Mismatch::Fail),
+        rule("x-add", text("1"), Mismatch::Add),
+        rule("x-rep", text("1"), Mismatch::Replace),
+        rule("x-log", text("1"), Mismatch::Log),
+        rule("x-key", HeaderValue::Secret(secret.clone()), Mismatch::Replace),
+    ];
+    let mut all = rules(1, &[Application::Http(vec![HttpRule { headers, ..HttpRule::default() }])]);
+    all.secrets = [(secret, "hidden".to_owned())].into_iter().collect();
+    let world = World::new(all);
+    let origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let with = |fields: &[(&str, &[u8])]| {
+            let mut request = get("/");
+            for (name, value) in fields {
+                let name: http::HeaderName = name.parse().unwrap();
+                request.headers_mut().append(name, http::HeaderValue::from_bytes(value).unwrap());
+            }
+            request
+        };
+        let denied: [&[(&str, &[u8])]; 9] = [
+            &[],
+            &[("x-role", b"admin")],
+            &[("x-role", b"user"), ("x-role", b"admin")],
+            &[("x-role", b"admin"), ("x-role", b"user")],
+            &[("x-role", b"user, admin")],
+            &[("x_role", b"user")],
+            &[("x-role", b"user\xfc")],
+            &[("x-role", b"")],
+            &[("x-role", b"User")],
+        ];
+        for fields in denied {
+            let status = ask(&send, with(fields), "").await.unwrap().0;
+            assert_eq!(status, 403, "{fields:?}");
+        }
+        assert_eq!(origin.asked(), [""; 0]);
+        let fields: &[(&str, &[u8])] = &[
+            ("x-role", b"user"),
+            ("x_role", b"admin"),
+            ("x-rep", b"2"),
+            ("x-rep", b"3"),
+            ("x-log", b"2"),
+            ("x-key", b"guess"),
+        ];
+        assert_eq!(ask(&send, with(fields), "").await.unwrap().0, 200);
+    });
+    let asked = origin.asked();
+    let fields = asked[0].strip_prefix("GET http://a/ {").and_then(|it| it.strip_suffix('}'));
+    let mut fields: Vec<&str> = fields.unwrap().split(", ").collect();
+    fields.sort_unstable();
+    let wanted = [
+        r#""x-add": "1""#,
+        r#""x-key": "hidden""#,
+        r#""x-log": "2""#,
+        r#""x-rep": "1""#,
+        r#""x-role": "user""#,
+    ];
+    assert_eq!(fields, wanted);
 }
 
 #[test]
@@ -619,6 +768,34 @@ fn bodies_are_as_long_as_they_say() {
     let status = runtime()
         .block_on(async { ask(&client(stream).await, get("/public"), "").await.unwrap().0 });
     assert_eq!(status, 200, "the proxy lives");
+}
+
+/// A fault that comes when the server has the beginning: what it has never looks whole.
+#[test]
+fn a_body_that_turns_out_wrong_is_taken_back_from_the_server() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let head = |length: &'static [(&str, &str)]| {
+        let fields = [&[(":method", "POST")], &GET[1..], length].concat();
+        frame(HEADERS, END_HEADERS, 1, &block(&fields))
+    };
+    let trailers = |flags, field| frame(HEADERS, END_HEADERS | flags, 1, &block(&[field]));
+    for (name, length, rest) in [
+        ("longer", &[("content-length", "3")][..], frame(DATA, END_STREAM, 1, b"12345")),
+        ("shorter", &[("content-length", "9")], frame(DATA, END_STREAM, 1, b"12345")),
+        ("trailers that do not end", &[], trailers(0, ("x", "y"))),
+        ("trailers of the connection", &[], trailers(END_STREAM, ("connection", "close"))),
+    ] {
+        let mut stream = raw(&world);
+        stream.write_all(&head(length)).unwrap();
+        assert!(matches!(outcome(&mut stream), Some((HEADERS, 1, _))), "{name}");
+        stream.write_all(&rest).unwrap();
+        let ended = outcome(&mut stream);
+        assert!(matches!(ended, Some((RST_STREAM | GOAWAY, ..)) | None), "{name}: {ended:?}");
+        let told = runtime()
+            .block_on(async { tokio::time::timeout(world::WAIT, origin.told.notified()).await });
+        assert!(told.is_ok(), "{name}: it looks whole to the server");
+    }
 }
 
 /// The error code of the connection's end.
