@@ -35,12 +35,16 @@ fn public() -> World {
     World::new(rules(1, &[http(&["GET|HEAD|POST|DELETE|OPTIONS /public(/.*)?", r"OPTIONS \*"])]))
 }
 
-/// Each is answered with one of the statuses, closed, and nothing of it reaches the origin.
+/// A request that is allowed. Behind what is refused it is none.
+const NEXT: &str = "GET /public/next HTTP/1.1\r\nHost: a\r\n\r\n";
+
+/// Each is answered with one of the statuses, closed, and neither it nor what follows it reaches the
+/// origin.
 fn refused(cases: &[(&str, String, &[u16])]) {
     let world = public();
     let origin = Origin::ok(&world.server);
     for (name, bytes, statuses) in cases {
-        let answer = world.ask(bytes.as_bytes());
+        let answer = world.ask((bytes.clone() + NEXT).as_bytes());
         let text = String::from_utf8_lossy(&answer);
         assert!(statuses.contains(&status(&answer)), "{name}: {text}");
         assert!(text.matches("HTTP/1.1 ").count() < 2, "{name}: {text}");
@@ -152,14 +156,14 @@ fn chunks_that_are_in_doubt_are_refused() {
         "g\r\n\r\n",
         "-5\r\n12345\r\n0\r\n\r\n",
     ] {
-        let bytes =
-            with("Transfer-Encoding: chunked\r\n", body) + "GET /admin HTTP/1.1\r\nHost: a\r\n\r\n";
+        let bytes = with("Transfer-Encoding: chunked\r\n", body) + NEXT;
         let answer = world.ask(bytes.as_bytes());
         let text = String::from_utf8_lossy(&answer);
         assert!([0, 400].contains(&status(&answer)), "{body:?}: {text}");
+        assert!(text.matches("HTTP/1.1 ").count() < 2, "{body:?}: {text}");
         // A request that was begun is not completed.
         let seen = origin.text();
-        assert!(!seen.ends_with("0\r\n\r\n") && !seen.contains("admin"), "{body:?}: {seen}");
+        assert!(!seen.ends_with("0\r\n\r\n") && !seen.contains("next"), "{body:?}: {seen}");
         origin.forget();
     }
     let long = format!("5;{}\r\n12345\r\n0\r\n\r\n", "x".repeat(5000));
@@ -171,7 +175,7 @@ fn bodies_are_framed_anew() {
     let world = public();
     let origin = Origin::ok(&world.server);
     let body = "5;ext=\"a\"\r\n12345\r\n0005\r\n67890\r\n0;x\r\nHost: evil\r\nContent-Length: 3\r\n\
-                Authorization: evil\r\nX-Role: admin\r\n\r\n";
+                Authorization: evil\r\nX-Role: admin\r\nTE: trailers\r\nTransfer-Encoding: gzip\r\n\r\n";
     let answer = world.ask(with("transfer-encoding: \t chunked\t \r\n", body).as_bytes());
     assert_eq!(status(&answer), 200);
     let seen = origin.text();
@@ -266,6 +270,9 @@ fn first_lines_are_three_words() {
     ] {
         cases.push((bad, line(bad), &[400, 505]));
     }
+    let controls: Vec<_> = (0..0x20).chain([0x7f]).map(char::from).collect();
+    let in_target: Vec<_> = controls.iter().map(|c| format!("GET /public/{c} HTTP/1.1")).collect();
+    cases.extend(in_target.iter().map(|bad| (bad.as_str(), line(bad), &[400][..])));
     cases.push(("HTTP/2.0", line("GET /public HTTP/2.0"), &[505]));
     cases.push(("HTTP/1.2", line("GET /public HTTP/1.2"), &[505]));
     cases.push(("HTTP/0.9", "GET /public\r\n".into(), &[0, 400]));
@@ -759,6 +766,22 @@ fn what_follows_an_answer_reaches_nobody() {
     stream.write_all(b"HEAD /public HTTP/1.1\r\nHost: a\r\n\r\n").unwrap();
     let got = String::from_utf8(rest(&mut stream)).unwrap();
     assert_eq!(got, "HTTP/1.1 200 OK\r\ncontent-length: 6\r\n\r\n");
+}
+
+/// What a server says when nobody asked is no answer to what is asked next.
+#[test]
+fn what_a_server_says_unasked_ends_the_connection() {
+    let world = public();
+    let listener = world.server.run(|| std::net::TcpListener::bind("[::]:80").unwrap());
+    let mut client = world.connect(SERVER4);
+    client.write_all(format!("{HEAD}\r\n").as_bytes()).unwrap();
+    let (mut server, _) = listener.accept().unwrap();
+    until(&mut server, "\r\n\r\n");
+    let answer = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+    server.write_all(answer).unwrap();
+    until(&mut client, "ok");
+    server.write_all(answer).unwrap();
+    assert_eq!(rest(&mut client), b"");
 }
 
 #[test]
