@@ -148,6 +148,10 @@ fn only_names_that_match_are_asked_for() {
             assert_eq!(server.asked().len() - before, usize::from(*allowed), "{what}");
             assert_eq!(answer[..2], message[..2], "{what}");
             assert_eq!(answer[12..message.len()], message[12..], "{what}");
+            let mut stream = connect(&world, address);
+            stream.write_all(&frame(message)).unwrap();
+            assert_eq!(framed(&mut stream).unwrap(), answer, "{what}");
+            assert_eq!(server.asked().len() - before, 2 * usize::from(*allowed), "{what}");
         }
     }
     let record = recorded(&world, "api.example.com.evil.com", Some("REFUSED"));
@@ -306,10 +310,12 @@ fn only_the_answer_is_taken_for_it() {
             Say::Answer(many),
             Say::Answer(evil[..20].to_vec()),
         ];
-        if asked.peer.is_ipv4() {
-            said.push(Say::From((SERVER4, 5353).into(), evil.clone()));
-            said.push(Say::From((ip("10.77.2.3"), 53).into(), evil.clone()));
-        }
+        let [own, another] = match asked.peer.is_ipv4() {
+            true => [SERVER4, ip("10.77.2.3")],
+            false => [SERVER6, ip("fd77:2::3")],
+        };
+        said.push(Say::From((own, 5353).into(), evil.clone()));
+        said.push(Say::From((another, 53).into(), evil.clone()));
         said.push(Say::Answer(with_address(asked, good)));
         // One that comes too late.
         said.push(Say::Answer(evil));
@@ -320,6 +326,47 @@ fn only_the_answer_is_taken_for_it() {
         socket.send(&query("api.example.com")).unwrap();
         assert_eq!(receive(&socket)[2..], with_address(&server.asked()[0], good)[2..]);
         silent(&socket);
+    }
+}
+
+/// In a stream there is nobody else to wait for.
+#[test]
+fn an_answer_to_something_else_is_none_in_a_stream() {
+    let world = world(rules(1, &["*"], &["*"]));
+    let _server = NameServer::new(&world.server, |asked| {
+        let evil = with_address(asked, ip("198.51.100.66"));
+        let of = |question| {
+            let answer = Message::answer_to(&asked.message);
+            let answer = answer.answer(address(&asked.name(), 60, ip("198.51.100.66")));
+            Message { questions: vec![question], ..answer }.bytes()
+        };
+        let stray = match asked.name().as_str() {
+            "id.org" => [&[!evil[0]], &evil[1..]].concat(),
+            "echo.org" => asked.message.clone(),
+            "name.org" => of(question("other.org", A)),
+            "type.org" => of(question("type.org", AAAA)),
+            "short.org" => evil[..20].to_vec(),
+            "empty.org" => Vec::new(),
+            _ => return plain(asked),
+        };
+        vec![Say::Answer(stray), Say::Answer(evil)]
+    });
+    for (client, address) in [(CLIENT4, SERVER4), (CLIENT6, SERVER6)] {
+        let ask = |name: &str| {
+            let mut stream = connect(&world, address);
+            stream.write_all(&frame(&query(name))).unwrap();
+            stream
+        };
+        for name in ["id", "echo", "name", "type", "short", "empty"] {
+            let answer = framed(&mut ask(&format!("{name}.org"))).unwrap();
+            assert_eq!(rcode(&answer), SERVFAIL, "{name} {address}");
+        }
+        assert!(world.agent.unheard().is_empty());
+        let mut stream = ask("good.org");
+        let learn = world.agent.learn();
+        assert_eq!((learn.client, &*learn.name), (client, "good.org"));
+        world.agent.send(&ToProxy::Learned { id: learn.id });
+        assert_eq!(rcode(&framed(&mut stream).unwrap()), 0);
     }
 }
 

@@ -142,20 +142,24 @@ fn the_end_of_what_a_client_says_is_not_the_end_of_what_it_hears() {
 fn urgent_bytes_change_nothing_that_was_judged() {
     let world = public();
     let origin = echo(&world);
-    for (before, after) in [
-        ("GET /public/", "../admin HTTP/1.1\r\nHost: a\r\n\r\n"),
-        ("GET /adm", "in HTTP/1.1\r\nHost: a\r\n\r\n"),
-        ("GET /public/x HTTP/1.1\r\nHost: a\r\n", "\r\n"),
-    ] {
-        let mut stream = world.connect(SERVER4);
-        stream.write_all(before.as_bytes()).unwrap();
-        rustix::net::send(&stream, b"!", SendFlags::OOB).unwrap();
-        stream.write_all(after.as_bytes()).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
-        let answer = rest(&mut stream);
-        assert_eq!(status(&answer), if before.contains("HTTP") { 200 } else { 403 }, "{before}");
+    for server in [SERVER4, SERVER6] {
+        origin.forget();
+        for (before, after) in [
+            ("GET /public/", "../admin HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET /adm", "in HTTP/1.1\r\nHost: a\r\n\r\n"),
+            ("GET /public/x HTTP/1.1\r\nHost: a\r\n", "\r\n"),
+        ] {
+            let mut stream = world.connect(server);
+            stream.write_all(before.as_bytes()).unwrap();
+            rustix::net::send(&stream, b"!", SendFlags::OOB).unwrap();
+            stream.write_all(after.as_bytes()).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            let answer = rest(&mut stream);
+            let wanted = if before.contains("HTTP") { 200 } else { 403 };
+            assert_eq!(status(&answer), wanted, "{server} {before}");
+        }
+        assert_eq!(origin.text(), "GET /public/x HTTP/1.1\r\nhost: a\r\n\r\n", "{server}");
     }
-    assert_eq!(origin.text(), "GET /public/x HTTP/1.1\r\nhost: a\r\n\r\n");
 }
 
 /// Data that comes with the first segment.
@@ -164,22 +168,25 @@ fn data_in_the_first_segment_is_judged() {
     const FAST_OPEN: SendFlags = SendFlags::from_bits_retain(0x2000_0000);
     let world = public();
     let origin = echo(&world);
-    for (target, wanted) in [("/public/fast", 200), ("/admin", 403)] {
-        let bytes = get(target);
-        let socket = world.client.run(move || {
-            // The client may send what it has no cookie for.
-            fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap();
-            let socket = Socket::new(Domain::IPV4, Type::STREAM, None).unwrap();
-            let server = SocketAddr::new(SERVER4, PORT);
-            rustix::net::sendto(&socket, &bytes, FAST_OPEN, &server).unwrap();
-            socket
-        });
-        let mut stream = TcpStream::from(socket);
-        stream.set_read_timeout(Some(WAIT)).unwrap();
-        stream.shutdown(std::net::Shutdown::Write).unwrap();
-        assert_eq!(status(&rest(&mut stream)), wanted, "{target}");
+    for server in [SERVER4, SERVER6] {
+        origin.forget();
+        for (target, wanted) in [("/public/fast", 200), ("/admin", 403)] {
+            let bytes = get(target);
+            let socket = world.client.run(move || {
+                // The client may send what it has no cookie for; of both families.
+                fs::write("/proc/sys/net/ipv4/tcp_fastopen", "5").unwrap();
+                let server = SocketAddr::new(server, PORT);
+                let socket = Socket::new(Domain::for_address(server), Type::STREAM, None).unwrap();
+                rustix::net::sendto(&socket, &bytes, FAST_OPEN, &server).unwrap();
+                socket
+            });
+            let mut stream = TcpStream::from(socket);
+            stream.set_read_timeout(Some(WAIT)).unwrap();
+            stream.shutdown(std::net::Shutdown::Write).unwrap();
+            assert_eq!(status(&rest(&mut stream)), wanted, "{server} {target}");
+        }
+        assert_eq!(origin.text(), "GET /public/fast HTTP/1.1\r\nhost: a\r\n\r\n", "{server}");
     }
-    assert_eq!(origin.text(), "GET /public/fast HTTP/1.1\r\nhost: a\r\n\r\n");
 }
 
 fn descriptors(world: &World) -> usize {

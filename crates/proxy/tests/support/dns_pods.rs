@@ -91,6 +91,7 @@ pub(crate) fn world(rules: Rules) -> World {
     let world = World::new(rules);
     world.client.ip("addr add 10.77.1.3/24 dev eth0");
     world.server.ip("addr add 10.77.2.3/24 dev eth0");
+    world.server.ip("addr add fd77:2::3/64 dev eth0 nodad");
     world
 }
 
