@@ -7,7 +7,7 @@ mod world;
 use std::{
     fs,
     io::Write,
-    net::{Shutdown, TcpStream},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
     os::unix::fs::MetadataExt,
     sync::{
         Arc,
@@ -17,6 +17,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use palisade_abi::PROXY_PORT;
 use palisade_api::{
     flow::L7,
     proxy::{Endpoint, Peer, Rules, RulesDelta, ToProxy, USER},
@@ -26,7 +27,7 @@ use palisade_policy::{
     model::Application,
 };
 use world::{
-    CLIENT4, CLIENT6, SERVER4, World,
+    CLIENT4, CLIENT6, Namespace, SERVER4, WAIT, World,
     agent::{http, rules, rules_of},
     origin::Origin,
     rest, status, until,
@@ -153,6 +154,31 @@ fn who_is_unknown_gets_nothing() {
     world.agent.put(both);
     assert_eq!(status(&world.ask(REQUEST)), 403);
     assert_eq!(origin.text().matches("GET").count(), 1);
+}
+
+/// Nobody asks for the proxy itself: neither who is on its node, at its own port, nor a pod that
+/// dials it at an address of the node.
+#[test]
+fn who_calls_the_proxy_itself_gets_nothing() {
+    let world = World::new(rules(1, &[http(&["* *"])]));
+    let origin = Origin::ok(&world.server);
+    let say = |namespace: &Namespace, to: SocketAddr| {
+        let mut stream = namespace.run(move || TcpStream::connect(to).unwrap());
+        stream.set_read_timeout(Some(WAIT)).unwrap();
+        // It may be reset before.
+        _ = stream.write_all(REQUEST);
+        assert_eq!(rest(&mut stream), b"", "{to}");
+    };
+    for loopback in [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
+        say(&world.node, SocketAddr::new(loopback, PROXY_PORT));
+    }
+    for address in ["10.77.1.1", "fd77:1::1"] {
+        for port in [PROXY_PORT, 80] {
+            say(&world.client, SocketAddr::new(address.parse().unwrap(), port));
+        }
+    }
+    assert_eq!(origin.seen().connections, 0);
+    assert_eq!(status(&world.ask(REQUEST)), 200);
 }
 
 /// The kernel is a step ahead: it knows the policy of a pod whose address was nobody's, or another
