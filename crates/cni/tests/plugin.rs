@@ -219,6 +219,13 @@ fn deletions_wait_for_the_agent_and_may_be_repeated() {
         run("DEL", changes, config.as_bytes()).silent_success();
         assert_eq!(home.queued(), ["abc123@eth0.json"]);
     }
+    // A runtime that lost what ADD told it.
+    for previous in [json!(null), json!({}), json!({ "cniVersion": "1.1.0" })] {
+        let mut config = home.config();
+        config["prevResult"] = previous;
+        with("DEL", &config).silent_success();
+    }
+    assert_eq!(home.queued(), ["abc123@eth0.json"]);
     run("DEL", &[("CNI_IFNAME", Some("net1"))], config.as_bytes()).silent_success();
     assert_eq!(home.queued().len(), 2, "the second interface is another attachment");
     assert!(!Path::new(&home.0).join("cni.sock").exists());
