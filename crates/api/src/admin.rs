@@ -85,7 +85,7 @@ pub enum Inside {
     Http {
         /// Method.
         method: String,
-        /// Path and query.
+        /// Path and query, as a client writes them in the first line.
         target: String,
         /// Host, empty where nobody cares.
         host: String,
@@ -105,6 +105,10 @@ pub struct Explanation {
     pub to: String,
     /// Both ends agree to it.
     pub allowed: bool,
+    /// The request inside as the proxy reads, judges and forwards it, where that is not how it was
+    /// written.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub read_as: Option<String>,
     /// What the policies of each end say; an end that is no pod has none.
     pub ends: Vec<ExplainedEnd>,
 }

@@ -1,9 +1,14 @@
 //! Answers "would this pass, and why?" from policies and the two ends.
 
+use std::fmt;
+
 use palisade_policy::{
     evaluate::End,
     explain::{self, Reason},
-    l7::{HttpRequest, Question, Secrets},
+    l7::{
+        HttpRequest, Question, Secrets,
+        target::{Authority, Malformed, Target},
+    },
     model::Policy,
 };
 
@@ -27,20 +32,66 @@ pub fn explain(
     asked: &Explain,
 ) -> Explanation {
     let secrets = Secrets::default();
-    let question = asked.inside.as_ref().map(|inside| match inside {
-        Inside::Http { method, target, host } => {
-            Question::Http(HttpRequest { method, target, host, headers: &[] }, &secrets)
-        }
-        Inside::Dns(name) => Question::Dns(name),
-        Inside::Tls(name) => Question::Tls(Some(name)),
-    });
+    let request = match &asked.inside {
+        Some(Inside::Http { method, target, host }) => Some(Request::read(method, target, host)),
+        _ => None,
+    };
+    let question = match (&request, &asked.inside) {
+        (Some(Ok(request)), _) => Some(Question::Http(request.judged(), &secrets)),
+        (Some(Err(fault)), _) => Some(Question::Malformed(*fault)),
+        (None, Some(Inside::Dns(name))) => Some(Question::Dns(name)),
+        (None, Some(Inside::Tls(name))) => Some(Question::Tls(Some(name))),
+        (None, _) => None,
+    };
     let (protocol, port) = (asked.protocol, asked.port);
     let found = explain::explain(policies, &from.end, &to.end, protocol, port, question.as_ref());
+    let ends: Vec<_> = [&found.egress, &found.ingress].into_iter().flatten().map(end).collect();
+    let proxied = ends.iter().any(|end| end.proxied);
+    let read_as = request
+        .and_then(Result::ok)
+        .filter(|request| proxied && !request.is_as_written())
+        .map(|request| request.to_string());
     Explanation {
         from: from.name.clone(),
         to: to.name.clone(),
         allowed: found.allowed(),
-        ends: [&found.egress, &found.ingress].into_iter().flatten().map(end).collect(),
+        read_as,
+        ends,
+    }
+}
+
+/// A request as the proxy reads it.
+struct Request<'a> {
+    method: &'a str,
+    target: Target,
+    host: Option<Authority>,
+    written: [&'a str; 2],
+}
+
+impl<'a> Request<'a> {
+    fn read(method: &'a str, target: &'a str, host: &'a str) -> Result<Self, Malformed> {
+        let written = [target, host];
+        let host = if host.is_empty() { None } else { Some(Authority::read(host.as_bytes())?) };
+        let target = Target::of_request(method, target.as_bytes(), host.as_ref())?;
+        Ok(Self { method, target, host, written })
+    }
+
+    fn is_as_written(&self) -> bool {
+        let HttpRequest { target, host, .. } = self.judged();
+        self.written == [target, host]
+    }
+
+    fn judged(&self) -> HttpRequest<'_> {
+        let host = self.host.as_ref().map_or("", Authority::as_str);
+        HttpRequest { method: self.method, target: self.target.as_str(), host, headers: &[] }
+    }
+}
+
+impl fmt::Display for Request<'_> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        let HttpRequest { method, target, host, .. } = self.judged();
+        let scheme = if host.is_empty() { "" } else { "http://" };
+        write!(f, "{method} {scheme}{host}{target}")
     }
 }
 

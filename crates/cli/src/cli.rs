@@ -255,7 +255,8 @@ pub(crate) struct ExplainArgs {
     /// tcp unless said otherwise, udp with --dns.
     #[arg(long, value_parser = ["tcp", "udp", "sctp", "icmp", "icmpv6"], ignore_case = true)]
     pub(crate) protocol: Option<String>,
-    /// A request inside the connection: method and path, or method and URL.
+    /// A request inside the connection: method and path, or method and http:// URL, read as the
+    /// proxy reads it.
     #[arg(long, value_name = "REQUEST", group = "inside")]
     pub(crate) http: Option<String>,
     /// A question for a DNS name.

@@ -7,8 +7,8 @@ use palisade_abi::identity;
 use crate::{
     compile::RuleSource,
     evaluate::{Asked, End, Verdict, judge, matches_peer, matches_port},
-    l7::Question,
-    model::{Action, Direction, Entry, Policy, PolicyRef, Ports},
+    l7::{Question, target::Malformed},
+    model::{Action, Application, Direction, Entry, Policy, PolicyRef, Ports},
 };
 
 /// What a rule that did not match lacks.
@@ -48,6 +48,8 @@ pub struct Reason {
     pub matched: Vec<(Action, RuleSource)>,
     /// Policies that close the end for whatever no rule allows.
     pub default_deny_by: Vec<PolicyRef>,
+    /// The proxy answers so whatever the rules are: it is not certain what is asked for.
+    pub malformed: Option<Malformed>,
     /// Where it is denied: the rule that comes closest to allowing it.
     pub nearest: Option<Nearest>,
 }
@@ -96,6 +98,7 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
     let Asked { direction, subject, peer, protocol, port } = *asked;
     let (verdict, matched) = judge(policies.iter().copied(), asked, question);
     let mut default_deny_by = Vec::new();
+    let mut spoken: Option<&Application> = None;
     let mut nearest: Option<Nearest> = None;
     let mut sorted = policies.to_vec();
     sorted.sort_by(|a, b| a.id.cmp(&b.id));
@@ -113,6 +116,9 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
                     (false, true) => Missing::Peer,
                     (false, false) => Missing::Both,
                 };
+                if missing == Missing::Inside && entry.application.needs_proxy() {
+                    spoken.get_or_insert(&entry.application);
+                }
                 if nearest.as_ref().is_none_or(|found| missing < found.missing) {
                     let (policy, path) = (policy.id.clone(), entry.path.clone());
                     nearest = Some(Nearest {
@@ -125,8 +131,15 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
             }
         }
     }
-    let nearest = nearest.filter(|_| !verdict.allowed && verdict.rule.is_none());
-    Reason { direction, verdict, matched, default_deny_by, nearest }
+    let malformed = match (question, spoken) {
+        (Some(Question::Malformed(fault)), Some(Application::Http(_))) if verdict.proxied => {
+            Some(*fault)
+        }
+        _ => None,
+    };
+    let unruled = !verdict.allowed && verdict.rule.is_none() && malformed.is_none();
+    let nearest = nearest.filter(|_| unruled);
+    Reason { direction, verdict, matched, default_deny_by, malformed, nearest }
 }
 
 fn describe_ports(entry: &Entry) -> String {
@@ -157,6 +170,9 @@ impl fmt::Display for Nearest {
 
 impl fmt::Display for Reason {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(Malformed { status, why }) = self.malformed {
+            return write!(f, "{}: denied: the proxy answers {status}: {why}", self.direction);
+        }
         let word = match (self.verdict.allowed, self.verdict.proxied) {
             (true, true) => "allowed through the proxy",
             (true, false) => "allowed",

@@ -237,7 +237,7 @@ spec:
   - fromEndpoints: [{matchLabels: {org: empire}}]
     toPorts:
     - ports: [{port: "80", protocol: TCP}]
-      rules: {http: [{method: POST, path: /v1/land}]}
+      rules: {http: [{method: POST, path: /v1/land}, {method: GET, path: /public/.*}]}
 "#;
 
     fn ask(from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
@@ -271,6 +271,34 @@ spec:
             assert!(!denied.allowed, "{from} {port}");
             let end = denied.ends.iter().find(|end| end.direction == "ingress").unwrap();
             assert!(end.nearest.as_ref().unwrap().contains(nearest), "{end:?}");
+        }
+        // As the proxy reads it: it judges what the server would see, and refuses what is unclear.
+        for (target, read_as) in [
+            ("//v1/land", "POST /v1/land"),
+            ("/v1/./land", "POST /v1/land"),
+            ("/v1/la%6ed", "POST /v1/land"),
+        ] {
+            let land = ask("ship", 80, Some(("POST", target)));
+            assert!(land.allowed && land.read_as.as_deref() == Some(read_as), "{land:?}");
+        }
+        let secret = ask("ship", 80, Some(("GET", "/public/../v2/secret")));
+        assert!(!secret.allowed && secret.read_as.as_deref() == Some("GET /v2/secret"));
+        assert!(ask("ship", 80, Some(("GET", "/public/x"))).allowed);
+        for (method, target, answer) in [
+            ("GET", "/public/%00", "400: a control character in the path"),
+            ("GET", "/public/%zz", "400: a percent sign without two digits"),
+            ("GET", "/public/x;y", "400: a character in the path that is read in several ways"),
+            ("GET", "*", "400: the target is no path"),
+            ("CONNECT", "star:80", "405: CONNECT is not for this proxy"),
+        ] {
+            let refused = ask("ship", 80, Some((method, target)));
+            let end = refused.ends.iter().find(|end| end.direction == "ingress").unwrap();
+            let verdict = format!("ingress: denied: the proxy answers {answer}");
+            assert!(!refused.allowed && end.nearest.is_none(), "{refused:?}");
+            assert_eq!(end.verdict, verdict);
+            // Where no proxy is in the way, nobody reads it.
+            let denied = ask("rebel", 80, Some((method, target)));
+            assert!(denied.ends.iter().all(|end| !end.verdict.contains("proxy")), "{denied:?}");
         }
         let connection = ask("ship", 80, None);
         assert!(connection.allowed && connection.ends.iter().any(|end| end.proxied));

@@ -6,6 +6,7 @@ use std::io::{self, Write};
 
 use anyhow::{Result, bail};
 use palisade_api::admin::{Explain, Explanation, Inside, Request, Response};
+use palisade_policy::l7::target::split_url;
 
 use crate::{
     agents::{self, mismatch},
@@ -60,24 +61,37 @@ fn http(text: &str) -> Result<Inside> {
     let (Some(method), Some(target), None) = (words.next(), words.next(), words.next()) else {
         bail!("--http {text:?}: write a method and a path, such as 'PUT /v1/exhaust-port'");
     };
-    let (host, target) = match target.strip_prefix("http://") {
-        None => (String::new(), target.to_owned()),
-        Some(url) => {
-            let (host, path) = url.split_once('/').unwrap_or((url, ""));
-            (host.to_owned(), format!("/{path}"))
+    if !method
+        .bytes()
+        .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
+    {
+        bail!("--http {text:?}: {method:?} is no method of HTTP");
+    }
+    let string = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();
+    let (host, target) = match split_url(target.as_bytes()) {
+        Some((host, path)) => (string(host), string(&path)),
+        None if target.starts_with('/') || target == "*" || method == "CONNECT" => {
+            (String::new(), target.to_owned())
+        }
+        None if target.get(..8).is_some_and(|s| s.eq_ignore_ascii_case("https://")) => bail!(
+            "--http {text:?}: nobody sees requests inside of TLS; ask for the connection with \
+             --server-name HOST, or for a request in the clear with http://HOST/PATH"
+        ),
+        None => {
+            bail!("--http {text:?}: write a path that begins with a slash, or http://HOST/PATH")
         }
     };
-    if !target.starts_with('/') && target != "*" {
-        bail!("--http {text:?}: the path has to begin with a slash");
-    }
     Ok(Inside::Http { method: method.to_owned(), target, host })
 }
 
 fn print(explanation: &Explanation) -> io::Result<()> {
     let mut out = io::stdout().lock();
-    let Explanation { from, to, allowed, ends } = explanation;
+    let Explanation { from, to, allowed, read_as, ends } = explanation;
     let word = if *allowed { "ALLOWED" } else { "DENIED" };
     writeln!(out, "{word}  {from} -> {to}")?;
+    if let Some(request) = read_as {
+        writeln!(out, "  the proxy reads: {request}")?;
+    }
     for end in ends {
         writeln!(out, "  {}", end.verdict)?;
         for rule in &end.rules {
@@ -106,8 +120,12 @@ mod tests {
         };
         assert_eq!(http("PUT /v1/exhaust-port").unwrap(), of("PUT", "/v1/exhaust-port", ""));
         assert_eq!(http("GET http://a.io:80/x?y").unwrap(), of("GET", "/x?y", "a.io:80"));
-        assert_eq!(http("GET http://a.io").unwrap(), of("GET", "/", "a.io"));
-        for wrong in ["PUT", "", "GET x", "GET /a b"] {
+        assert_eq!(http("GET HTTP://a.io").unwrap(), of("GET", "/", "a.io"));
+        assert_eq!(http("GET http://a.io?x").unwrap(), of("GET", "/?x", "a.io"));
+        assert_eq!(http("CONNECT a.io:80").unwrap(), of("CONNECT", "a.io:80", ""));
+        let inside_tls = http("GET HTTPS://a.io/").unwrap_err().to_string();
+        assert!(inside_tls.contains("--server-name"), "{inside_tls}");
+        for wrong in ["PUT", "", "GET x", "GET /a b", "G@T /"] {
             assert!(http(wrong).is_err(), "{wrong}");
         }
     }

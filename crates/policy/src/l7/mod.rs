@@ -5,6 +5,7 @@ mod demand;
 mod http;
 mod name;
 mod pattern;
+pub mod target;
 
 pub use demand::Demand;
 pub use http::{
@@ -16,11 +17,15 @@ pub use pattern::{Pattern, PatternError};
 
 use std::net::{IpAddr, Ipv4Addr};
 
+use target::Malformed;
+
 /// What somebody asks for inside a connection.
 #[derive(Clone, Copy, Debug)]
 pub enum Question<'a> {
     /// A request of HTTP, and the secrets that rules may compare its headers with.
     Http(HttpRequest<'a>, &'a Secrets),
+    /// What is no request of HTTP to the proxy, which answers it itself.
+    Malformed(Malformed),
     /// A name of DNS.
     Dns(&'a str),
     /// TLS, for a server name if the client gives one.

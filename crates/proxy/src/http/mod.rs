@@ -13,13 +13,13 @@ pub mod reply;
 pub mod request;
 pub mod response;
 pub mod syntax;
-pub mod target;
 #[cfg(test)]
 mod tests;
 pub mod two;
 
 use std::{io, time::Duration};
 
+pub use palisade_policy::l7::target;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{buffer::Buffer, judge::Gate, net};

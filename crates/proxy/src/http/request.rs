@@ -44,7 +44,7 @@ impl Request {
         let body = framing(&fields, old)?;
         let expects = expectation(&fields)?;
         let authority = Authority::read(only(&fields, "host")?.ok_or(NO_HOST)?)?;
-        let target = read_target(&method, target, &authority)?;
+        let target = Target::of_request(&method, target, Some(&authority))?;
         let hops = Hops::read(&fields)?;
         let websocket = !old
             && method == "GET"
@@ -141,29 +141,6 @@ pub fn read_method(bytes: &[u8]) -> Result<Option<&[u8]>, Malformed> {
         Some((1..=MOST_METHOD, b' ')) => Ok(end.map(|end| &bytes[..end])),
         None if bytes.len() <= MOST_METHOD => Ok(None),
         _ => Err(NO_METHOD),
-    }
-}
-
-fn read_target(method: &str, text: &[u8], authority: &Authority) -> Result<Target, Malformed> {
-    if method == "CONNECT" {
-        return Err(Malformed { status: 405, why: "CONNECT is not for this proxy" });
-    }
-    if text == b"*" && method == "OPTIONS" {
-        return Ok(Target::asterisk());
-    }
-    if text.starts_with(b"/") {
-        return Target::read(text);
-    }
-    let scheme = text.split_at_checked(7).filter(|(s, _)| s.eq_ignore_ascii_case(b"http://"));
-    let (_, rest) = scheme.ok_or(Malformed::bad("the target is no path"))?;
-    let end = rest.iter().position(|byte| matches!(byte, b'/' | b'?' | b'#')).unwrap_or(rest.len());
-    if Authority::read(&rest[..end])? != *authority {
-        return Err(Malformed::bad("the target names another host than the header"));
-    }
-    match &rest[end..] {
-        [] => Target::read(b"/"),
-        query @ [b'?', ..] => Target::read(&[b"/", query].concat()),
-        path => Target::read(path),
     }
 }
 

@@ -6,6 +6,8 @@
 
 use std::ops::Range;
 
+pub use palisade_policy::l7::target::Malformed;
+
 /// Most fields in a head, or in trailers.
 pub const MOST_FIELDS: usize = 100;
 /// Longest head.
@@ -14,22 +16,6 @@ pub const MOST_HEAD: usize = 64 << 10;
 pub const MOST_LINE: usize = 32 << 10;
 /// Longest method.
 pub const MOST_METHOD: usize = 32;
-
-/// Why a message is refused.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Malformed {
-    /// Status for a request that has this fault.
-    pub status: u16,
-    /// The fault, for the log.
-    pub why: &'static str,
-}
-
-impl Malformed {
-    /// The fault of a message that is none.
-    pub const fn bad(why: &'static str) -> Self {
-        Self { status: 400, why }
-    }
-}
 
 const TOKEN: u8 = 1;
 const VALUE: u8 = 2;

@@ -6,9 +6,27 @@
 //! refused where readers are known to differ: encoded slashes, backslashes, path parameters,
 //! control characters, what is no UTF-8.
 
-use std::net::{Ipv4Addr, Ipv6Addr};
+use std::{
+    borrow::Cow,
+    net::{Ipv4Addr, Ipv6Addr},
+};
 
-use super::syntax::Malformed;
+/// Why a message is refused.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Malformed {
+    /// Status for a request that has this fault.
+    pub status: u16,
+    /// The fault, for the log.
+    pub why: &'static str,
+}
+
+impl Malformed {
+    /// The fault of a message that is none.
+    #[must_use]
+    pub const fn bad(why: &'static str) -> Self {
+        Self { status: 400, why }
+    }
+}
 
 /// A target in canonical form: a path that begins with a slash and, behind a question mark, the
 /// query; or the asterisk of `OPTIONS`.
@@ -16,6 +34,34 @@ use super::syntax::Malformed;
 pub struct Target(String);
 
 impl Target {
+    /// Reads what the first line of a request over HTTP/1 asks for: a path, a whole URL of the
+    /// host, or the asterisk. `host` is the one that the header names; `None`: not known.
+    ///
+    /// # Errors
+    ///
+    /// It is not certain what is asked for, or it is for no server behind this proxy.
+    pub fn of_request(
+        method: &str,
+        text: &[u8],
+        host: Option<&Authority>,
+    ) -> Result<Self, Malformed> {
+        if method == "CONNECT" {
+            return Err(Malformed { status: 405, why: "CONNECT is not for this proxy" });
+        }
+        if text == b"*" && method == "OPTIONS" {
+            return Ok(Self::asterisk());
+        }
+        if text.starts_with(b"/") {
+            return Self::read(text);
+        }
+        let (named, path) = split_url(text).ok_or(Malformed::bad("the target is no path"))?;
+        let named = Authority::read(named)?;
+        if host.is_some_and(|host| *host != named) {
+            return Err(Malformed::bad("the target names another host than the header"));
+        }
+        Self::read(&path)
+    }
+
     /// Reads a path and query.
     ///
     /// # Errors
@@ -47,6 +93,24 @@ impl Target {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+}
+
+/// Splits the URL of plain HTTP before its path, which is `/` where it is left out. `None`: it is
+/// no such URL.
+#[must_use]
+pub fn split_url(text: &[u8]) -> Option<(&[u8], Cow<'_, [u8]>)> {
+    let (scheme, rest) = text.split_at_checked(7)?;
+    if !scheme.eq_ignore_ascii_case(b"http://") {
+        return None;
+    }
+    let end = rest.iter().position(|byte| matches!(byte, b'/' | b'?' | b'#')).unwrap_or(rest.len());
+    let (host, path) = rest.split_at(end);
+    let path = match path {
+        [] => Cow::Borrowed(&b"/"[..]),
+        query @ [b'?', ..] => Cow::Owned([b"/", query].concat()),
+        path => Cow::Borrowed(path),
+    };
+    Some((host, path))
 }
 
 /// What may stand in a target as it is. The rest has a meaning of its own or none.
