@@ -7,7 +7,7 @@ use palisade_abi::identity;
 use crate::{
     compile::RuleSource,
     evaluate::{Asked, End, Verdict, judge, matches_peer, matches_port},
-    l7::{Question, target::Malformed},
+    l7::{Difference, HttpRequest, HttpRule, Question, target::Malformed},
     model::{Action, Application, Direction, Entry, Policy, PolicyRef, Ports},
 };
 
@@ -99,7 +99,7 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
     let (verdict, matched) = judge(policies.iter().copied(), asked, question);
     let mut default_deny_by = Vec::new();
     let mut spoken: Option<&Application> = None;
-    let mut nearest: Option<Nearest> = None;
+    let mut nearest: Option<((Missing, Difference), Nearest)> = None;
     let mut sorted = policies.to_vec();
     sorted.sort_by(|a, b| a.id.cmp(&b.id));
     for policy in sorted {
@@ -119,14 +119,21 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
                 if missing == Missing::Inside && entry.application.needs_proxy() {
                     spoken.get_or_insert(&entry.application);
                 }
-                if nearest.as_ref().is_none_or(|found| missing < found.missing) {
-                    let (policy, path) = (policy.id.clone(), entry.path.clone());
-                    nearest = Some(Nearest {
-                        source: RuleSource::Policy { policy, path },
-                        missing,
-                        ports: describe_ports(entry),
-                        inside: entry.application.to_string(),
-                    });
+                let (mut path, mut inside) = (entry.path.clone(), entry.application.to_string());
+                let mut difference = Difference::Both;
+                if let (Missing::Inside, Some(Question::Http(request, _)), Application::Http(rules)) =
+                    (missing, question, &entry.application)
+                    && let Some((least, item)) = nearest_item(rules, request)
+                {
+                    difference = least;
+                    path = format!("{path}[{item}]");
+                    inside = rules[item].to_string();
+                }
+                let distance = (missing, difference);
+                if nearest.as_ref().is_none_or(|(found, _)| distance < *found) {
+                    let source = RuleSource::Policy { policy: policy.id.clone(), path };
+                    let ports = describe_ports(entry);
+                    nearest = Some((distance, Nearest { source, missing, ports, inside }));
                 }
             }
         }
@@ -138,8 +145,13 @@ fn reason(policies: &[&Policy], asked: &Asked<'_>, question: Option<&Question<'_
         _ => None,
     };
     let unruled = !verdict.allowed && verdict.rule.is_none() && malformed.is_none();
-    let nearest = nearest.filter(|_| unruled);
+    let nearest = nearest.map(|(_, nearest)| nearest).filter(|_| unruled);
     Reason { direction, verdict, matched, default_deny_by, malformed, nearest }
+}
+
+/// The rule that differs least from a request, by its place in the list.
+fn nearest_item(rules: &[HttpRule], request: &HttpRequest<'_>) -> Option<(Difference, usize)> {
+    rules.iter().enumerate().map(|(item, rule)| (rule.difference(request), item)).min()
 }
 
 fn describe_ports(entry: &Entry) -> String {

@@ -205,7 +205,7 @@ fn strings(map: Option<&Value>) -> BTreeMap<String, String> {
 
 #[cfg(test)]
 mod tests {
-    use std::fs;
+    use std::{fs, thread};
 
     use palisade_api::admin::Inside;
 
@@ -241,15 +241,61 @@ spec:
 "#;
 
     fn ask(from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
-        let file = std::env::temp_dir().join(format!("explain-{}.yaml", std::process::id()));
-        fs::write(&file, WORLD).unwrap();
+        ask_in(WORLD, from, port, inside)
+    }
+
+    fn ask_in(world: &str, from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
+        let name = format!("explain-{}-{:?}.yaml", std::process::id(), thread::current().id());
+        let file = std::env::temp_dir().join(name);
+        fs::write(&file, world).unwrap();
         let inside = inside.map(|(method, target)| Inside::Http {
             method: method.into(),
             target: target.into(),
             host: String::new(),
         });
         let asked = Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside };
-        explain(&[file], &asked).unwrap()
+        let explanation = explain(std::slice::from_ref(&file), &asked).unwrap();
+        fs::remove_file(file).unwrap();
+        explanation
+    }
+
+    #[test]
+    fn the_nearest_request_differs_least() {
+        let policy = r#"
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: rule2}
+spec:
+  endpointSelector: {matchLabels: {class: star}}
+  ingress:
+  - toPorts:
+    - ports: [{port: "80", protocol: TCP}]
+      rules:
+        http:
+        - {method: PUT, path: /v2}
+        - {method: GET, path: /v1/?}
+        - {method: GET, path: /host, host: 'star\..*'}
+"#;
+        let world = format!("{WORLD}---{policy}");
+        for (method, target, nearest) in [
+            (
+                "GET",
+                "/host",
+                "rule2 spec.ingress[0].toPorts[0].rules.http[2] allows GET /host to host",
+            ),
+            (
+                "PUT",
+                "/host",
+                "rule2 spec.ingress[0].toPorts[0].rules.http[2] allows GET /host to host",
+            ),
+            ("POST", "/v2", "rule2 spec.ingress[0].toPorts[0].rules.http[0] allows PUT /v2"),
+            ("PUT", "/v1", "rule2 spec.ingress[0].toPorts[0].rules.http[1] allows GET /v1/?"),
+            ("POST", "/v3", "rule1 spec.ingress[0].toPorts[0].rules.http[0] allows POST /v1/land"),
+        ] {
+            let denied = ask_in(&world, "ship", 80, Some((method, target)));
+            let end = denied.ends.iter().find(|end| end.direction == "ingress").unwrap();
+            assert!(!denied.allowed && end.nearest.as_ref().unwrap().contains(nearest), "{end:?}");
+        }
     }
 
     #[test]
@@ -261,7 +307,7 @@ spec:
         assert_eq!(end.rules[0].policy, "CiliumNetworkPolicy default/rule1");
 
         let rows = [
-            ("ship", 80, Some(("PUT", "/v1/exhaust")), "allows HTTP requests: POST /v1/land"),
+            ("ship", 80, Some(("PUT", "/v1/exhaust")), "rules.http[0] allows POST /v1/land"),
             ("ship", 81, None, "allows this peer, on TCP/80"),
             ("rebel", 80, Some(("POST", "/v1/land")), "allows this port, for other peers"),
             ("192.0.2.1", 80, None, "allows this port, for other peers"),

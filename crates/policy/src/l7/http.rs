@@ -38,6 +38,36 @@ impl fmt::Display for HttpRule {
     }
 }
 
+impl HttpRule {
+    /// What a rule that does not match a request says otherwise.
+    #[must_use]
+    pub fn difference(&self, request: &HttpRequest<'_>) -> Difference {
+        let matches =
+            |rule| HttpMatcher::new(&[rule], &Secrets::default()).0.judge(request).is_some();
+        let method = matches(Self { method: self.method.clone(), ..Self::default() });
+        let path = matches(Self { path: self.path.clone(), ..Self::default() });
+        match (path, method) {
+            (true, true) => Difference::Rest,
+            (true, false) => Difference::Method,
+            (false, true) => Difference::Path,
+            (false, false) => Difference::Both,
+        }
+    }
+}
+
+/// What a request is not as a rule says; the least first.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
+pub enum Difference {
+    /// The host or a header.
+    Rest,
+    /// The method of a path that matches.
+    Method,
+    /// The path.
+    Path,
+    /// Method and path.
+    Both,
+}
+
 /// What one header has to be.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
 pub struct HeaderRule {

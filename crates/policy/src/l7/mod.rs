@@ -9,8 +9,8 @@ pub mod target;
 
 pub use demand::Demand;
 pub use http::{
-    HeaderChange, HeaderEdit, HeaderRule, HeaderValue, HttpMatcher, HttpRequest, HttpRule, L7Error,
-    Match, Mismatch, SecretRef, Secrets,
+    Difference, HeaderChange, HeaderEdit, HeaderRule, HeaderValue, HttpMatcher, HttpRequest,
+    HttpRule, L7Error, Match, Mismatch, SecretRef, Secrets,
 };
 pub use name::{NameError, NamePattern};
 pub use pattern::{Pattern, PatternError};
