@@ -5,12 +5,16 @@
 //! after a pause.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, VecDeque},
+    collections::{BTreeMap, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
 
-use palisade_policy::{CompiledPolicy, l7::Secrets};
+use palisade_policy::{
+    CompiledPolicy,
+    l7::Secrets,
+    model::{Policy, PolicyRef},
+};
 use tokio::{
     runtime::Handle,
     sync::{mpsc, oneshot, watch},
@@ -61,8 +65,8 @@ pub struct Progress {
     pub problems: Vec<String>,
     /// Compiled policies by table number, some that were replaced included.
     pub compiled: Arc<BTreeMap<u32, Arc<CompiledPolicy>>>,
-    /// Policies of which an earlier, accepted version is in force.
-    pub last_good: Arc<BTreeSet<palisade_policy::model::PolicyRef>>,
+    /// Earlier, accepted versions in force of policies that are refused now.
+    pub last_good: Arc<BTreeMap<PolicyRef, Arc<Policy>>>,
 }
 
 /// An endpoint in force.
@@ -296,11 +300,9 @@ impl Engine {
             *known = now;
             changed
         });
-        let last_good = tables
-            .policies
-            .rows()
-            .filter(|policy| self.resolver.has_last_good(policy))
-            .map(|policy| policy.id.clone());
+        let last_good = tables.policies.rows().filter_map(|object| {
+            Some((object.id.clone(), self.resolver.last_good(object)?.clone()))
+        });
         let last_good = Arc::new(last_good.collect());
         drop(tables);
         let compiled = Arc::new(self.remembered.iter().cloned().collect());

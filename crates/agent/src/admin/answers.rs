@@ -50,7 +50,8 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
             }
             None => no_endpoint(text),
         },
-        Request::Explain(asked) => match explain(&admin.scope, &tables, asked) {
+        Request::Explain(asked) => match explain(&admin.scope, &tables, &progress.last_good, asked)
+        {
             Ok(explanation) => Response::Explanation(Box::new(explanation)),
             Err(unknown) => Response::Error(unknown),
         },
@@ -181,7 +182,7 @@ fn policy<'a>(
             policy: row.id.to_string(),
             valid,
             error,
-            last_good_in_force: progress.last_good.contains(&row.id),
+            last_good_in_force: progress.last_good.contains_key(&row.id),
             rules,
         }
     });

@@ -1,6 +1,10 @@
 //! Whether something would pass, from what the tables hold.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    net::IpAddr,
+    sync::Arc,
+};
 
 use palisade_abi::identity as number;
 use palisade_api::{
@@ -10,7 +14,7 @@ use palisade_api::{
 use palisade_policy::{
     evaluate::End,
     identity::{PodLabels, endpoint_labels, reserved},
-    model::Policy,
+    model::{Policy, PolicyRef},
 };
 
 use crate::{
@@ -22,15 +26,15 @@ use crate::{
 pub(super) fn explain(
     scope: &Scope,
     tables: &Tables,
+    last_good: &BTreeMap<PolicyRef, Arc<Policy>>,
     asked: &Explain,
 ) -> Result<Explanation, String> {
-    let policies: Vec<&Policy> = tables
-        .policies
-        .rows()
-        .map(|row| match &row.content {
-            PolicyContent::Accepted(policy) => policy.as_ref(),
-            PolicyContent::Refused { lockdown, .. } => lockdown,
-        })
+    let in_force = tables.policies.rows().map(|row| match &row.content {
+        PolicyContent::Accepted(policy) => (Some(policy), None),
+        PolicyContent::Refused { lockdown, .. } => (last_good.get(&row.id), Some(lockdown)),
+    });
+    let policies: Vec<&Policy> = in_force
+        .flat_map(|(good, lockdown)| good.map(Arc::as_ref).into_iter().chain(lockdown))
         .collect();
     let from = find(scope, tables, &asked.from)?;
     let to = find(scope, tables, &asked.to)?;
@@ -98,3 +102,6 @@ fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {
     let end = End { identity, labels, address, named_ports, names: BTreeSet::new() };
     NamedEnd { name: pod.name.to_string(), end }
 }
+
+#[cfg(test)]
+mod tests;

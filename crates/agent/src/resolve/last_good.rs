@@ -104,8 +104,8 @@ impl LastGood {
         }
     }
 
-    pub(super) fn has(&self, id: &PolicyRef) -> bool {
-        self.versions.contains_key(id)
+    pub(super) fn get(&self, id: &PolicyRef) -> Option<&Arc<Policy>> {
+        self.versions.get(id).map(|version| &version.policy)
     }
 
     fn forget_file(&self, id: &PolicyRef) {
@@ -179,12 +179,12 @@ mod tests {
         let good = policy("a");
         let mut versions = open(&place);
         versions.accept("1", &good);
-        assert!(!open(&place).has(&good.id), "nothing is refused yet");
+        assert!(open(&place).get(&good.id).is_none(), "nothing is refused yet");
         assert_eq!(versions.stand_in(&good.id, "1"), Some(&*good));
         assert_eq!(open(&place).stand_in(&good.id, "1"), Some(&*good));
         // Another object of the same name is not that one.
         assert_eq!(open(&place).stand_in(&good.id, "2"), None);
-        assert!(!open(&place).has(&good.id));
+        assert!(open(&place).get(&good.id).is_none());
     }
 
     #[test]

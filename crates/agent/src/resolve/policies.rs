@@ -81,9 +81,10 @@ impl Resolver {
         }
     }
 
-    /// Whether an accepted version of a refused policy is still in force.
-    pub fn has_last_good(&self, object: &PolicyObject) -> bool {
-        matches!(object.content, PolicyContent::Refused { .. }) && self.last_good.has(&object.id)
+    /// The accepted version of a refused policy that is still in force.
+    pub fn last_good(&self, object: &PolicyObject) -> Option<&Arc<Policy>> {
+        let good = self.last_good.get(&object.id);
+        good.filter(|_| matches!(object.content, PolicyContent::Refused { .. }))
     }
 
     /// Takes over what became of endpoints' policies.

@@ -1,0 +1,134 @@
+//! By tables that the resolver filled, as in the agent.
+
+use palisade_api::convert::convert;
+use palisade_policy::model::PolicyKind;
+use serde_json::{Value, json};
+
+use super::*;
+use crate::{
+    resolve::{Resolver, Routing},
+    tables::{
+        Change, Intent, identities::Identity, namespaces::Namespace, pods::Endpoint,
+        policies::PolicyObject,
+    },
+};
+
+const OWN: &str = "node1";
+const FAR: &str = "node2";
+
+struct World {
+    scope: Scope,
+    resolver: Resolver,
+    tables: Tables,
+}
+
+impl World {
+    /// A namespace, and a pod of this node for each name, with the address 10.0.0.n and its name
+    /// for a label.
+    fn with(pods: &[&str]) -> Self {
+        let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
+        let resolver = Resolver::new(scope.clone(), []);
+        let mut world = Self { scope, resolver, tables: Tables::default() };
+        let namespace = Namespace { name: "default".into(), labels: BTreeMap::new() };
+        world.put(Intent::Namespace(Change::Put(namespace)));
+        for (n, name) in (1..).zip(pods) {
+            world.pod(name, OWN, n);
+            world.put(Intent::Endpoint(Change::Put(Endpoint {
+                id: n.into(),
+                pod: ObjectName::new("default", *name),
+                uid: (*name).into(),
+                container_id: (*name).into(),
+                interface: format!("lxc{n}"),
+                ifindex: n.into(),
+                mac: [2; 6],
+                host_mac: [4; 6],
+                ipv4: Some([10, 0, 0, n].into()),
+                ipv6: None,
+            })));
+        }
+        world
+    }
+
+    fn pod(&mut self, name: &str, node: &str, n: u8) {
+        self.put(Intent::Pod(Change::Put(Pod {
+            name: ObjectName::new("default", name),
+            uid: name.into(),
+            runtime_uid: name.into(),
+            node: node.into(),
+            addresses: vec![[10, 0, 0, n].into()],
+            host_network: false,
+            terminating: false,
+            labels: BTreeMap::from([("app".into(), name.into())]),
+            service_account: "default".into(),
+            ports: Vec::new(),
+        })));
+    }
+
+    /// Labels get their numbers at once.
+    fn put(&mut self, intent: Intent) {
+        self.tables.apply(intent);
+        self.resolver.resolve(&mut self.tables);
+        let unnumbered = self.tables.pod_identities.rows().filter(|row| row.identity.is_none());
+        for labels in unnumbered.map(|row| row.labels.clone()).collect::<Vec<_>>() {
+            let id = 1000 + u32::try_from(self.tables.identities.len()).unwrap();
+            self.tables.apply(Intent::Identity(Change::Put(Identity { id, labels })));
+        }
+        self.resolver.resolve(&mut self.tables);
+    }
+
+    fn policy(&mut self, spec: &Value) {
+        let kind = PolicyKind::CiliumNetworkPolicy;
+        let metadata = json!({ "name": "a", "namespace": "default" });
+        let content = match convert(kind, &json!({ "metadata": metadata, "spec": spec }), "default")
+        {
+            Ok(policy) => PolicyContent::Accepted(policy.into()),
+            Err(refusal) => PolicyContent::Refused {
+                message: refusal.to_string(),
+                lockdown: refusal.lockdown(),
+            },
+        };
+        let id = PolicyRef { kind, namespace: Some("default".into()), name: "a".into() };
+        let object = PolicyObject { id, uid: "a".into(), generation: 1, content, reported: None };
+        self.put(Intent::Policy(kind, Change::Put(object)));
+    }
+
+    fn explain(&self, from: &str, to: &str, port: u16) -> Result<Explanation, String> {
+        let refused = self.tables.policies.rows();
+        let last_good = refused
+            .filter_map(|object| {
+                Some((object.id.clone(), self.resolver.last_good(object)?.clone()))
+            })
+            .collect();
+        let (from, to) = (from.to_owned(), to.to_owned());
+        let asked = Explain { from, to, protocol: 6, port, inside: None };
+        explain(&self.scope, &self.tables, &last_good, &asked)
+    }
+
+    fn allows(&self, from: &str, to: &str, port: u16) -> bool {
+        self.explain(from, to, port).unwrap().allowed
+    }
+}
+
+fn into_server(from: &str) -> Value {
+    json!({
+        "endpointSelector": { "matchLabels": { "app": "server" } },
+        "ingress": [{ "fromEndpoints": [{ "matchLabels": { "app": from } }] }],
+    })
+}
+
+#[test]
+fn a_refused_policy_is_judged_by_its_last_good_version() {
+    let mut refused = into_server("client");
+    refused["ingress"][0]["nonsense"] = json!(true);
+    let mut world = World::with(&["client", "other", "server"]);
+    assert!(world.allows("client", "server", 80) && world.allows("other", "server", 80));
+    world.policy(&into_server("client"));
+    assert!(world.allows("client", "server", 80) && !world.allows("other", "server", 80));
+    world.policy(&refused);
+    assert!(world.allows("client", "server", 80) && !world.allows("other", "server", 80));
+
+    // Where none was ever accepted, the subject is closed.
+    let mut world = World::with(&["client", "other", "server"]);
+    world.policy(&refused);
+    assert!(!world.allows("client", "server", 80) && world.allows("server", "client", 80));
+}
