@@ -247,8 +247,12 @@ pub struct Status {
     pub identities: usize,
     /// Known policies, those refused included.
     pub policies: usize,
-    /// Policies that were refused and hold their subjects locked down.
+    /// Policies that were refused. Their subjects are locked down, but for what the last good
+    /// version allows where that is in force.
     pub policies_refused: usize,
+    /// Refused policies whose last good version is in force.
+    #[serde(default)]
+    pub policies_last_good: usize,
     /// Programmed Service addresses.
     pub services: usize,
     /// This node's addresses, the router's included.

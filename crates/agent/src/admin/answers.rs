@@ -113,6 +113,7 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         identities: tables.identities.len(),
         policies: tables.policies.rows().count(),
         policies_refused: tables.policies.rows().filter(refused).count(),
+        policies_last_good: progress.last_good.len(),
         services: tables.service_entries.len(),
         addresses: node.map(|node| node.own_addresses().collect()).unwrap_or_default(),
         pod_cidrs: node

@@ -136,10 +136,18 @@ impl Report {
         let mut warnings = Vec::new();
         for (status, _) in self.statuses() {
             let mut warn = |text: String| warnings.push((status.node.clone(), text));
-            if status.policies_refused > 0 {
+            let stand = status.policies_last_good;
+            let closed = status.policies_refused.saturating_sub(stand);
+            if closed > 0 {
                 warn(format!(
-                    "{} policies are refused and their subjects locked down: palisade policy get",
-                    status.policies_refused
+                    "{closed} policies are refused and their subjects locked down: \
+                     palisade policy get"
+                ));
+            }
+            if stand > 0 {
+                warn(format!(
+                    "{stand} policies are refused, with their last good versions in force: \
+                     palisade policy get"
                 ));
             }
             if status.endpoints_not_ready > 0 {
@@ -149,6 +157,24 @@ impl Report {
                 ));
             }
         }
+        warnings
+    }
+
+    /// The warnings for people: what every agent says is said once.
+    fn warnings_at_once(&self) -> Vec<(String, String)> {
+        let mut warnings = self.warnings();
+        let all = self.available();
+        let mut told: BTreeMap<String, usize> = BTreeMap::new();
+        for (_, text) in &warnings {
+            *told.entry(text.clone()).or_default() += 1;
+        }
+        for (node, text) in &mut warnings {
+            if all > 1 && told[text.as_str()] == all {
+                *node = format!("all {all} nodes");
+            }
+        }
+        let mut seen = BTreeSet::new();
+        warnings.retain(|warning| seen.insert(warning.clone()));
         warnings
     }
 
@@ -205,7 +231,7 @@ impl Report {
             writeln!(out, "Image versions         palisade    {image}: {count}")?;
         }
         list(out, "Errors:", &self.errors())?;
-        list(out, "Warnings:", &self.warnings())?;
+        list(out, "Warnings:", &self.warnings_at_once())?;
         for error in self.collection_errors() {
             writeln!(out, "{:<23}{error}", "Not collected:")?;
         }
@@ -222,7 +248,7 @@ impl Report {
     }
 
     fn palisade(&self) -> String {
-        let (errors, warnings) = (self.errors().len(), self.warnings().len());
+        let (errors, warnings) = (self.errors().len(), self.warnings_at_once().len());
         let not_ready = self.desired() - self.ready().min(self.desired());
         match (errors, warnings, not_ready) {
             (0, 0, 0) if self.desired() > 0 => "OK".to_owned(),

@@ -17,6 +17,7 @@ fn status(node: &str) -> Status {
         identities: 2,
         policies: 0,
         policies_refused: 0,
+        policies_last_good: 0,
         services: 1,
         addresses: Vec::new(),
         pod_cidrs: Vec::new(),
@@ -126,4 +127,34 @@ fn one_cause_is_one_error() {
     let text = Report::new(agents, Err("refused".to_owned())).text();
     assert!(text.contains("1 errors, 0 warnings"), "{text}");
     assert!(text.contains("4 kinds of objects (Pod, Node, …): connection refused"), "{text}");
+}
+
+#[test]
+fn refused_policies_are_told_by_what_is_in_force_and_once() {
+    let agents = |stand: [usize; 2]| {
+        let agents = ["node1", "node2"].into_iter().zip(stand).map(|(node, stand)| {
+            let status = Status { policies_refused: 2, policies_last_good: stand, ..status(node) };
+            AgentState { name: node.to_owned(), answer: Ok((status, Vec::new())) }
+        });
+        Report::new(agents.collect(), Ok(cluster(&["node1", "node2"], &[])))
+    };
+    let locked = "refused and their subjects locked down: palisade policy get";
+    let stands = "refused, with their last good versions in force: palisade policy get";
+
+    let text = agents([1, 1]).text();
+    assert!(text.contains(&format!("all 2 nodes    1 policies are {locked}\n")), "{text}");
+    assert!(text.contains(&format!("all 2 nodes    1 policies are {stands}\n")), "{text}");
+    assert!(text.contains("0 errors, 2 warnings") && !text.contains("node1"), "{text}");
+
+    let text = agents([2, 2]).text();
+    assert!(text.contains(&format!("all 2 nodes    2 policies are {stands}\n")), "{text}");
+    assert!(text.contains("0 errors, 1 warnings") && !text.contains("locked down"), "{text}");
+
+    let report = agents([0, 2]);
+    let text = report.text();
+    assert!(text.contains(&format!("node1    2 policies are {locked}\n")), "{text}");
+    assert!(text.contains(&format!("node2    2 policies are {stands}\n")), "{text}");
+    // Programs look up nodes by their names.
+    let warnings = &agents([2, 2]).json()["errors"]["palisade"]["node2"]["Warnings"];
+    assert_eq!(warnings.as_array().map(Vec::len), Some(1), "{warnings}");
 }
