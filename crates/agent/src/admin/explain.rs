@@ -14,12 +14,12 @@ use palisade_api::{
 use palisade_policy::{
     evaluate::End,
     identity::{PodLabels, endpoint_labels, reserved},
-    model::{Policy, PolicyRef},
+    model::{Direction, Peer, Peers, Policy, PolicyRef},
 };
 
 use crate::{
     resolve::Scope,
-    tables::{ObjectName, Tables, pods::Pod, policies::PolicyContent},
+    tables::{ObjectName, Tables, fqdns::LearnedNames, pods::Pod, policies::PolicyContent},
 };
 
 /// The answer, or which end is not known.
@@ -37,7 +37,10 @@ pub(super) fn explain(
         .flat_map(|(good, lockdown)| good.map(Arc::as_ref).into_iter().chain(lockdown))
         .collect();
     let from = find(scope, tables, &asked.from)?;
-    let to = find(scope, tables, &asked.to)?;
+    let mut to = find(scope, tables, &asked.to)?;
+    if number::is_world(to.end.identity) && asks_for_names(&policies, &from) {
+        to.end.names = learned(scope, tables, &from, to.end.address)?;
+    }
     Ok(explain::explain(&policies, &from, &to, asked))
 }
 
@@ -76,6 +79,48 @@ fn by_address(scope: &Scope, tables: &Tables, address: IpAddr) -> NamedEnd {
     let labels = reserved(identity).unwrap_or_default();
     let end = End { identity, labels, address, named_ports: Vec::new(), names: BTreeSet::new() };
     NamedEnd { name: address.to_string(), end }
+}
+
+/// Whether the sender's policies speak of names.
+fn asks_for_names(policies: &[&Policy], from: &NamedEnd) -> bool {
+    let rules = policies.iter().flat_map(|policy| &policy.rules);
+    let entries = rules
+        .filter(|rule| rule.subject.matches(&from.end.labels))
+        .flat_map(|rule| &rule.section(Direction::Egress).entries);
+    let mut peers = entries.filter_map(|entry| match &entry.peers {
+        Peers::Any => None,
+        Peers::List(list) => Some(list),
+    });
+    peers.any(|list| list.iter().any(|peer| matches!(peer, Peer::Fqdn(_))))
+}
+
+/// Names that the address was given for to the sender, or to whom the very same rules select. Only
+/// the sender's own node knows them.
+fn learned(
+    scope: &Scope,
+    tables: &Tables,
+    from: &NamedEnd,
+    address: IpAddr,
+) -> Result<BTreeSet<String>, String> {
+    let mut endpoints = tables.endpoints.rows();
+    let Some(own) = endpoints.find(|one| one.addresses().any(|own| own == from.end.address)) else {
+        return Err(format!(
+            "{}'s policies allow names, and which addresses it learned for them is known on its \
+             own node only, which is not {}: ask the agent there",
+            from.name, scope.node
+        ));
+    };
+    let group =
+        |endpoint: &u32| tables.policy_entries.get(endpoint).and_then(|row| row.egress.group());
+    let shared = group(&own.id);
+    let counts = |row: &LearnedNames| {
+        let same = row.endpoint == own.id || shared.is_some() && group(&row.endpoint) == shared;
+        let endpoint = tables.endpoints.get(&row.endpoint);
+        same && endpoint.is_some_and(|endpoint| endpoint.container_id == row.container)
+    };
+    let rows = tables.names.rows().filter(|row| counts(row));
+    let names = rows.flat_map(|row| &row.names).filter(|(_, known)| known.contains(&address));
+    Ok(names.map(|(name, _)| name.clone()).collect())
 }
 
 fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {

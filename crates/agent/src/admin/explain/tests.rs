@@ -1,12 +1,12 @@
 //! By tables that the resolver filled, as in the agent.
 
-use palisade_api::convert::convert;
+use palisade_api::{convert::convert, routing::Routing};
 use palisade_policy::model::PolicyKind;
 use serde_json::{Value, json};
 
 use super::*;
 use crate::{
-    resolve::{Resolver, Routing},
+    resolve::Resolver,
     tables::{
         Change, Intent, identities::Identity, namespaces::Namespace, pods::Endpoint,
         policies::PolicyObject,
@@ -131,4 +131,46 @@ fn a_refused_policy_is_judged_by_its_last_good_version() {
     let mut world = World::with(&["client", "other", "server"]);
     world.policy(&refused);
     assert!(!world.allows("client", "server", 80) && world.allows("server", "client", 80));
+}
+
+#[test]
+fn an_address_counts_for_the_names_that_it_was_learned_for() {
+    let mut world = World::with(&["client", "other"]);
+    world.policy(&json!({
+        "endpointSelector": { "matchLabels": { "app": "client" } },
+        "egress": [{ "toFQDNs": [{ "matchName": "a.example" }] }],
+    }));
+    let learn = |world: &mut World, endpoint: u32, container: &str, name: &str| {
+        let addresses = BTreeSet::from([[203, 0, 113, 5].into()]);
+        let names = BTreeMap::from([(name.to_owned(), addresses)]);
+        let container = container.to_owned();
+        let row = LearnedNames { endpoint, container, generation: 1, names };
+        world.put(Intent::Names(Change::Put(row)));
+    };
+    let (near, far) = ("203.0.113.5", "203.0.113.6");
+    assert!(!world.allows("client", near, 8088), "nothing is learned yet");
+    learn(&mut world, 2, "other", "a.example");
+    assert!(!world.allows("client", near, 8088), "what others learn counts for them");
+    learn(&mut world, 1, "before", "a.example");
+    assert!(!world.allows("client", near, 8088), "what a container before it learned");
+    learn(&mut world, 1, "client", "b.example");
+    assert!(!world.allows("client", near, 8088), "another name");
+    learn(&mut world, 1, "client", "a.example");
+    assert!(world.allows("client", near, 8088) && !world.allows("client", far, 8088));
+}
+
+#[test]
+fn names_learned_on_another_node_are_asked_for_there() {
+    let mut world = World::with(&["server"]);
+    world.pod("client", FAR, 9);
+    let labels = json!({ "matchLabels": { "app": "client" } });
+    world.policy(
+        &json!({ "endpointSelector": labels, "egress": [{ "toCIDR": ["203.0.113.5/32"] }] }),
+    );
+    assert!(world.explain("client", "203.0.113.5", 80).is_ok());
+    let names = json!([{ "toFQDNs": [{ "matchName": "a.example" }] }]);
+    world.policy(&json!({ "endpointSelector": labels, "egress": names }));
+    assert!(world.explain("client", "10.0.0.1", 80).is_ok());
+    let error = world.explain("client", "203.0.113.5", 80).unwrap_err();
+    assert!(error.contains("its own node only, which is not node1"), "{error}");
 }
