@@ -47,6 +47,11 @@ impl Failure {
         Self { exit: Exit::NotFound, message: message.into(), advice: None }
     }
 
+    /// As [`Failure::not_found`], with what to do about it.
+    pub(crate) fn missing(message: impl Into<String>, advice: impl Into<String>) -> Self {
+        Self { exit: Exit::NotFound, message: message.into(), advice: Some(advice.into()) }
+    }
+
     pub(crate) fn refused(message: impl Into<String>, advice: impl Into<String>) -> Self {
         Self { exit: Exit::No, message: message.into(), advice: Some(advice.into()) }
     }

@@ -67,17 +67,21 @@ pub(crate) struct Container {
 impl Installation {
     /// Looks for one in every namespace.
     pub(crate) async fn find(client: &Client) -> kube::Result<Option<Self>> {
-        let all: Api<DaemonSet> = Api::all(client.clone());
-        let found = all.list(&ListParams::default().labels(AGENTS)).await?.items;
-        let Some(agents) = found.into_iter().find(|it| it.name_any() == "palisade") else {
-            return Ok(None);
-        };
+        let Some(agents) = Self::agents(client).await?.into_iter().next() else { return Ok(None) };
         let namespace = agents.namespace().unwrap_or_default();
         let operators: Api<Deployment> = Api::namespaced(client.clone(), &namespace);
         let operators = operators.get_opt("palisade-operator").await?;
         let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
         let pods = pods.list(&ListParams::default().labels(PODS)).await?.items;
         Ok(Some(Self::new(&agents, operators.as_ref(), &pods)))
+    }
+
+    /// The agents of every installation, whoever made it.
+    pub(crate) async fn agents(client: &Client) -> kube::Result<Vec<DaemonSet>> {
+        let all: Api<DaemonSet> = Api::all(client.clone());
+        let mut found = all.list(&ListParams::default().labels(AGENTS)).await?.items;
+        found.retain(|it| it.name_any() == "palisade");
+        Ok(found)
     }
 
     fn new(agents: &DaemonSet, operators: Option<&Deployment>, pods: &[Pod]) -> Self {

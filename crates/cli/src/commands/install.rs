@@ -10,7 +10,7 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use k8s_openapi::api::apps::v1::DaemonSet;
+use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Namespace};
 use kube::{Api, Client, ResourceExt, api::ListParams};
 use serde_json::{Value, json};
 
@@ -18,7 +18,7 @@ use self::record::Record;
 use crate::{
     chart::{self, Chart},
     cli::Global,
-    cluster,
+    cluster::{self, Installation},
     exit::{Exit, Failure},
     output::{self, Format},
 };
@@ -99,6 +99,8 @@ pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
             )
             .into());
         }
+        check_other_installations(&client, &args.place.namespace).await?;
+        check_namespace(&client, &args.place.namespace).await?;
         check_other_networks(&client, &chart).await?;
         roll_out(&client, &chart, &chosen, Record::default(), args).await
     })
@@ -120,6 +122,7 @@ fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
         if args.dry_run {
             return dry_run(global, &chart);
         }
+        check_other_installations(&client, &args.place.namespace).await?;
         roll_out(&client, &chart, &chosen, record, args).await
     })
 }
@@ -193,16 +196,17 @@ async fn roll_out(
     let before = std::mem::take(&mut record.objects);
     // Written first, so that what is left of an attempt that broke off can be taken away.
     let after: Vec<record::Reference> = objects.iter().map(record::Reference::of).collect();
+    let gone: Vec<_> = before.iter().filter(|it| !after.contains(it)).cloned().collect();
+    remove::refuse_to_lose_secrets(client, &gone, "delete them there, and try again").await?;
     record.values = chosen.clone();
     record.version = chart.version().to_owned();
-    record.objects =
-        after.iter().chain(before.iter().filter(|it| !after.contains(it))).cloned().collect();
+    record.objects = after.iter().chain(&gone).cloned().collect();
     record.write(client, &args.place.namespace).await?;
     for object in &objects {
         apply::apply(client, object).await?;
     }
-    for gone in before.iter().filter(|it| !after.contains(it)) {
-        remove::delete(client, gone).await?;
+    for object in &gone {
+        remove::delete(client, object).await?;
     }
     record.objects = after;
     record.write(client, &args.place.namespace).await?;
@@ -213,6 +217,42 @@ async fn roll_out(
         println!("\nWatch it start with:  palisade status --wait");
     }
     Ok(Exit::Ok)
+}
+
+async fn check_namespace(client: &Client, namespace: &str) -> Result<()> {
+    let api: Api<Namespace> = Api::all(client.clone());
+    if api.get_opt(namespace).await?.is_some() {
+        return Ok(());
+    }
+    Err(Failure::missing(
+        format!("there is no namespace {namespace}"),
+        format!("Nothing was changed. Make it with:  kubectl create namespace {namespace}"),
+    )
+    .into())
+}
+
+/// The namespace of another installation, should there be one.
+async fn other_installation(client: &Client, namespace: &str) -> Result<Option<String>> {
+    if let Some(other) = Record::elsewhere(client, namespace).await? {
+        return Ok(Some(other));
+    }
+    // What Helm installed has no record of ours.
+    let agents = Installation::agents(client).await?;
+    Ok(agents.iter().filter_map(ResourceExt::namespace).find(|it| it != namespace))
+}
+
+/// What is bound to the whole cluster can name the pods of one installation only: a second one
+/// would take the first one's rights.
+async fn check_other_installations(client: &Client, namespace: &str) -> Result<()> {
+    let Some(other) = other_installation(client, namespace).await? else { return Ok(()) };
+    Err(Failure::refused(
+        format!("Palisade is installed in the namespace {other}, and a cluster has only one"),
+        format!(
+            "Nothing was changed. Change that one with:  palisade upgrade -n {other}\n\
+             or remove it first with:                   palisade uninstall -n {other}"
+        ),
+    )
+    .into())
 }
 
 /// Two networks cannot both have the pods; the one that is there is not touched unasked.

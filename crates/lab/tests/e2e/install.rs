@@ -89,7 +89,7 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     fails(&lab, &["uninstall"], 4, "palisade install");
     fails(&lab, &["install", "--set", "config.ipam=dhcp"], 1, "config.ipam: \"dhcp\" is none of");
     fails(&lab, &["install", "--set", "confg.ipam=x"], 1, "confg: there is no such value");
-    fails(&lab, &["install", "-n", "nowhere"], 1, "\"nowhere\" not found");
+    fails(&lab, &["install", "-n", "nowhere"], 4, "error: there is no namespace nowhere\n");
     fails(&lab, &["install", "--context", "other"], 1, "other");
     let manifest = succeeds(&lab, &["install", "--dry-run"]);
     // A dry run makes no namespace for the objects after it.
@@ -108,6 +108,34 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     let text = succeeds(&lab, &["install", "--set", "config.identity-grace=45m"]);
     assert!(text.contains("daemonset/palisade applied"), "{text}");
     fails(&lab, &["install"], 1, "Palisade is installed in the namespace kube-system");
+
+    // A second one, which would take the rights of the first, is refused before it leaves a trace.
+    lab.kubectl(&["create", "namespace", "other"]);
+    let only = "Palisade is installed in the namespace kube-system, and a cluster has only one";
+    fails(&lab, &["install", "-n", "other"], 1, only);
+    fails(
+        &lab,
+        &["uninstall", "-n", "other"],
+        4,
+        "did not install Palisade in the namespace other",
+    );
+    assert!(lab.try_kubectl(&["-n", "other", "get", "cm", "palisade-install"]).is_none());
+    let path = "jsonpath={.subjects[0].namespace}";
+    let holder = ["get", "clusterrolebinding", "palisade", "-o", path];
+    assert_eq!(lab.kubectl(&holder), "kube-system");
+    // Where there are two all the same, none takes what the other one uses.
+    let second = r#"{"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name":
+        "palisade-install", "namespace": "other"}, "data": {"values": "{}", "version": "0",
+        "objects": "[{\"apiVersion\": \"v1\", \"kind\": \"Namespace\", \"name\": \"palisade-secrets\"}]"}}"#;
+    lab.apply(second);
+    fails(&lab, &["upgrade"], 1, "Palisade is installed in the namespace other");
+    let text = succeeds(&lab, &["uninstall", "-n", "other", "--delete-secrets"]);
+    assert!(text.contains("palisade upgrade -n kube-system"), "{text}");
+    lab.kubectl(&["delete", "namespace", "other"]);
+    assert_eq!(
+        lab.kubectl(&["get", "ns", "palisade-secrets", "-o", "jsonpath={.status.phase}"]),
+        "Active"
+    );
     assert!(succeeds(&lab, &["config", "view"]).contains("identity-grace: 45m"));
 
     // A changed setting is in the ConfigMap, and in a new version of the pods; others stay.
@@ -125,7 +153,12 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
 
     // An object that a new version has no more goes.
     let namespace = |name: &str| lab.try_kubectl(&["get", "namespace", name]).is_some();
-    succeeds(&lab, &["upgrade", "--set", "secrets.namespace=elsewhere"]);
+    let secret = ["create", "secret", "generic", "token", "--from-literal=a=b", "-n"];
+    lab.kubectl(&[&secret[..], &["palisade-secrets"]].concat());
+    let elsewhere = ["upgrade", "--set", "secrets.namespace=elsewhere"];
+    fails(&lab, &elsewhere, 1, "1 secrets would be lost with the namespace palisade-secrets");
+    lab.kubectl(&["-n", "palisade-secrets", "delete", "secret", "token"]);
+    succeeds(&lab, &elsewhere);
     assert!(namespace("elsewhere"));
     eventually("the old namespace goes", || !namespace("palisade-secrets"));
 
@@ -155,8 +188,14 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     fails(&lab, &["uninstall"], 1, "1 ciliumnetworkpolicies would be lost");
     assert!(everything_of_ours(&lab).contains("daemonset.apps/palisade"));
 
+    // Nor are Secrets.
+    lab.kubectl(&[&secret[..], &["elsewhere"]].concat());
+    let lost = "1 secrets would be lost with the namespace elsewhere";
+    fails(&lab, &["uninstall", "--delete-policies"], 1, lost);
+    assert!(everything_of_ours(&lab).contains("daemonset.apps/palisade"));
+
     lab.kubectl(&["taint", "node", "node1", "node.cilium.io/agent-not-ready=true:NoSchedule"]);
-    let uninstall = palisade(&lab, &["uninstall", "--delete-policies"])
+    let uninstall = palisade(&lab, &["uninstall", "--delete-policies", "--delete-secrets"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()

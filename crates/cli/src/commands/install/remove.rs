@@ -8,7 +8,7 @@ use k8s_openapi::{
     api::{
         apps::v1::DaemonSet,
         coordination::v1::Lease,
-        core::v1::{Node, Pod},
+        core::v1::{Node, Pod, Secret},
     },
     apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition,
 };
@@ -31,6 +31,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::{Exit, Failure},
+    output::say,
     progress::Progress,
 };
 
@@ -44,6 +45,10 @@ pub(crate) struct UninstallArgs {
     /// Delete the policies of the group cilium.io too; without this they must be gone before.
     #[arg(long)]
     delete_policies: bool,
+    /// Delete the Secrets in the namespace that agents read them from; without this they must be
+    /// gone before.
+    #[arg(long)]
+    delete_secrets: bool,
     /// Leave the nodes as they are: their pods keep their connections, and the policies in force
     /// stay, until the nodes are started anew.
     #[arg(long)]
@@ -57,36 +62,55 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
     cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let record = Record::require(&client, &args.place.namespace).await?;
-        if !args.delete_policies {
+        // What is in no namespace of its own belongs to the other one too, the nodes included.
+        let other = super::other_installation(&client, &args.place.namespace).await?;
+        let own = |it: &Reference| it.namespace.as_ref() == Some(&args.place.namespace);
+        let mut ours = record.objects.clone();
+        ours.retain(|it| other.is_none() || own(it));
+        if !args.delete_policies && other.is_none() {
             refuse_to_lose_policies(&client).await?;
         }
+        if !args.delete_secrets {
+            refuse_to_lose_secrets(&client, &ours, "palisade uninstall --delete-secrets").await?;
+        }
         // The operator first: it would put back what goes.
-        for object in record.objects.iter().rev() {
+        for object in ours.iter().rev() {
             delete(&client, object).await?;
         }
         let limit = Duration::from_secs(args.wait_duration);
         bounded("pods of Palisade are still there", limit, gone(&client, &args.place.namespace))
             .await?;
+        if let Some(other) = other {
+            forget(&client, &args.place.namespace).await?;
+            say!(
+                "\nWhat Palisade in the namespace {other} uses is still there. Give it its rights \
+                 again with:\n  palisade upgrade -n {other}"
+            );
+            return Ok(Exit::Ok);
+        }
         if !args.keep_nodes {
             let chart = Chart::new(&record.values, &args.place.namespace)?;
             clean_nodes(&client, &chart, &args.place.namespace, limit).await?;
         }
         untaint(&client).await?;
         delete_definitions(&client, limit).await?;
-        let leases: Api<Lease> = Api::namespaced(client.clone(), &args.place.namespace);
-        gone_is_done(leases.delete("palisade-operator", &DeleteParams::default()).await)?;
-        let own = Reference {
-            api_version: "v1".into(),
-            kind: "ConfigMap".into(),
-            namespace: Some(args.place.namespace.clone()),
-            name: record::NAME.into(),
-        };
-        delete(&client, &own).await?;
-        println!(
-            "\nPalisade is gone. Pods that it connected need another network, and a new start."
-        );
+        forget(&client, &args.place.namespace).await?;
+        say!("\nPalisade is gone. Pods that it connected need another network, and a new start.");
         Ok(Exit::Ok)
     })
+}
+
+/// The Lease and the record, last of all.
+async fn forget(client: &Client, namespace: &str) -> Result<()> {
+    let leases: Api<Lease> = Api::namespaced(client.clone(), namespace);
+    gone_is_done(leases.delete("palisade-operator", &DeleteParams::default()).await)?;
+    let own = Reference {
+        api_version: "v1".into(),
+        kind: "ConfigMap".into(),
+        namespace: Some(namespace.to_owned()),
+        name: record::NAME.into(),
+    };
+    delete(client, &own).await
 }
 
 /// Deletes one object, and waits for those that depend on it.
@@ -145,6 +169,29 @@ async fn refuse_to_lose_policies(client: &Client) -> Result<()> {
          and then:                             palisade uninstall --delete-policies",
     )
     .into())
+}
+
+/// Secrets that somebody put into a namespace which goes are lost with it.
+pub(super) async fn refuse_to_lose_secrets(
+    client: &Client,
+    going: &[Reference],
+    then: &str,
+) -> Result<()> {
+    for Reference { name, .. } in going.iter().filter(|object| object.kind == "Namespace") {
+        let secrets: Api<Secret> = Api::namespaced(client.clone(), name);
+        let count = secrets.list_metadata(&ListParams::default()).await?.items.len();
+        if count > 0 {
+            return Err(Failure::refused(
+                format!("{count} secrets would be lost with the namespace {name}"),
+                format!(
+                    "Nothing was changed. Keep a copy with:  kubectl get secrets -n {name} -o yaml\n\
+                     and then:                             {then}"
+                ),
+            )
+            .into());
+        }
+    }
+    Ok(())
 }
 
 /// Waits until no pod of ours runs: an agent would put back on its node what is cleaned there.
