@@ -12,6 +12,7 @@ pub mod crd;
 #[cfg(feature = "crd")]
 pub mod explain;
 pub mod flow;
+pub mod pool;
 #[cfg(feature = "proxy")]
 pub mod proxy;
 pub mod routing;

@@ -9,15 +9,12 @@ mod leader;
 mod metrics;
 mod networks;
 mod nodes;
-mod pool;
 mod serve;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use anyhow::Context;
 use clap::{Parser, ValueEnum};
-use ipnet::{Ipv4Net, Ipv6Net};
-use palisade_api::client;
+use palisade_api::{client, pool::Pools};
 use tokio::{
     signal::unix::{SignalKind, signal},
     task::JoinSet,
@@ -25,7 +22,7 @@ use tokio::{
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
-use crate::{identities::Collector, leader::Elector, metrics::Metrics, networks::Allocator};
+use crate::{identities::Collector, leader::Elector, metrics::Metrics};
 
 /// Does for a cluster what is to be done once: CRDs, pod networks, identities, taints.
 #[derive(Debug, Parser)]
@@ -47,15 +44,16 @@ struct Options {
     /// Where nodes get their pod networks from.
     #[arg(long, env = "PALISADE_OPERATOR_IPAM", value_enum, default_value_t)]
     ipam: Ipam,
-    /// Networks that pod networks of nodes are cut from; only with `--ipam cluster-pool`.
-    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV4", value_delimiter = ',')]
-    pool_ipv4: Vec<Ipv4Net>,
+    /// Networks, separated by commas, that pod networks of nodes are cut from; only with `--ipam
+    /// cluster-pool`.
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV4", default_value = "")]
+    pool_ipv4: String,
     /// Prefix length of a node's IPv4 network.
     #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV4_MASK", default_value_t = 24)]
     pool_ipv4_mask: u8,
     /// As --pool-ipv4.
-    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV6", value_delimiter = ',')]
-    pool_ipv6: Vec<Ipv6Net>,
+    #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV6", default_value = "")]
+    pool_ipv6: String,
     /// Prefix length of a node's IPv6 network.
     #[arg(long, env = "PALISADE_OPERATOR_POOL_IPV6_MASK", default_value_t = 120)]
     pool_ipv6_mask: u8,
@@ -96,7 +94,7 @@ fn main() -> anyhow::Result<()> {
 }
 
 async fn run(options: Options) -> anyhow::Result<()> {
-    let allocator = allocator(&options)?;
+    let pools = pools(&options)?;
     let client = client::client(options.kubeconfig.as_deref()).await?;
     let metrics = Arc::new(Metrics::default());
     let mut tasks = JoinSet::new();
@@ -111,7 +109,7 @@ async fn run(options: Options) -> anyhow::Result<()> {
         let mut work: JoinSet<()> = JoinSet::new();
         crds::apply(&client).await;
         metrics.ready();
-        work.spawn(networks::run(client.clone(), allocator, term.watch(), metrics.clone()));
+        work.spawn(networks::run(client.clone(), pools, term.watch(), metrics.clone()));
         work.spawn(nodes::run(client.clone(), options.namespace.clone(), metrics.clone()));
         let collector =
             Collector::new(client.clone(), &options.cluster_name, options.identity_grace);
@@ -131,14 +129,12 @@ async fn run(options: Options) -> anyhow::Result<()> {
     Ok(())
 }
 
-fn allocator(options: &Options) -> anyhow::Result<Option<Allocator>> {
-    if options.ipam == Ipam::Kubernetes {
-        return Ok(None);
+fn pools(options: &Options) -> anyhow::Result<Option<Pools>> {
+    let Options { pool_ipv4, pool_ipv4_mask, pool_ipv6, pool_ipv6_mask, .. } = options;
+    match options.ipam {
+        Ipam::Kubernetes => Ok(None),
+        Ipam::ClusterPool => {
+            Ok(Some(Pools::parse(pool_ipv4, *pool_ipv4_mask, pool_ipv6, *pool_ipv6_mask)?))
+        }
     }
-    let v4 = options.pool_ipv4.iter().copied().map(Into::into).collect();
-    let v6 = options.pool_ipv6.iter().copied().map(Into::into).collect();
-    Ok(Some(Allocator::new([
-        pool::Pool::new(v4, options.pool_ipv4_mask).context("--pool-ipv4")?,
-        pool::Pool::new(v6, options.pool_ipv6_mask).context("--pool-ipv6")?,
-    ])?))
 }

@@ -19,63 +19,27 @@ use kube::{
     core::{ApiResource, GroupVersionKind},
     runtime::{WatchStreamExt, watcher},
 };
-use palisade_api::client::WATCH_SECONDS;
+use palisade_api::{
+    client::WATCH_SECONDS,
+    pool::{Pools, taken},
+};
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use crate::{leader::Watch, metrics::Metrics, pool::Pool};
+use crate::{leader::Watch, metrics::Metrics};
 
 /// Nodes are looked at when one changes, and at least so often.
 const PERIOD: Duration = Duration::from_secs(60);
 /// After a failure.
 const PAUSE: Duration = Duration::from_secs(2);
 
-/// The networks that nodes get theirs from, IPv4 first.
-#[derive(Clone, Debug)]
-pub(crate) struct Allocator([Pool; 2]);
-
-impl Allocator {
-    pub(crate) fn new(pools: [Pool; 2]) -> anyhow::Result<Self> {
-        ensure!(
-            !pools.iter().all(Pool::is_empty),
-            "--ipam cluster-pool needs --pool-ipv4, --pool-ipv6 or both"
-        );
-        Ok(Self(pools))
-    }
-
-    /// One network of each family that there is a pool of.
-    fn allocate(&self, taken: &[IpNet]) -> Option<Vec<IpNet>> {
-        let pools = self.0.iter().filter(|pool| !pool.is_empty());
-        pools.map(|pool| pool.allocate(taken)).collect()
-    }
-
-    /// A node that lies in the networks for pods could not be told from one.
-    fn conflict(&self, nodes: &[Node]) -> Option<String> {
-        nodes.iter().find_map(|node| {
-            addresses(node).find_map(|address| {
-                let range = self.0.iter().find_map(|pool| pool.range_of(address))?;
-                Some(format!(
-                    "node {} has the address {address}, which lies in the pod network {range}: \
-                     choose another one (config.pool-ipv4 or config.pool-ipv6 of the chart)",
-                    node.name_any()
-                ))
-            })
-        })
-    }
-}
-
 /// Sees to it that every node has pod networks, or says that one has none.
-pub(crate) async fn run(
-    client: Client,
-    allocator: Option<Allocator>,
-    term: Watch,
-    metrics: Arc<Metrics>,
-) {
+pub(crate) async fn run(client: Client, pools: Option<Pools>, term: Watch, metrics: Arc<Metrics>) {
     let api: Api<Node> = Api::all(client.clone());
     let every = watcher::Config::default().timeout(WATCH_SECONDS);
     let mut changes = Box::pin(watcher(api.clone(), every).default_backoff().touched_objects());
     loop {
-        let pause = match round(&client, &api, allocator.as_ref(), &term, &metrics).await {
+        let pause = match round(&client, &api, pools.as_ref(), &term, &metrics).await {
             Ok(()) => PERIOD,
             Err(error) => {
                 metrics.failed();
@@ -104,7 +68,7 @@ async fn next_without_network(
 async fn round(
     client: &Client,
     api: &Api<Node>,
-    allocator: Option<&Allocator>,
+    pools: Option<&Pools>,
     term: &Watch,
     metrics: &Metrics,
 ) -> anyhow::Result<()> {
@@ -112,10 +76,16 @@ async fn round(
     let without: Vec<&Node> = nodes.iter().filter(|node| networks(node).next().is_none()).collect();
     metrics.nodes.store(nodes.len() as u64, Relaxed);
     metrics.nodes_without_network.store(without.len() as u64, Relaxed);
+    if let Some(pools) = pools
+        && let Err(fault) = pools.check(&taken(client, &nodes).await?)
+    {
+        error!("no node gets a pod network: config.{fault}");
+        return Ok(());
+    }
     if without.is_empty() {
         return Ok(());
     }
-    let Some(allocator) = allocator else {
+    let Some(pools) = pools else {
         for node in without {
             warn!(
                 node = node.name_any(),
@@ -125,15 +95,11 @@ async fn round(
         }
         return Ok(());
     };
-    if let Some(conflict) = allocator.conflict(&nodes) {
-        error!("{conflict}");
-        return Ok(());
-    }
     let mut taken: Vec<IpNet> = nodes.iter().flat_map(networks).collect();
     taken.extend(recorded(client).await?);
     for node in without {
         let name = node.name_any();
-        let Some(found) = allocator.allocate(&taken) else {
+        let Some(found) = pools.allocate(&taken) else {
             error!(
                 node = name,
                 "every pod network is taken: add one to config.pool-ipv4 or config.pool-ipv6"
@@ -185,11 +151,4 @@ fn networks(node: &Node) -> impl Iterator<Item = IpNet> {
     let all = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
     let first = spec.and_then(|spec| spec.pod_cidr.as_ref());
     all.iter().chain(first).filter_map(|text| text.parse().ok())
-}
-
-fn addresses(node: &Node) -> impl Iterator<Item = std::net::IpAddr> {
-    let addresses = node.status.iter().flat_map(|status| status.addresses.iter().flatten());
-    addresses
-        .filter(|address| address.type_ == "InternalIP")
-        .filter_map(|address| address.address.parse().ok())
 }

@@ -6,6 +6,7 @@ mod template;
 mod values;
 
 use anyhow::{Context, Result};
+use palisade_api::pool::{Fault, Pools};
 use serde_json::{Map, Value, json};
 
 pub(crate) use values::{merge, parse_set};
@@ -46,15 +47,22 @@ const ORDER: [&str; 9] = [
 /// The chart with what was chosen.
 pub(crate) struct Chart {
     root: Value,
+    /// Networks for pods, where the operator gives them.
+    pools: Option<Pools>,
 }
 
 impl Chart {
     /// Checks what was chosen.
     pub(crate) fn new(chosen: &Value, namespace: &str) -> Result<Self> {
-        let mut values: Value = serde_saphyr::from_str(VALUES).context("the chart's values")?;
-        merge(&mut values, chosen.clone());
+        let mut chart = Self::of_record(chosen, namespace)?;
         let schema: Value = serde_json::from_str(SCHEMA).context("the chart's schema")?;
-        let problems = schema::problems(&schema, &values)?;
+        let mut problems = schema::problems(&schema, chart.values())?;
+        if problems.is_empty() {
+            match pools(chart.values()) {
+                Ok(pools) => chart.pools = pools,
+                Err(fault) => problems.push(format!("config.{fault}")),
+            }
+        }
         if !problems.is_empty() {
             return Err(Failure::refused(
                 format!("values that cannot be: {}", problems.join("\n       ")),
@@ -62,6 +70,13 @@ impl Chart {
             )
             .into());
         }
+        Ok(chart)
+    }
+
+    /// With what was chosen once; to see it or to take it away it need not be right any more.
+    pub(crate) fn of_record(chosen: &Value, namespace: &str) -> Result<Self> {
+        let mut values: Value = serde_saphyr::from_str(VALUES).context("the chart's values")?;
+        merge(&mut values, chosen.clone());
         let chart: Map<String, Value> = serde_saphyr::from_str(CHART).context("the chart")?;
         // Go has the chart's fields with capitals.
         let capital = |key: String| {
@@ -74,7 +89,7 @@ impl Chart {
             "Chart": chart,
             "Release": { "Name": "palisade", "Namespace": namespace },
         });
-        Ok(Self { root })
+        Ok(Self { root, pools: None })
     }
 
     /// Version of the chart.
@@ -85,6 +100,11 @@ impl Chart {
     /// The values in force: what was chosen over what the chart says.
     pub(crate) fn values(&self) -> &Value {
         &self.root["Values"]
+    }
+
+    /// Networks for pods, where the operator gives them.
+    pub(crate) const fn pools(&self) -> Option<&Pools> {
+        self.pools.as_ref()
     }
 
     /// The objects, in the order in which they are applied.
@@ -108,6 +128,18 @@ impl Chart {
         let text = template::render(template, &self.root)?;
         Ok(serde_saphyr::from_multiple(&text)?)
     }
+}
+
+/// As the operator will read them.
+fn pools(values: &Value) -> Result<Option<Pools>, Fault> {
+    let config = &values["config"];
+    let text = |name: &str| config[name].as_str().unwrap_or_default();
+    let mask = |name: &str| config[name].as_u64().and_then(|it| u8::try_from(it).ok()).unwrap_or(0);
+    if text("ipam") != "cluster-pool" {
+        return Ok(None);
+    }
+    let (v4, v6) = (mask("pool-ipv4-mask"), mask("pool-ipv6-mask"));
+    Pools::parse(text("pool-ipv4"), v4, text("pool-ipv6"), v6).map(Some)
 }
 
 #[cfg(test)]
@@ -201,6 +233,8 @@ mod tests {
             "config.pool-ipv4=10.0.0.0",
             "config.pool-ipv4-mask=64",
             "config.nothing=1",
+            "apiServer.host=http://10.0.0.1",
+            "apiServer.host=10.0.0.1:6443",
             "operator.replicas=0",
             "agent.maxUnavailable=0",
             "cni.exclusive=maybe",
@@ -213,6 +247,26 @@ mod tests {
             let output = helm.args(["template", "palisade", DIRECTORY, "--set", set]).output();
             assert!(!output.unwrap().status.success(), "{set}");
         }
+    }
+
+    #[test]
+    fn networks_that_the_operator_cannot_cut_are_refused() {
+        let refused = |set: &str| {
+            let chosen = parse_set(&format!("config.ipam=cluster-pool,{set}")).unwrap();
+            Chart::new(&chosen, "net").err().expect(set).to_string()
+        };
+        for (set, says) in [
+            ("config.pool-ipv4=999.0.0.0/16", "config.pool-ipv4: \"999.0.0.0/16\" is no network"),
+            ("config.pool-ipv4=10.244.0.0/28", "/24, does not fit into 10.244.0.0/28"),
+            (r"config.pool-ipv4=10.244.0.0/16\,10.244.1.0/24", "overlap"),
+            ("config.pool-ipv6=fd00::/120,config.pool-ipv6-mask=64", "config.pool-ipv6: "),
+            ("config.pool-ipv4=", "config.pool-ipv4: is empty"),
+        ] {
+            assert!(refused(set).contains(says), "{}", refused(set));
+        }
+        // Nobody reads them where Kubernetes gives the networks.
+        assert!(chart(&["config.pool-ipv4=10.244.0.0/28"]).pools().is_none());
+        assert!(chart(&["config.ipam=cluster-pool"]).pools().is_some());
     }
 
     #[test]

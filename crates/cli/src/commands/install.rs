@@ -10,8 +10,12 @@ use std::{fs, path::PathBuf, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::{Args, Subcommand};
-use k8s_openapi::api::{apps::v1::DaemonSet, core::v1::Namespace};
+use k8s_openapi::api::{
+    apps::v1::DaemonSet,
+    core::v1::{Namespace, Node},
+};
 use kube::{Api, Client, ResourceExt, api::ListParams};
+use palisade_api::pool::taken;
 use serde_json::{Value, json};
 
 use self::record::Record;
@@ -102,6 +106,7 @@ pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
         check_other_installations(&client, &args.place.namespace).await?;
         check_namespace(&client, &args.place.namespace).await?;
         check_other_networks(&client, &chart).await?;
+        check_pools(&client, &chart).await?;
         roll_out(&client, &chart, &chosen, Record::default(), args).await
     })
 }
@@ -123,6 +128,7 @@ fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
             return dry_run(global, &chart);
         }
         check_other_installations(&client, &args.place.namespace).await?;
+        check_pools(&client, &chart).await?;
         roll_out(&client, &chart, &chosen, record, args).await
     })
 }
@@ -144,7 +150,7 @@ fn view(global: &Global, place: &Place) -> Result<Exit> {
         let client = cluster::client(global).await?;
         Record::require(&client, &place.namespace).await
     })?;
-    let chart = Chart::new(&record.values, &place.namespace)?;
+    let chart = Chart::of_record(&record.values, &place.namespace)?;
     match global.output {
         Format::Json => output::json(chart.values())?,
         Format::Table => print!("{}", serde_saphyr::to_string(chart.values())?),
@@ -253,6 +259,17 @@ async fn check_other_installations(client: &Client, namespace: &str) -> Result<(
         ),
     )
     .into())
+}
+
+/// The operator would refuse them, but nobody might look at its log.
+async fn check_pools(client: &Client, chart: &Chart) -> Result<()> {
+    let Some(pools) = chart.pools() else { return Ok(()) };
+    let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?.items;
+    let checked = pools.check(&taken(client, &nodes).await?);
+    checked.map_err(|fault| {
+        let advice = "Nothing was changed. Pods need a network that nobody else has.";
+        Failure::refused(format!("config.{fault}"), advice).into()
+    })
 }
 
 /// Two networks cannot both have the pods; the one that is there is not touched unasked.

@@ -95,6 +95,16 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     // A dry run makes no namespace for the objects after it.
     lab.kubectl(&["create", "namespace", "palisade-secrets"]);
     check_strictly(&lab, &manifest);
+    let pool = |network: &str| {
+        let network = format!("config.ipam=cluster-pool,config.pool-ipv4={network}");
+        run(&lab, &["install", "--set", &network])
+    };
+    for (network, whose) in
+        [("10.96.0.0/16", "Service kubernetes"), ("172.31.0.0/16", "node node1")]
+    {
+        let (code, text) = pool(network);
+        assert!(code == 1 && text.contains(whose), "{network}: {text}");
+    }
     let other = "apiVersion: apps/v1\nkind: DaemonSet\nmetadata: {name: kindnet}\nspec:\n  \
                  selector: {matchLabels: {a: b}}\n  template:\n    metadata: {labels: {a: b}}\n    \
                  spec: {containers: [{name: c, image: c}]}\n";

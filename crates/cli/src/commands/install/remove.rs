@@ -89,7 +89,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
             return Ok(Exit::Ok);
         }
         if !args.keep_nodes {
-            let chart = Chart::new(&record.values, &args.place.namespace)?;
+            let chart = Chart::of_record(&record.values, &args.place.namespace)?;
             clean_nodes(&client, &chart, &args.place.namespace, limit).await?;
         }
         untaint(&client).await?;
