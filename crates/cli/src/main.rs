@@ -1,5 +1,8 @@
 //! `palisade`: how people ask Palisade what it does, check policies, and try it out.
 
+// A reader that goes away is no reason to panic: see `output`.
+#![warn(clippy::print_stdout)]
+
 mod agents;
 mod chart;
 mod check;

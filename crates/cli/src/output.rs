@@ -1,6 +1,9 @@
 //! What every command prints: a table for people, or JSON.
 
-use std::io::{self, Write};
+use std::{
+    fmt,
+    io::{self, Write},
+};
 
 use clap::ValueEnum;
 use comfy_table::{ContentArrangement, Table, presets};
@@ -24,11 +27,30 @@ macro_rules! say {
 }
 pub(crate) use say;
 
+/// Prints a line on something that was done. What is under way is brought to its end, whether
+/// anybody reads on or not.
+macro_rules! note {
+    ($($text:tt)*) => { $crate::output::aside(format_args!($($text)*)) };
+}
+pub(crate) use note;
+
 /// See [`say!`].
-pub(crate) fn line(text: std::fmt::Arguments<'_>) {
-    let Err(error) = writeln!(io::stdout().lock(), "{text}") else { return };
-    if error.kind() == io::ErrorKind::BrokenPipe {
+pub(crate) fn line(text: fmt::Arguments<'_>) {
+    if !print(text) {
         std::process::exit(Exit::Ok as i32);
+    }
+}
+
+/// See [`note!`].
+pub(crate) fn aside(text: fmt::Arguments<'_>) {
+    print(text);
+}
+
+/// Whether somebody reads.
+fn print(text: fmt::Arguments<'_>) -> bool {
+    let Err(error) = writeln!(io::stdout().lock(), "{text}") else { return true };
+    if error.kind() == io::ErrorKind::BrokenPipe {
+        return false;
     }
     // Standard error may be as broken as standard output.
     let _ = writeln!(io::stderr(), "error: cannot print: {error}");

@@ -35,10 +35,18 @@ fn exit_codes_mean_what_the_help_says() {
 
 #[test]
 fn a_reader_that_goes_away_ends_the_command_quietly() {
-    for arguments in [&["version", "--client"][..], &["version", "--client", "-o", "json"]] {
+    let commands = [
+        "version --client",
+        "version --client -o json",
+        "install --dry-run",
+        "install --dry-run -o json",
+        "completion bash",
+        "policy explain --from 192.0.2.1 --to 192.0.2.2 --port 80 -f /dev/null",
+    ];
+    for arguments in commands.map(|command| command.split(' ').collect::<Vec<_>>()) {
         let (reader, writer) = std::io::pipe().unwrap();
         drop(reader);
-        let mut command = palisade(arguments);
+        let mut command = palisade(&arguments);
         let output = command.stdout(writer).stderr(Stdio::piped()).output().unwrap();
         assert_eq!(output.status.code(), Some(0), "{}", text(&output));
         assert!(output.stderr.is_empty(), "{}", text(&output));

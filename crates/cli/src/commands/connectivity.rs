@@ -29,7 +29,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::{Exit, Failure},
-    output::{self, Format},
+    output::{self, Format, say},
     progress::Progress,
 };
 
@@ -88,7 +88,7 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
     })?;
     match global.output {
         Format::Json => output::json(&report::json(&verdicts))?,
-        Format::Table => print!("{}", report::text(&verdicts)),
+        Format::Table => say!("{}", report::text(&verdicts).trim_end()),
     }
     if let Some(file) = &args.junit_file {
         std::fs::write(file, report::junit(&verdicts))

@@ -24,7 +24,7 @@ use crate::{
     cli::Global,
     cluster::{self, Installation},
     exit::{Exit, Failure},
-    output::{self, Format},
+    output::{self, Format, note, say},
 };
 
 pub(crate) use remove::{UninstallArgs, uninstall};
@@ -153,7 +153,7 @@ fn view(global: &Global, place: &Place) -> Result<Exit> {
     let chart = Chart::of_record(&record.values, &place.namespace)?;
     match global.output {
         Format::Json => output::json(chart.values())?,
-        Format::Table => print!("{}", serde_saphyr::to_string(chart.values())?),
+        Format::Table => say!("{}", serde_saphyr::to_string(chart.values())?.trim_end()),
     }
     Ok(Exit::Ok)
 }
@@ -184,7 +184,7 @@ fn dry_run(global: &Global, chart: &Chart) -> Result<Exit> {
         }
         Format::Table => {
             for object in objects {
-                print!("---\n{}", serde_saphyr::to_string(&object)?);
+                say!("---\n{}", serde_saphyr::to_string(&object)?.trim_end());
             }
         }
     }
@@ -220,7 +220,7 @@ async fn roll_out(
         let limit = Duration::from_secs(args.patience.wait_duration);
         rollout::wait(client, &args.place.namespace, limit).await?;
     } else {
-        println!("\nWatch it start with:  palisade status --wait");
+        note!("\nWatch it start with:  palisade status --wait");
     }
     Ok(Exit::Ok)
 }

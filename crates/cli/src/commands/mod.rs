@@ -13,8 +13,6 @@ pub(crate) mod sysdump;
 mod table;
 mod version;
 
-use std::io;
-
 use anyhow::Result;
 use clap::CommandFactory;
 
@@ -24,6 +22,7 @@ use crate::{
     demo,
     exit::Exit,
     explain,
+    output::say,
 };
 
 /// Runs the command that was given.
@@ -50,7 +49,9 @@ pub(crate) fn run(cli: Cli) -> Result<Exit> {
         Command::Bench { rounds } => lab::bench(rounds, global.output),
         Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(&args),
         Command::Completion { shell } => {
-            clap_complete::generate(shell, &mut Cli::command(), "palisade", &mut io::stdout());
+            let mut script = Vec::new();
+            clap_complete::generate(shell, &mut Cli::command(), "palisade", &mut script);
+            say!("{}", String::from_utf8_lossy(&script).trim_end());
             Ok(Exit::Ok)
         }
     }

@@ -28,7 +28,10 @@ use rustix::{
     mount::{MountFlags, mount},
 };
 
-use crate::exit::{Exit, Failure};
+use crate::{
+    exit::{Exit, Failure},
+    output::note,
+};
 
 const PLUGIN: &str = "palisade-cni";
 /// Runtimes take the first by name.
@@ -222,7 +225,7 @@ fn replace(from: &Path, to: &Path, mode: u32) -> Result<()> {
         fs::rename(&aside, to)
     };
     copy().with_context(|| format!("cannot install {} as {}", from.display(), to.display()))?;
-    println!("{} installed", to.display());
+    note!("{} installed", to.display());
     Ok(())
 }
 
@@ -230,7 +233,7 @@ fn put_aside(others: &[PathBuf]) -> Result<()> {
     for path in others {
         let aside = PathBuf::from(format!("{}.{ASIDE}", path.display()));
         fs::rename(path, &aside).with_context(|| format!("cannot put {} aside", path.display()))?;
-        println!("{} put aside", path.display());
+        note!("{} put aside", path.display());
     }
     Ok(())
 }
@@ -248,7 +251,7 @@ fn probe(run_dir: &Path, alive: bool) -> Result<Exit> {
             let mut reasons: Vec<String> =
                 waiting.map(|input| format!("no {} yet", input.kind)).collect();
             reasons.extend(status.problems);
-            println!("not ready: {}", reasons.join("; "));
+            note!("not ready: {}", reasons.join("; "));
             Ok(Exit::No)
         }
         Response::Error(error) => bail!("the agent: {error}"),
@@ -294,7 +297,7 @@ fn restore_settings(root: &Path, record: &Path) -> Result<()> {
         if present.trim() == after {
             fs::write(&path, format!("{before}\n"))
                 .with_context(|| format!("cannot set {}", path.display()))?;
-            println!("{name} is {before:?} again");
+            note!("{name} is {before:?} again");
         }
     }
     Ok(())
@@ -308,7 +311,7 @@ async fn clean_network() -> Result<()> {
         let index = index.trim().parse().context("an interface's index is a number")?;
         let removed = handle.link().del(index).execute().await;
         removed.with_context(|| format!("cannot remove {OVERLAY}"))?;
-        println!("{OVERLAY} removed");
+        note!("{OVERLAY} removed");
     }
     let addresses: Vec<AddressMessage> = handle.address().get().execute().try_collect().await?;
     for address in addresses.into_iter().filter(is_router) {
@@ -360,10 +363,10 @@ fn means_none(error: &rtnetlink::Error) -> bool {
 
 fn remove(outcome: io::Result<()>, what: &str) -> Result<()> {
     match outcome {
-        Ok(()) => println!("{what} removed"),
+        Ok(()) => note!("{what} removed"),
         Err(error) if error.kind() == io::ErrorKind::NotFound => {}
         // Somebody mounted something there, which is empty now.
-        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => println!("{what} emptied"),
+        Err(error) if error.kind() == io::ErrorKind::ResourceBusy => note!("{what} emptied"),
         Err(error) => return Err(error).with_context(|| format!("cannot remove {what}")),
     }
     Ok(())

@@ -24,6 +24,7 @@ use crate::{
     cluster,
     commands::observe,
     exit::Exit,
+    output::note,
     progress::Progress,
 };
 
@@ -88,7 +89,7 @@ pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<()>
     }
     let errors = dump.errors.join("\n");
     fs::write(dump.directory.join("errors.txt"), format!("{errors}\n"))?;
-    println!("Collected in {} ({} errors)", dump.directory.display(), dump.errors.len());
+    note!("Collected in {} ({} errors)", dump.directory.display(), dump.errors.len());
     Ok(())
 }
 

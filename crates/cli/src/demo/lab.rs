@@ -9,7 +9,7 @@ use std::{
 use anyhow::{Context, Result, ensure};
 use palisade_api::routing::Routing;
 
-use crate::exit::Failure;
+use crate::{exit::Failure, output::note};
 
 /// `palisade-lab`, which stands beside this program.
 pub(super) struct Lab {
@@ -44,7 +44,7 @@ impl Lab {
     }
 
     fn run(&self, args: &[&str]) -> Result<()> {
-        println!("$ palisade lab {}", args.join(" "));
+        note!("$ palisade lab {}", args.join(" "));
         let status = self.command().args(args).status()?;
         ensure!(status.success(), "palisade lab {} ended with {status}", args.join(" "));
         Ok(())

@@ -12,7 +12,7 @@ use std::{
 use anyhow::{Context, Result, bail};
 use serde_json::Value;
 
-use crate::progress::Progress;
+use crate::{output::note, progress::Progress};
 
 /// What must come back.
 #[derive(Clone, Copy)]
@@ -63,19 +63,19 @@ impl Script {
     }
 
     pub(super) fn title(&self, text: &str) {
-        println!("\n── {text}");
+        note!("\n── {text}");
     }
 
     /// Counts one check and says how it went.
     pub(super) fn verdict(&mut self, passed: bool, what: &str) {
         *(if passed { &mut self.passed } else { &mut self.failed }) += 1;
-        println!("{}  {what}", if passed { "PASS" } else { "FAIL" });
+        note!("{}  {what}", if passed { "PASS" } else { "FAIL" });
     }
 
     /// One command, its answer and PASS or FAIL.
     pub(super) fn check(&mut self, args: &[&str], expect: Expect<'_>) -> Result<()> {
         let command = format!("kubectl {}", args.join(" "));
-        println!("$ {command}");
+        note!("$ {command}");
         let waiting = Progress::start(&command);
         let output = self.kubectl(args, None)?;
         drop(waiting);
@@ -86,7 +86,7 @@ impl Script {
 
     /// Applies a manifest of this program's own.
     pub(super) fn apply(&mut self, file: &str, manifest: &str) -> Result<()> {
-        println!("$ kubectl apply -f {file}");
+        note!("$ kubectl apply -f {file}");
         let output = self.kubectl(&["apply", "-f", "-"], Some(manifest))?;
         show(&output);
         self.verdict(output.status.success(), "");
@@ -169,7 +169,7 @@ fn join<T>(thread: thread::ScopedJoinHandle<'_, Result<T>>) -> Result<T> {
 fn show(output: &Output) {
     for text in [&output.stdout, &output.stderr] {
         for line in String::from_utf8_lossy(text).lines() {
-            println!("{line}");
+            note!("{line}");
         }
     }
 }

@@ -23,6 +23,7 @@ use super::{
 use crate::{
     cli::StarwarsArgs,
     exit::{Exit, Failure},
+    output::note,
 };
 
 const APP: (&str, &str) =
@@ -77,15 +78,15 @@ pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
     let kubeconfig = lab.kubeconfig()?.context("the lab went away")?;
     let walked = until_interrupted(move || walk(path, &kubeconfig));
     if args.keep {
-        println!("\nThe lab stays up. End it with:  palisade lab down");
+        note!("\nThe lab stays up. End it with:  palisade lab down");
         return tell(&walked?);
     }
-    println!();
+    note!("");
     lab.down()?;
     let mut script = walked?;
     script.title("The machine is as it was before");
     let differences = Machine::look().differences(&before);
-    differences.iter().for_each(|difference| println!("{difference}"));
+    differences.iter().for_each(|difference| note!("{difference}"));
     script
         .verdict(differences.is_empty(), "links, routes, rules, firewall, mounts, cgroups, bpffs");
     tell(&script)
@@ -93,7 +94,7 @@ pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
 
 fn tell(script: &Script) -> Result<Exit> {
     let all = script.passed + script.failed;
-    println!("\n{} of {all} checks passed", script.passed);
+    note!("\n{} of {all} checks passed", script.passed);
     Ok(if script.failed == 0 { Exit::Ok } else { Exit::No })
 }
 
@@ -231,7 +232,7 @@ fn sweep(
     tiefighter: Expect<'_>,
     xwing: Expect<'_>,
 ) -> Result<()> {
-    println!("every way to each replica:");
+    note!("every way to each replica:");
     let targets = targets(script)?;
     let probes: Vec<Probe<'_>> = [("tiefighter", tiefighter), ("xwing", xwing)]
         .into_iter()

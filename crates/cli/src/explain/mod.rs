@@ -2,8 +2,6 @@
 
 mod files;
 
-use std::io::{self, Write};
-
 use anyhow::{Result, bail};
 use palisade_api::admin::{Explain, Explanation, Inside, Request, Response};
 use palisade_policy::l7::target::split_url;
@@ -12,7 +10,7 @@ use crate::{
     agents::{self, mismatch},
     cli::{ExplainArgs, Global},
     exit::Exit,
-    output::{self, Format},
+    output::{self, Format, say},
 };
 
 pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
@@ -28,7 +26,7 @@ pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
     };
     match global.output {
         Format::Json => output::json(&explanation)?,
-        Format::Table => print(&explanation)?,
+        Format::Table => print(&explanation),
     }
     Ok(if explanation.allowed { Exit::Ok } else { Exit::No })
 }
@@ -84,27 +82,25 @@ fn http(text: &str) -> Result<Inside> {
     Ok(Inside::Http { method: method.to_owned(), target, host })
 }
 
-fn print(explanation: &Explanation) -> io::Result<()> {
-    let mut out = io::stdout().lock();
+fn print(explanation: &Explanation) {
     let Explanation { from, to, allowed, read_as, ends } = explanation;
     let word = if *allowed { "ALLOWED" } else { "DENIED" };
-    writeln!(out, "{word}  {from} -> {to}")?;
+    say!("{word}  {from} -> {to}");
     if let Some(request) = read_as {
-        writeln!(out, "  the proxy reads: {request}")?;
+        say!("  the proxy reads: {request}");
     }
     for end in ends {
-        writeln!(out, "  {}", end.verdict)?;
+        say!("  {}", end.verdict);
         for rule in &end.rules {
-            writeln!(out, "    {:<6} {} {}", rule.action, rule.policy, rule.path)?;
+            say!("    {:<6} {} {}", rule.action, rule.policy, rule.path);
         }
         if let Some(nearest) = &end.nearest {
-            writeln!(out, "    nearest: {nearest}")?;
+            say!("    nearest: {nearest}");
         }
     }
     if ends.is_empty() {
-        writeln!(out, "  neither end is a pod: no policy is asked")?;
+        say!("  neither end is a pod: no policy is asked");
     }
-    Ok(())
 }
 
 #[cfg(test)]

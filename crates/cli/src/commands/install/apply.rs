@@ -9,7 +9,7 @@ use kube::{
 use serde_json::Value;
 
 use super::record::Reference;
-use crate::exit::Failure;
+use crate::{exit::Failure, output::note};
 
 /// Owner of the fields that are applied.
 const MANAGER: &str = "palisade";
@@ -17,7 +17,7 @@ const MANAGER: &str = "palisade";
 /// Creates or changes the object by server-side apply, and says so.
 pub(super) async fn apply(client: &Client, object: &Value) -> Result<()> {
     quietly(client, object).await?;
-    println!("{} applied", Reference::of(object));
+    note!("{} applied", Reference::of(object));
     Ok(())
 }
 

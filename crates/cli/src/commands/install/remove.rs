@@ -31,7 +31,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::{Exit, Failure},
-    output::say,
+    output::note,
     progress::Progress,
 };
 
@@ -82,7 +82,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
             .await?;
         if let Some(other) = other {
             forget(&client, &args.place.namespace).await?;
-            say!(
+            note!(
                 "\nWhat Palisade in the namespace {other} uses is still there. Give it its rights \
                  again with:\n  palisade upgrade -n {other}"
             );
@@ -95,7 +95,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
         untaint(&client).await?;
         delete_definitions(&client, limit).await?;
         forget(&client, &args.place.namespace).await?;
-        say!("\nPalisade is gone. Pods that it connected need another network, and a new start.");
+        note!("\nPalisade is gone. Pods that it connected need another network, and a new start.");
         Ok(Exit::Ok)
     })
 }
@@ -117,7 +117,7 @@ async fn forget(client: &Client, namespace: &str) -> Result<()> {
 pub(super) async fn delete(client: &Client, object: &Reference) -> Result<()> {
     let api = apply::api(client, object)?;
     gone_is_done(api.delete(&object.name, &DeleteParams::background()).await)?;
-    println!("{object} deleted");
+    note!("{object} deleted");
     Ok(())
 }
 
@@ -261,7 +261,7 @@ async fn delete_definitions(client: &Client, limit: Duration) -> Result<()> {
     let gone = async {
         for (name, uid) in &going {
             await_condition(api.clone(), name, is_deleted(uid)).await?;
-            println!("customresourcedefinition/{name} deleted");
+            note!("customresourcedefinition/{name} deleted");
         }
         Ok(())
     };
