@@ -66,7 +66,8 @@ impl Chart {
         if !problems.is_empty() {
             return Err(Failure::refused(
                 format!("values that cannot be: {}", problems.join("\n       ")),
-                "See what there is with:  palisade config view",
+                "Every value is described in install/helm/palisade/values.yaml of the sources;\n\
+                 --values takes a file of them, and --set KEY=VALUE one.",
             )
             .into());
         }

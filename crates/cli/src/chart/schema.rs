@@ -15,13 +15,18 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
     let schema = schema.as_object().context("a schema is an object")?;
     let mut problem =
         |text: String| problems.push(format!("{}: {text}", path.trim_start_matches('.')));
+    // What a pattern means, in words.
+    let meaning = schema.get("description").and_then(Value::as_str);
     if let Some(kinds) = schema.get("type") {
         let kinds: Vec<&str> = match kinds {
             Value::Array(kinds) => kinds.iter().filter_map(Value::as_str).collect(),
             kind => kind.as_str().into_iter().collect(),
         };
         if !kinds.iter().any(|kind| is(value, kind)) {
-            problem(format!("{value} is not of type {}", kinds.join(" or ")));
+            problem(match meaning {
+                Some(meaning) => format!("{value} is not {meaning}"),
+                None => format!("{value} is not of type {}", kinds.join(" or ")),
+            });
             return Ok(());
         }
     }
@@ -33,7 +38,10 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
             ("pattern", Value::String(text)) => {
                 let pattern = wanted.as_str().context("a pattern is a text")?;
                 if !Regex::new(pattern)?.is_match(text) {
-                    problem(format!("{value} does not match {pattern}"));
+                    problem(match meaning {
+                        Some(meaning) => format!("{value} is not {meaning}"),
+                        None => format!("{value} does not match {pattern}"),
+                    });
                 }
             }
             ("minLength", Value::String(text)) if wanted.as_u64() > Some(text.len() as u64) => {
@@ -55,6 +63,7 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                 | "items"
                 | "properties"
                 | "additionalProperties"
+                | "description"
                 | "$schema",
                 _,
             ) => {}
@@ -112,6 +121,7 @@ mod tests {
             "properties": {
                 "mode": { "type": "string", "enum": ["a", "b"] },
                 "count": { "type": ["string", "integer"], "minimum": 1, "pattern": "^[0-9]+%$" },
+                "time": { "type": "string", "pattern": "^[0-9]+m$", "description": "like 5m" },
                 "all": { "type": "array", "items": { "type": "object" } },
             },
         });
@@ -121,10 +131,12 @@ mod tests {
         assert_eq!(problems(json!({ "mode": 1 })), "mode: 1 is not of type string");
         assert_eq!(problems(json!({ "count": 0 })), "count: 0 is less than 1");
         assert_eq!(problems(json!({ "count": "x" })), r#"count: "x" does not match ^[0-9]+%$"#);
+        assert_eq!(problems(json!({ "time": 5 })), "time: 5 is not like 5m");
+        assert_eq!(problems(json!({ "time": "x" })), r#"time: "x" is not like 5m"#);
         assert_eq!(problems(json!({ "all": [1] })), "all[0]: 1 is not of type object");
         assert_eq!(
             problems(json!({ "mod": "a" })),
-            "mod: there is no such value; there are all, count, mode"
+            "mod: there is no such value; there are all, count, mode, time"
         );
     }
 }

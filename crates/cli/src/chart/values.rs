@@ -22,16 +22,24 @@ pub(crate) fn merge(base: &mut Value, over: Value) {
 /// `a.b=1,c=x`, as in `--set`.
 pub(crate) fn parse_set(text: &str) -> Result<Value> {
     let mut all = Value::Object(Map::new());
-    for assignment in split(text, ',') {
+    let mut assignments: Vec<String> = Vec::new();
+    for part in split(text, ',') {
+        match assignments.last_mut() {
+            // What is no KEY= goes on with the value before it, a list of networks say.
+            Some(last) if !part.is_empty() && !part.contains('=') => {
+                last.push(',');
+                last.push_str(&part);
+            }
+            _ => assignments.push(part),
+        }
+    }
+    for assignment in assignments {
         let (path, value) =
             assignment.split_once('=').filter(|(path, _)| !path.is_empty()).with_context(|| {
-                format!("--set {text:?}: write KEY=VALUE, as in config.ipam=cluster-pool")
+                format!("{text:?}: write KEY=VALUE, as in config.ipam=cluster-pool")
             })?;
         let keys = split(path, '.');
-        ensure!(
-            keys.iter().all(|key| !key.is_empty()),
-            "--set {text:?}: {path:?} has an empty part"
-        );
+        ensure!(keys.iter().all(|key| !key.is_empty()), "{text:?}: {path:?} has an empty part");
         let value = keys.iter().rev().fold(scalar(value), |value, key| {
             Value::Object(Map::from_iter([(unescape(key), value)]))
         });
@@ -114,7 +122,10 @@ mod tests {
         assert_eq!(set("a=true,b=null,c=007"), json!({ "a": true, "b": null, "c": "007" }));
         assert_eq!(set("a={x,2}"), json!({ "a": ["x", 2] }));
         assert_eq!(set(r"a\.b=x\,y"), json!({ "a.b": "x,y" }));
+        assert_eq!(set("a=x,y,b=1,2"), json!({ "a": "x,y", "b": "1,2" }));
         assert_eq!(set("a="), json!({ "a": "" }));
+        assert!(parse_set("x,a=1").is_err());
+        assert!(parse_set("a=1,").is_err());
         assert!(parse_set("a").is_err());
         assert!(parse_set("=1").is_err());
         assert!(parse_set("a..b=1").is_err());

@@ -16,7 +16,7 @@ use k8s_openapi::api::{
 };
 use kube::{Api, Client, ResourceExt, api::ListParams};
 use palisade_api::pool::taken;
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use self::record::Record;
 use crate::{
@@ -77,11 +77,14 @@ pub(crate) enum ConfigCommand {
         after_help = "Examples:\n  palisade config set log-level=debug\n  palisade config set ipam=cluster-pool pool-ipv4=10.244.0.0/16"
     )]
     Set {
-        /// Keys of `config` in the chart's values.
+        /// Keys of `config` in the chart's values, with or without `config.` before them.
         #[arg(required = true, value_name = "KEY=VALUE")]
         settings: Vec<String>,
         #[command(flatten)]
         place: Place,
+        /// Print the objects, and change nothing.
+        #[arg(long)]
+        dry_run: bool,
         #[command(flatten)]
         patience: Patience,
     },
@@ -136,11 +139,14 @@ fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
 pub(crate) fn config(global: &Global, command: ConfigCommand) -> Result<Exit> {
     match command {
         ConfigCommand::View { place } => view(global, &place),
-        ConfigCommand::Set { settings, place, patience } => {
-            let set = settings.iter().map(|setting| format!("config.{setting}")).collect();
-            let args = InstallArgs { place, set, values: Vec::new(), dry_run: false, patience };
-            let more = chosen(&args)?;
-            change(global, &args, more)
+        ConfigCommand::Set { settings, place, dry_run, patience } => {
+            let mut config = Map::new();
+            for setting in &settings {
+                config.extend(of_config(chart::parse_set(setting)?));
+            }
+            let (set, values) = (Vec::new(), Vec::new());
+            let args = InstallArgs { place, set, values, dry_run, patience };
+            change(global, &args, json!({ "config": config }))
         }
     }
 }
@@ -156,6 +162,19 @@ fn view(global: &Global, place: &Place) -> Result<Exit> {
         Format::Table => say!("{}", serde_saphyr::to_string(chart.values())?.trim_end()),
     }
     Ok(Exit::Ok)
+}
+
+/// Settings, whether or not they have the name `config` in front.
+fn of_config(settings: Value) -> Map<String, Value> {
+    let mut config = Map::new();
+    let Value::Object(settings) = settings else { return config };
+    for (key, value) in settings {
+        match value {
+            Value::Object(inner) if key == "config" => config.extend(inner),
+            value => config.extend([(key, value)]),
+        }
+    }
+    config
 }
 
 fn chosen(args: &InstallArgs) -> Result<Value> {
@@ -302,4 +321,22 @@ async fn check_other_networks(client: &Client, chart: &Chart) -> Result<()> {
          --set cni.exclusive=true; docs/migrate.md says what happens to the pods then.",
     )
     .into())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_setting_may_have_the_name_of_all_settings_before_it() {
+        let set = |text: &str| Value::Object(of_config(chart::parse_set(text).unwrap()));
+        let wanted = json!({ "ipam": "cluster-pool", "log-level": null });
+        for text in [
+            "ipam=cluster-pool,log-level=null",
+            "config.ipam=cluster-pool,config.log-level=null",
+            "config.ipam=cluster-pool,log-level=null",
+        ] {
+            assert_eq!(set(text), wanted, "{text}");
+        }
+    }
 }
