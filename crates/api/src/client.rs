@@ -2,6 +2,7 @@
 //! when a node gets another address, is noticed and replaced soon.
 
 use std::{
+    error::Error,
     path::Path,
     sync::{
         Arc,
@@ -91,4 +92,60 @@ pub fn noticing(client: &Client) -> (Client, Arc<AtomicBool>) {
         }
     });
     (Client::new(service, client.default_namespace()), begun)
+}
+
+/// What an error says, and what each of its causes adds, down to the first one.
+#[must_use]
+pub fn chain(error: &(dyn Error + 'static)) -> String {
+    let mut said: Vec<String> = Vec::new();
+    let mut next = Some(error);
+    while let Some(error) = next {
+        next = error.source();
+        let mut text = error.to_string();
+        match error.downcast_ref() {
+            // The server's own words; kube puts everything that it knows of them behind them.
+            Some(kube::Error::Api(status)) if !status.message.is_empty() => {
+                text.clone_from(&status.message);
+                next = None;
+            }
+            Some(kube::Error::Service(_)) => continue,
+            _ => {}
+        }
+        // Many repeat their cause, which is next.
+        let cause = next.map(ToString::to_string);
+        let own = cause.and_then(|cause| text.strip_suffix(&cause).map(str::to_owned));
+        let own = own.map_or(text, |own| own.trim_end_matches([':', ' ']).to_owned());
+        if !own.is_empty() {
+            said.push(own);
+        }
+    }
+    said.join(": ")
+}
+
+#[cfg(test)]
+mod tests {
+    use std::io;
+
+    use kube::core::response::Status;
+
+    use super::*;
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot list: {0}")]
+    struct Repeats(#[source] kube::Error);
+
+    #[derive(Debug, thiserror::Error)]
+    #[error("cannot connect")]
+    struct Silent(#[source] io::Error);
+
+    #[test]
+    fn every_cause_is_told_once_and_an_answer_in_the_servers_words() {
+        let refused = || Silent(io::ErrorKind::ConnectionRefused.into());
+        let service = || kube::Error::Service(Box::new(refused()));
+        assert_eq!(chain(&service()), "cannot connect: connection refused");
+        assert_eq!(chain(&Repeats(service())), "cannot list: cannot connect: connection refused");
+        let status = Status { message: "no such name".into(), code: 422, ..Status::default() };
+        let answer = kube::Error::Api(Box::new(status));
+        assert_eq!(chain(&Repeats(answer)), "cannot list: no such name");
+    }
 }

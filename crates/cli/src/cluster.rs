@@ -17,6 +17,7 @@ use kube::{
     config::{KubeConfigOptions, Kubeconfig},
 };
 
+use palisade_api::client::chain;
 use tokio::io::{AsyncRead, AsyncReadExt};
 
 pub(crate) use installation::{Container, Installation, PodState, Replicas};
@@ -115,17 +116,11 @@ pub(crate) async fn client(global: &Global) -> Result<Client> {
         // Whatever it says, it is there.
         Ok(_) | Err(kube::Error::Api(_)) => Ok(client),
         Err(error) => Err(Failure::unreachable(
-            format!("the API server at {url} cannot be reached: {}", root(&error)),
+            format!("the API server at {url} cannot be reached: {}", chain(&error)),
             "Does it run? Name another one with --kubeconfig FILE or --context NAME.",
         )
         .into()),
     }
-}
-
-/// What was wrong in the end: the errors around it say that something was.
-fn root(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.last().map_or_else(|| error.to_string(), ToString::to_string)
 }
 
 async fn config(global: &Global) -> Result<Config> {

@@ -2,6 +2,8 @@
 
 use std::{fmt, process::ExitCode};
 
+use palisade_api::client::chain;
+
 /// How the command ended. Clap itself exits with 2 on a wrong command line.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub(crate) enum Exit {
@@ -67,7 +69,7 @@ impl std::error::Error for Failure {}
 
 /// Tells people about `error` and chooses the exit code.
 pub(crate) fn report(error: &anyhow::Error) -> Exit {
-    eprintln!("error: {error:#}");
+    eprintln!("error: {}", chain(&**error));
     let Some(failure) = error.downcast_ref::<Failure>() else { return Exit::No };
     if let Some(advice) = &failure.advice {
         eprintln!("\n{advice}");

@@ -20,7 +20,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use palisade_api::{
-    client::WATCH_SECONDS,
+    client::{WATCH_SECONDS, chain},
     pool::{Pools, taken},
 };
 use serde_json::json;
@@ -43,7 +43,7 @@ pub(crate) async fn run(client: Client, pools: Option<Pools>, term: Watch, metri
             Ok(()) => PERIOD,
             Err(error) => {
                 metrics.failed();
-                warn!(error = format!("{error:#}"), "cannot see to the nodes' pod networks yet");
+                warn!(error = chain(&*error), "cannot see to the nodes' pod networks yet");
                 PAUSE
             }
         };
