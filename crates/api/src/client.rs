@@ -14,7 +14,10 @@ use std::{
 use anyhow::Context;
 use http::Request;
 use hyper_timeout::TimeoutConnector;
-use hyper_util::{client::legacy::connect::HttpConnector, rt::TokioExecutor};
+use hyper_util::{
+    client::legacy::{self, connect::HttpConnector},
+    rt::TokioExecutor,
+};
 use kube::{
     Client, Config,
     client::{Body, ConfigExt},
@@ -41,21 +44,28 @@ const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 /// # Errors
 /// The kubeconfig cannot be read, or this process runs in no pod with a service account.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
-    let config = match kubeconfig {
-        None => Config::incluster()
-            .context("no --kubeconfig is given, and this is no pod with a service account")?,
+    let (config, advice) = match kubeconfig {
+        None => {
+            let config = Config::incluster()
+                .context("no --kubeconfig is given, and this is no pod with a service account")?;
+            let advice = "where no kube-proxy serves this address, give the API server's own with \
+                          apiServer.host of the chart";
+            (config, advice.to_owned())
+        }
         Some(file) => {
             let kubeconfig = Kubeconfig::read_from(file)
                 .with_context(|| format!("cannot read the kubeconfig {}", file.display()))?;
-            Config::from_custom_kubeconfig(kubeconfig, &KubeConfigOptions::default()).await?
+            let options = KubeConfigOptions::default();
+            let config = Config::from_custom_kubeconfig(kubeconfig, &options).await?;
+            (config, format!("{} says that it is there", file.display()))
         }
     };
-    Ok(connect(&config)?)
+    Ok(connect(&config, advice)?)
 }
 
 /// As `Client::try_from` does it, which has no way to say something about the sockets. Who asks in vain
 /// asks again by himself, and is to hear of it first.
-fn connect(config: &Config) -> kube::Result<Client> {
+fn connect(config: &Config, advice: String) -> kube::Result<Client> {
     let mut tcp = HttpConnector::new();
     // What is below TLS.
     tcp.enforce_http(false);
@@ -67,12 +77,13 @@ fn connect(config: &Config) -> kube::Result<Client> {
     connector.set_connect_timeout(Some(CONNECT));
     connector.set_read_timeout(Some(ANSWER));
     connector.set_reset_reader_on_write(true);
-    let http = hyper_util::client::legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
+    let address = config.cluster_url.to_string();
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
         .option_layer(config.auth_layer()?)
         .layer(config.extra_headers_layer()?)
-        .map_err(BoxError::from)
+        .map_err(move |error| unreachable(error, &address, &advice))
         .service(http);
     Ok(Client::new(service, config.default_namespace.clone()))
 }
@@ -92,6 +103,23 @@ pub fn noticing(client: &Client) -> (Client, Arc<AtomicBool>) {
         }
     });
     (Client::new(service, client.default_namespace()), begun)
+}
+
+/// Nobody answers there: whoever reads this in a log is to know where, why and what to do.
+#[derive(Debug, thiserror::Error)]
+#[error("the API server at {address} cannot be reached: {cause}; {advice}")]
+struct Unreachable {
+    address: String,
+    cause: String,
+    advice: String,
+}
+
+fn unreachable(error: legacy::Error, address: &str, advice: &str) -> BoxError {
+    if !error.is_connect() {
+        return error.into();
+    }
+    let cause = chain(&error);
+    Unreachable { address: address.to_owned(), cause, advice: advice.to_owned() }.into()
 }
 
 /// What an error says, and what each of its causes adds, down to the first one.

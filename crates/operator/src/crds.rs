@@ -8,7 +8,7 @@ use kube::{
     api::{Patch, PatchParams},
     runtime::{conditions::is_crd_established, wait::await_condition},
 };
-use palisade_api::crd;
+use palisade_api::{client::chain, crd};
 use tracing::{info, warn};
 
 const PAUSE: Duration = Duration::from_secs(2);
@@ -19,7 +19,7 @@ pub(crate) async fn apply(client: &Client) {
     for definition in crd::all() {
         let name = definition.name_any();
         while let Err(error) = apply_one(&api, &name, &definition).await {
-            warn!(name, error = format!("{error:#}"), "cannot install the definition yet");
+            warn!(name, error = chain(&*error), "cannot install the definition yet");
             tokio::time::sleep(PAUSE).await;
         }
     }

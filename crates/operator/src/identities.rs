@@ -22,7 +22,7 @@ use kube::{
     core::{ApiResource, GroupVersionKind},
 };
 use palisade_abi::identity as number;
-use palisade_api::crd::UNUSED_SINCE;
+use palisade_api::{client::chain, crd::UNUSED_SINCE};
 use palisade_policy::{
     identity::{PodLabels, security_labels},
     label::Labels,
@@ -72,7 +72,7 @@ impl Collector {
         loop {
             if let Err(error) = self.round(&term, &metrics).await {
                 metrics.failed();
-                warn!(error = format!("{error:#}"), "cannot collect identities yet");
+                warn!(error = chain(&*error), "cannot collect identities yet");
             }
             tokio::time::sleep(period).await;
         }

@@ -12,6 +12,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{Api, Client, api::PostParams};
+use palisade_api::client::chain;
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -83,7 +84,7 @@ impl Elector {
             match timeout(DEADLINE, self.try_acquire(&mut seen)).await {
                 Ok(Ok(true)) => return self.begin(begun),
                 Ok(Ok(false)) => debug!("another one leads"),
-                Ok(Err(error)) => warn!(%error, "cannot ask for the Lease"),
+                Ok(Err(error)) => warn!(error = chain(&error), "cannot ask for the Lease"),
                 Err(_) => warn!("the API server does not answer"),
             }
             sleep(PERIOD).await;
@@ -140,7 +141,7 @@ impl Elector {
                     until.send_replace(begun);
                     return;
                 }
-                Ok(Err(error)) => warn!(%error, "cannot renew the Lease"),
+                Ok(Err(error)) => warn!(error = chain(&error), "cannot renew the Lease"),
                 Err(_) => return,
             }
         }
@@ -167,7 +168,7 @@ impl Elector {
         };
         let outcome: kube::Result<()> = timeout(PERIOD, release).await.unwrap_or(Ok(()));
         if let Err(error) = outcome {
-            debug!(%error, "the Lease is not given back; it runs out");
+            debug!(error = chain(&error), "the Lease is not given back; it runs out");
         }
     }
 

@@ -138,3 +138,28 @@ fn pools(options: &Options) -> anyhow::Result<Option<Pools>> {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_api_server_that_is_away_is_named_with_the_cause_and_where_its_address_is_from() {
+        let file = std::env::temp_dir().join(format!("palisade-away-{}", std::process::id()));
+        let config = r#"{"apiVersion": "v1", "kind": "Config", "current-context": "a",
+            "contexts": [{"name": "a", "context": {"cluster": "a", "user": "a"}}],
+            "clusters": [{"name": "a", "cluster": {"server": "https://127.0.0.1:1"}}],
+            "users": [{"name": "a", "user": {}}]}"#;
+        std::fs::write(&file, config).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        let error = runtime.block_on(async {
+            let client = client::client(Some(&file)).await.unwrap();
+            client.apiserver_version().await.unwrap_err()
+        });
+        let text = client::chain(&error);
+        assert!(text.starts_with("the API server at https://127.0.0.1:1/ cannot be"), "{text}");
+        assert!(text.contains("Connection refused"), "{text}");
+        assert!(text.ends_with(&format!("{} says that it is there", file.display())), "{text}");
+        std::fs::remove_file(file).unwrap();
+    }
+}

@@ -17,7 +17,7 @@ use kube::{
     api::{ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
-use palisade_api::client::WATCH_SECONDS;
+use palisade_api::client::{WATCH_SECONDS, chain};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -49,7 +49,7 @@ pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>
             Ok(()) => PERIOD,
             Err(error) => {
                 metrics.failed();
-                warn!(%error, "cannot set the taints of nodes yet");
+                warn!(error = chain(&error), "cannot set the taints of nodes yet");
                 PAUSE
             }
         };

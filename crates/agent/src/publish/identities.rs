@@ -7,7 +7,7 @@ use kube::{
     Api, Client,
     api::{DynamicObject, Patch, PatchParams, PostParams},
 };
-use palisade_api::crd::UNUSED_SINCE;
+use palisade_api::{client::chain, crd::UNUSED_SINCE};
 use palisade_policy::{identity::candidates, label::Labels};
 use serde_json::json;
 use tokio::sync::mpsc;
@@ -42,7 +42,7 @@ pub(super) async fn allocate(
                 return labels;
             }
             Ok(None) => warn!(%labels, "every identity of the cluster is taken"),
-            Err(error) => warn!(%labels, %error, "cannot allocate an identity yet"),
+            Err(error) => warn!(%labels, error = chain(&error), "cannot allocate an identity yet"),
         }
         if commands.strong_count() == 0 {
             return labels;

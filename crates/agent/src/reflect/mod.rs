@@ -23,7 +23,7 @@ use kube::{
     Api, Client, Resource,
     runtime::{WatchStreamExt, utils::Backoff, watcher},
 };
-use palisade_api::client::{WATCH_SECONDS, noticing};
+use palisade_api::client::{WATCH_SECONDS, chain, noticing};
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tracing::{debug, info, warn};
@@ -129,7 +129,7 @@ async fn follow<P: Parse>(source: Source, api: impl FnOnce(Client) -> Api<P::Obj
             }
             Ok(Ok(Some(watcher::Event::Delete(object)))) => Change::Delete(parse.key(&object)),
             Ok(Err(error)) => {
-                let error = error.to_string();
+                let error = chain(&error);
                 if failing.as_ref() != Some(&error) {
                     let table = P::Row::TABLE;
                     warn!(table, error, "cannot follow the API; what is known stands");
