@@ -1,6 +1,6 @@
 //! The command line.
 
-use std::path::PathBuf;
+use std::{path::PathBuf, time::Duration};
 
 use clap::{Args, Parser, Subcommand};
 use clap_complete::Shell;
@@ -76,7 +76,7 @@ pub(crate) enum Command {
     },
     /// How the cluster's networking is.
     #[command(
-        after_help = "Examples:\n  palisade status\n  palisade status --wait --wait-duration 30\n  palisade status -o json | jq .pods_count"
+        after_help = "Examples:\n  palisade status\n  palisade status --wait --wait-duration 90s\n  palisade status -o json | jq .pods_count"
     )]
     Status(StatusArgs),
     /// The pods that the agents of this machine look after.
@@ -179,9 +179,9 @@ pub(crate) struct StatusArgs {
     /// Wait until everything is ready.
     #[arg(long)]
     pub(crate) wait: bool,
-    /// Seconds to wait at most.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
-    pub(crate) wait_duration: u64,
+    /// How long to wait at most, such as 90s or 5m.
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
+    pub(crate) wait_duration: Duration,
     /// Every pod of Palisade, with its containers.
     #[arg(long)]
     pub(crate) verbose: bool,
@@ -385,6 +385,16 @@ pub(crate) struct StarwarsArgs {
     pub(crate) use_running: bool,
 }
 
+/// `5m` or `90s`; a mere number is of seconds.
+pub(crate) fn duration(text: &str) -> Result<Duration, String> {
+    if let Ok(seconds) = text.parse() {
+        return Ok(Duration::from_secs(seconds));
+    }
+    let span = text.parse::<jiff::SignedDuration>().ok();
+    let span = span.and_then(|span| Duration::try_from(span).ok());
+    span.ok_or_else(|| "write a duration such as 90s or 5m".to_owned())
+}
+
 fn identity(text: &str) -> Result<u32, String> {
     let hint = "an identity is a number; palisade identity list shows them";
     text.parse().map_err(|_| hint.to_owned())
@@ -399,6 +409,16 @@ mod tests {
     #[test]
     fn the_command_line_is_consistent() {
         Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn durations_have_units_or_are_seconds() {
+        for (text, seconds) in [("5s", 5), ("5m", 300), ("1m30s", 90), ("30", 30)] {
+            assert_eq!(duration(text), Ok(Duration::from_secs(seconds)), "{text}");
+        }
+        for wrong in ["", "5 apples", "-5s", "m"] {
+            assert!(duration(wrong).is_err(), "{wrong}");
+        }
     }
 
     #[test]

@@ -21,7 +21,7 @@ use serde_json::{Map, Value, json};
 use self::record::Record;
 use crate::{
     chart::{self, Chart},
-    cli::Global,
+    cli::{Global, duration},
     cluster::{self, Installation},
     exit::{Exit, Failure},
     output::{self, Format, note, say},
@@ -59,9 +59,9 @@ pub(crate) struct Patience {
     /// Wait until everything runs.
     #[arg(long)]
     wait: bool,
-    /// Seconds to wait at most.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
-    wait_duration: u64,
+    /// How long to wait at most, such as 90s or 5m.
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
+    wait_duration: Duration,
 }
 
 #[derive(Debug, Subcommand)]
@@ -236,8 +236,7 @@ async fn roll_out(
     record.objects = after;
     record.write(client, &args.place.namespace).await?;
     if args.patience.wait {
-        let limit = Duration::from_secs(args.patience.wait_duration);
-        rollout::wait(client, &args.place.namespace, limit).await?;
+        rollout::wait(client, &args.place.namespace, args.patience.wait_duration).await?;
     } else {
         note!("\nWatch it start with:  palisade status --wait");
     }

@@ -27,7 +27,7 @@ const PAUSE: Duration = Duration::from_millis(200);
 pub(crate) fn run(global: &Global, args: &StatusArgs) -> Result<Exit> {
     let report = if args.wait {
         let _progress = Progress::start("waiting for Palisade to be ready");
-        wait(global, Duration::from_secs(args.wait_duration))
+        wait(global, args.wait_duration)
     } else {
         let _progress = Progress::start("asking the agents and the API server");
         collect(global)

@@ -28,7 +28,7 @@ use super::{
 };
 use crate::{
     chart::Chart,
-    cli::Global,
+    cli::{Global, duration},
     cluster,
     exit::{Exit, Failure},
     output::note,
@@ -53,9 +53,9 @@ pub(crate) struct UninstallArgs {
     /// stay, until the nodes are started anew.
     #[arg(long)]
     keep_nodes: bool,
-    /// Seconds to wait for the nodes at most.
-    #[arg(long, default_value_t = 300, value_name = "SECONDS")]
-    wait_duration: u64,
+    /// How long to wait for the nodes at most, such as 90s or 5m.
+    #[arg(long, default_value = "5m", value_name = "DURATION", value_parser = duration)]
+    wait_duration: Duration,
 }
 
 pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
@@ -77,7 +77,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
         for object in ours.iter().rev() {
             delete(&client, object).await?;
         }
-        let limit = Duration::from_secs(args.wait_duration);
+        let limit = args.wait_duration;
         bounded("pods of Palisade are still there", limit, gone(&client, &args.place.namespace))
             .await?;
         if let Some(other) = other {
