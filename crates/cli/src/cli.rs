@@ -41,7 +41,7 @@ pub(crate) struct Cli {
 }
 
 /// Flags of every command.
-#[derive(Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub(crate) struct Global {
     /// What to print.
     #[arg(short, long, global = true, value_enum, default_value_t)]

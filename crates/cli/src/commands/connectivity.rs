@@ -9,7 +9,10 @@ mod suite;
 use std::{
     collections::VecDeque,
     path::PathBuf,
-    sync::{Arc, Mutex, PoisonError},
+    sync::{
+        Arc, Mutex, PoisonError,
+        atomic::{AtomicBool, Ordering},
+    },
     time::{Duration, Instant},
 };
 
@@ -62,7 +65,8 @@ pub(crate) struct TestArgs {
     /// Leave clients and servers as they are at the end.
     #[arg(long)]
     keep: bool,
-    /// Collect what is known of the cluster where a test fails; see `palisade sysdump`.
+    /// Collect what is known of the cluster when the first test fails, while its pods and policies
+    /// are still there; see `palisade sysdump`.
     #[arg(long)]
     collect_sysdump_on_failure: bool,
 }
@@ -84,7 +88,8 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
     }
     let verdicts = cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
-        run_all(&client, &args, tests).await
+        let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
+        run_all(&client, &args, tests, dump.map(Arc::new)).await
     })?;
     match global.output {
         Format::Json => output::json(&report::json(&verdicts))?,
@@ -94,13 +99,33 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         std::fs::write(file, report::junit(&verdicts))
             .with_context(|| file.display().to_string())?;
     }
-    if verdicts.iter().all(Verdict::passed) {
-        return Ok(Exit::Ok);
+    Ok(if verdicts.iter().all(Verdict::passed) { Exit::Ok } else { Exit::No })
+}
+
+/// Collects once, whatever fails after that: later on others' policies have come and gone.
+struct FirstFailure {
+    global: Global,
+    seen: AtomicBool,
+}
+
+impl FirstFailure {
+    fn new(global: Global) -> Self {
+        Self { global, seen: AtomicBool::new(false) }
     }
-    if args.collect_sysdump_on_failure {
-        super::sysdump::collect(global, None)?;
+
+    async fn collect(&self) {
+        if self.seen.swap(true, Ordering::Relaxed) {
+            return;
+        }
+        let global = self.global.clone();
+        // It waits for agents and has a runtime of its own.
+        let collected = tokio::task::spawn_blocking(move || super::sysdump::collect(&global, None));
+        match collected.await.map_err(Into::into).flatten() {
+            // The results alone are for standard output.
+            Ok(told) => eprintln!("{told}"),
+            Err(error) => eprintln!("warning: nothing is collected: {error:#}"),
+        }
     }
-    Ok(Exit::No)
 }
 
 /// Places take tests off one queue.
@@ -108,6 +133,7 @@ async fn run_all(
     client: &Client,
     args: &TestArgs,
     tests: Vec<&'static Test>,
+    dump: Option<Arc<FirstFailure>>,
 ) -> Result<Vec<Verdict>> {
     let quiet = Progress::start("starting clients and servers");
     let count = usize::from(args.test_concurrency).min(tests.len());
@@ -125,9 +151,14 @@ async fn run_all(
     for place in started {
         match place {
             Ok(place) => {
-                workers.spawn(work(place, queue.clone(), args.keep));
+                workers.spawn(work(place, queue.clone(), args.keep, dump.clone()));
             }
-            Err(error) => problem = Some(error),
+            Err(error) => {
+                if let Some(dump) = &dump {
+                    dump.collect().await;
+                }
+                problem = Some(error);
+            }
         }
     }
     let mut verdicts: Vec<Verdict> = workers.join_all().await.into_iter().flatten().collect();
@@ -143,13 +174,21 @@ async fn work(
     place: Place,
     queue: Arc<Mutex<VecDeque<&'static Test>>>,
     keep: bool,
+    dump: Option<Arc<FirstFailure>>,
 ) -> Vec<Verdict> {
     let mut verdicts = Vec::new();
     loop {
         let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
         let Some(test) = next else { break };
         let begun = Instant::now();
-        let outcome = judge(&place, test).await;
+        let mut outcome = judge(&place, test).await;
+        let good = matches!(outcome, Ok(Judgement::Passed(_) | Judgement::Skipped(_)));
+        if let Some(dump) = dump.as_deref().filter(|_| !good) {
+            dump.collect().await;
+        }
+        if let Err(error) = place.withdraw(test.policies).await {
+            outcome = outcome.and(Err(error.context("its policies stay")));
+        }
         let verdict = Verdict::new(test.name, begun.elapsed(), outcome);
         eprintln!("{}", verdict.line());
         verdicts.push(verdict);
@@ -172,13 +211,11 @@ enum Judgement {
 
 async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
     let refusal = place.apply(test.policies).await?;
-    let judgement = match refusal {
+    match refusal {
         Some(why) if test.optional => Ok(Judgement::Skipped(why)),
         Some(why) => Ok(Judgement::Failed(vec![format!("the policy is refused: {why}")])),
         None => settle(place, test).await,
-    };
-    place.withdraw(test.policies).await?;
-    judgement
+    }
 }
 
 /// First until everything is as it must be, then once more: it must stay so.

@@ -24,7 +24,6 @@ use crate::{
     cluster,
     commands::observe,
     exit::Exit,
-    output::note,
     progress::Progress,
 };
 
@@ -62,12 +61,12 @@ const LOG_BYTES: i64 = 8 << 20;
 const FLOWS: usize = 2000;
 
 pub(crate) fn run(global: &Global, args: SysdumpArgs) -> Result<Exit> {
-    collect(global, args.output_directory)?;
+    println!("{}", collect(global, args.output_directory)?);
     Ok(Exit::Ok)
 }
 
-/// Writes everything that can be had; what cannot is in `errors.txt`.
-pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<()> {
+/// Writes everything that can be had; what cannot is in `errors.txt`. Says where all of it is.
+pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<String> {
     let directory = directory.unwrap_or_else(|| {
         let now = jiff::Zoned::now().strftime("%Y%m%d-%H%M%S");
         PathBuf::from(format!("palisade-sysdump-{now}"))
@@ -89,8 +88,7 @@ pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<()>
     }
     let errors = dump.errors.join("\n");
     fs::write(dump.directory.join("errors.txt"), format!("{errors}\n"))?;
-    note!("Collected in {} ({} errors)", dump.directory.display(), dump.errors.len());
-    Ok(())
+    Ok(format!("Collected in {} ({} errors)", dump.directory.display(), dump.errors.len()))
 }
 
 struct Dump {

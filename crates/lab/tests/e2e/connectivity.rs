@@ -11,9 +11,14 @@ use serde_json::Value;
 use crate::harness::Lab;
 
 pub(crate) fn palisade(lab: &Lab, args: &[&str]) -> (i32, String) {
+    palisade_in(Path::new("."), lab, args)
+}
+
+fn palisade_in(directory: &Path, lab: &Lab, args: &[&str]) -> (i32, String) {
     let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
-    let Output { status, stdout, stderr } =
-        Command::new(program).args(args).env("KUBECONFIG", lab.kubeconfig()).output().unwrap();
+    let mut command = Command::new(program);
+    command.args(args).current_dir(directory).env("KUBECONFIG", lab.kubeconfig());
+    let Output { status, stdout, stderr } = command.output().unwrap();
     (status.code().unwrap(), String::from_utf8([stdout, stderr].concat()).unwrap())
 }
 
@@ -40,13 +45,27 @@ fn connectivity_is_as_policies_say_and_a_policy_too_many_is_noticed() {
         "spec:\n  endpointSelector: {matchLabels: {other: client}}\n  \
          egressDeny: [{toEndpoints: [{matchLabels: {kind: echo}}]}]",
     );
-    let only = ["connectivity", "test", "--test", "^(no-policies|all-ingress-deny-knp)$"];
-    let (code, text) = palisade(&lab, &only);
+    let only = "^(all-ingress-deny-knp|echo-ingress|cluster-entity)$";
+    let only = ["connectivity", "test", "--test", only, "--test-concurrency", "1"];
+    let dumps = scratch("dumps");
+    fs::create_dir(&dumps).unwrap();
+    let dump = [&only[..], &["--collect-sysdump-on-failure"]].concat();
+    let (code, text) = palisade_in(&dumps, &lab, &dump);
     assert_eq!(code, 1, "{text}");
     assert!(text.contains("OK    all-ingress-deny-knp"), "{text}");
     let missed = "client2 → echo-same-node (10.";
     assert!(text.contains(missed) && text.contains("did not get through (TIMEOUT)"), "{text}");
     assert!(!text.contains("client1 →"), "{text}");
+    // What the first failing test worked on is in the only dump.
+    let taken: Vec<PathBuf> =
+        fs::read_dir(&dumps).unwrap().map(|entry| entry.unwrap().path()).collect();
+    assert_eq!(taken.len(), 1, "{text}");
+    let held =
+        |name: &str, what: &str| fs::read_to_string(taken[0].join(name)).unwrap().contains(what);
+    assert!(held("pods.json", "echo-same-node"), "{text}");
+    assert!(held("ciliumnetworkpolicies.json", "echo-ingress"), "{text}");
+    assert!(!held("ciliumnetworkpolicies.json", "cluster-entity"), "{text}");
+    fs::remove_dir_all(dumps).unwrap();
     let (code, text) = palisade(&lab, &["connectivity", "test", "--test", "nothing"]);
     assert_eq!(code, 4, "{text}");
 
