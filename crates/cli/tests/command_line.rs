@@ -16,7 +16,7 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 8] = [
+    let cases: [(&[&str], i32, &str); 9] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
         (&["nosuch"], 2, "unrecognized subcommand"),
@@ -24,6 +24,12 @@ fn exit_codes_mean_what_the_help_says() {
         (&["observe", "--verdict", "nosuch"], 2, "possible values"),
         (&["status"], 3, "$KUBECONFIG names /nonexistent/kubeconfig, which does not exist"),
         (&["endpoint", "list"], 3, "/nonexistent/admin.sock"),
+        // Told before anybody looks for a cluster.
+        (
+            &["connectivity", "test", "--junit-file", "/nonexistent/x"],
+            1,
+            "cannot write /nonexistent/x",
+        ),
         (&["get", "pods"], 3, "/nonexistent/admin.sock"),
     ];
     for (arguments, code, says) in cases {

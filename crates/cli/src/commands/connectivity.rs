@@ -8,6 +8,7 @@ mod suite;
 
 use std::{
     collections::VecDeque,
+    io::Write,
     path::PathBuf,
     sync::{
         Arc, Mutex, PoisonError,
@@ -86,6 +87,11 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         ))
         .into());
     }
+    // A file that cannot be written is told of now and not after all tests.
+    let junit = args.junit_file.as_deref().map(|file| {
+        std::fs::File::create(file).with_context(|| format!("cannot write {}", file.display()))
+    });
+    let junit = junit.transpose()?;
     let verdicts = cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
@@ -95,9 +101,8 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         Format::Json => output::json(&report::json(&verdicts))?,
         Format::Table => say!("{}", report::text(&verdicts).trim_end()),
     }
-    if let Some(file) = &args.junit_file {
-        std::fs::write(file, report::junit(&verdicts))
-            .with_context(|| file.display().to_string())?;
+    if let Some(mut file) = junit {
+        file.write_all(report::junit(&verdicts).as_bytes()).context("--junit-file")?;
     }
     Ok(if verdicts.iter().all(Verdict::passed) { Exit::Ok } else { Exit::No })
 }
