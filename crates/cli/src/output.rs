@@ -72,7 +72,8 @@ where
     say!("{}", render(titles, rows));
 }
 
-fn render<R, C>(titles: &[&str], rows: R) -> String
+/// What [`table`] prints.
+pub(crate) fn render<R, C>(titles: &[&str], rows: R) -> String
 where
     R: IntoIterator<Item = C>,
     C: IntoIterator<Item = String>,

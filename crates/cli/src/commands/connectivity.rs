@@ -25,7 +25,7 @@ use tokio::task::JoinSet;
 
 use self::{
     place::Place,
-    probe::{Outcome, Probe},
+    probe::{Answer, Outcome, Probe},
     report::Verdict,
     suite::Test,
 };
@@ -187,8 +187,9 @@ async fn work(
         let Some(test) = next else { break };
         let begun = Instant::now();
         let mut outcome = judge(&place, test).await;
-        let good = matches!(outcome, Ok(Judgement::Passed(_) | Judgement::Skipped(_)));
-        if let Some(dump) = dump.as_deref().filter(|_| !good) {
+        if let Some(dump) = &dump
+            && !outcome.as_ref().is_ok_and(Judgement::passed)
+        {
             dump.collect().await;
         }
         if let Err(error) = place.withdraw(test.policies).await {
@@ -206,19 +207,29 @@ async fn work(
 
 /// What a test came to.
 enum Judgement {
-    /// So many probes were as they must be.
-    Passed(usize),
-    /// These were not.
-    Failed(Vec<String>),
+    /// Every question was asked.
+    Asked(Vec<Answer>),
+    /// Nothing could be asked.
+    Broken(String),
     /// The policy cannot be had here, and that is allowed.
     Skipped(String),
+}
+
+impl Judgement {
+    fn passed(&self) -> bool {
+        match self {
+            Self::Asked(answers) => answers.iter().all(Answer::is_right),
+            Self::Broken(_) => false,
+            Self::Skipped(_) => true,
+        }
+    }
 }
 
 async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
     let refusal = place.apply(test.policies).await?;
     match refusal {
         Some(why) if test.optional => Ok(Judgement::Skipped(why)),
-        Some(why) => Ok(Judgement::Failed(vec![format!("the policy is refused: {why}")])),
+        Some(why) => Ok(Judgement::Broken(format!("the policy is refused: {why}"))),
         None => settle(place, test).await,
     }
 }
@@ -227,38 +238,33 @@ async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
 async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
     let all = place.probes(test.kind);
     let begun = Instant::now();
-    let mut waiting = all.clone();
-    while !waiting.is_empty() {
-        let results = run_probes(place, waiting).await?;
-        let wrong: Vec<_> =
-            results.into_iter().filter(|(it, got)| is_wrong(test, it, got)).collect();
-        if begun.elapsed() > SETTLE && !wrong.is_empty() {
-            return Ok(Judgement::Failed(wrong.iter().map(|it| complaint(test, it)).collect()));
+    let mut answers = ask(place, test, all.clone()).await?;
+    while answers.iter().any(|it| !it.is_right()) {
+        if begun.elapsed() > SETTLE {
+            return Ok(Judgement::Asked(answers));
         }
-        waiting = wrong.into_iter().map(|(probe, _)| probe).collect();
+        let (right, wrong): (Vec<_>, Vec<_>) = answers.into_iter().partition(Answer::is_right);
+        let again = wrong.into_iter().map(|answer| answer.probe).collect();
+        answers = right;
+        answers.extend(ask(place, test, again).await?);
+        answers.sort_by_key(|answer| all.iter().position(|probe| *probe == answer.probe));
     }
-    let count = all.len();
-    let results = run_probes(place, all).await?;
-    let wrong: Vec<String> = results
-        .iter()
-        .filter(|(probe, got)| is_wrong(test, probe, got))
-        .map(|it| format!("{}, after it was right", complaint(test, it)))
-        .collect();
-    Ok(if wrong.is_empty() { Judgement::Passed(count) } else { Judgement::Failed(wrong) })
+    let mut answers = ask(place, test, all).await?;
+    for answer in &mut answers {
+        answer.was_right = true;
+    }
+    Ok(Judgement::Asked(answers))
 }
 
-fn is_wrong(test: &Test, probe: &Probe, got: &Outcome) -> bool {
-    (test.allows)(probe) != matches!(got, Outcome::Reached)
-}
-
-fn complaint(test: &Test, (probe, got): &(Probe, Outcome)) -> String {
-    match got {
-        Outcome::Reached => format!("{probe}: got through, and must not"),
-        Outcome::Missed(why) => {
-            debug_assert!((test.allows)(probe), "what is denied may be missed");
-            format!("{probe}: did not get through ({why}), and must")
-        }
-    }
+/// Asks every question once; the answers are in the order of the questions.
+async fn ask(place: &Place, test: &Test, probes: Vec<Probe>) -> Result<Vec<Answer>> {
+    let mut results = run_probes(place, probes.clone()).await?;
+    results.sort_by_key(|(asked, _)| probes.iter().position(|probe| probe == asked));
+    let answer = |(probe, got)| {
+        let must = (test.allows)(&probe);
+        Answer { probe, must, got, was_right: false }
+    };
+    Ok(results.into_iter().map(answer).collect())
 }
 
 async fn run_probes(place: &Place, probes: Vec<Probe>) -> Result<Vec<(Probe, Outcome)>> {

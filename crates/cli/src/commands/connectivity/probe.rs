@@ -57,7 +57,7 @@ impl Kind {
 }
 
 /// A question.
-#[derive(Clone, Debug)]
+#[derive(Clone, Debug, PartialEq, Eq)]
 pub(super) struct Probe {
     pub(super) from: From,
     pub(super) to: To,
@@ -128,18 +128,59 @@ impl Probe {
     }
 }
 
+/// What came of a question.
+pub(super) struct Answer {
+    pub(super) probe: Probe,
+    /// Whether it must get through.
+    pub(super) must: bool,
+    pub(super) got: Outcome,
+    /// It had been as it must be before.
+    pub(super) was_right: bool,
+}
+
+impl Answer {
+    pub(super) const fn reached(&self) -> bool {
+        matches!(self.got, Outcome::Reached)
+    }
+
+    pub(super) const fn is_right(&self) -> bool {
+        self.must == self.reached()
+    }
+
+    /// For people who look for the reason.
+    pub(super) fn complaint(&self) -> String {
+        let late = if self.was_right { ", after it was right" } else { "" };
+        match &self.got {
+            Outcome::Reached => format!("{}: got through, and must not{late}", self.probe),
+            Outcome::Missed(why) => {
+                format!("{}: did not get through ({why}), and must{late}", self.probe)
+            }
+        }
+    }
+}
+
 impl fmt::Display for Probe {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "{} → ", self.from.pod())?;
-        match &self.to {
-            To::Pod(name, address) => write!(f, "{name} ({address})")?,
-            To::Service(address) => write!(f, "service echo ({address})")?,
-            To::Name => write!(f, "service echo (by name)")?,
+        write!(f, "{} → {}, {}", self.from.pod(), self.to, self.port)
+    }
+}
+
+impl fmt::Display for To {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Pod(name, address) => write!(f, "{name} ({address})"),
+            Self::Service(address) => write!(f, "service echo ({address})"),
+            Self::Name => write!(f, "service echo (by name)"),
         }
-        match self.port {
-            Port::Get(path) => write!(f, ", GET {path}"),
-            Port::Udp => write!(f, ", UDP {}", self.port.number()),
-            Port::Http | Port::Other => write!(f, ", TCP {}", self.port.number()),
+    }
+}
+
+impl fmt::Display for Port {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Self::Get(path) => write!(f, "GET {path}"),
+            Self::Udp => write!(f, "UDP {}", self.number()),
+            Self::Http | Self::Other => write!(f, "TCP {}", self.number()),
         }
     }
 }

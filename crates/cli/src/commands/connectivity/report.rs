@@ -5,81 +5,172 @@ use std::{fmt::Write, time::Duration};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::Judgement;
+use super::{Judgement, probe::Answer};
+use crate::output;
 
 /// What one test came to.
 pub(super) struct Verdict {
     pub(super) name: &'static str,
     took: Duration,
-    outcome: Outcome,
+    outcome: Judgement,
 }
 
-enum Outcome {
-    Passed(usize),
-    Failed(Vec<String>),
-    Skipped(String),
+/// How many questions came to what.
+#[derive(Default)]
+struct Tally {
+    allowed: usize,
+    denied: usize,
+    /// Got through, and must not.
+    leaked: usize,
+    /// Did not get through, and must.
+    lost: usize,
+}
+
+impl Tally {
+    fn of(answers: &[Answer]) -> Self {
+        let mut tally = Self::default();
+        for answer in answers {
+            *match (answer.must, answer.reached()) {
+                (true, true) => &mut tally.allowed,
+                (false, false) => &mut tally.denied,
+                (false, true) => &mut tally.leaked,
+                (true, false) => &mut tally.lost,
+            } += 1;
+        }
+        tally
+    }
 }
 
 impl Verdict {
     pub(super) fn new(name: &'static str, took: Duration, outcome: Result<Judgement>) -> Self {
-        let outcome = match outcome {
-            Ok(Judgement::Passed(count)) => Outcome::Passed(count),
-            Ok(Judgement::Failed(why)) => Outcome::Failed(why),
-            Ok(Judgement::Skipped(why)) => Outcome::Skipped(why),
-            Err(error) => Outcome::Failed(vec![format!("{error:#}")]),
-        };
+        let outcome = outcome.unwrap_or_else(|error| Judgement::Broken(format!("{error:#}")));
         Self { name, took, outcome }
     }
 
     /// A skipped test did not fail.
-    pub(super) const fn passed(&self) -> bool {
-        !matches!(self.outcome, Outcome::Failed(_))
+    pub(super) fn passed(&self) -> bool {
+        self.outcome.passed()
+    }
+
+    fn answers(&self) -> &[Answer] {
+        match &self.outcome {
+            Judgement::Asked(answers) => answers,
+            Judgement::Broken(_) | Judgement::Skipped(_) => &[],
+        }
+    }
+
+    /// One word, and what there is to say to it.
+    fn result(&self) -> (&'static str, Vec<String>) {
+        match &self.outcome {
+            Judgement::Asked(_) if self.passed() => ("passed", Vec::new()),
+            Judgement::Asked(answers) => {
+                let wrong = answers.iter().filter(|it| !it.is_right());
+                ("failed", wrong.map(Answer::complaint).collect())
+            }
+            Judgement::Broken(why) => ("failed", vec![why.clone()]),
+            Judgement::Skipped(why) => ("skipped", vec![why.clone()]),
+        }
     }
 
     /// While the others still run.
     pub(super) fn line(&self) -> String {
         let took = self.took.as_secs_f64();
-        match &self.outcome {
-            Outcome::Passed(count) => format!("OK    {} ({count} ways, {took:.1} s)", self.name),
-            Outcome::Failed(why) => format!("FAIL  {} ({} ways)", self.name, why.len()),
-            Outcome::Skipped(why) => format!("SKIP  {}: {why}", self.name),
+        let (result, why) = self.result();
+        match result {
+            "passed" => format!("OK    {} ({} ways, {took:.1} s)", self.name, self.answers().len()),
+            "skipped" => format!("SKIP  {}: {}", self.name, why.join(", ")),
+            _ => format!("FAIL  {} ({} ways)", self.name, why.len()),
         }
     }
 }
 
 pub(super) fn text(verdicts: &[Verdict]) -> String {
     let mut text = String::new();
-    let (mut passed, mut failed, mut skipped) = (0, 0, 0);
-    for verdict in verdicts {
-        match &verdict.outcome {
-            Outcome::Passed(_) => passed += 1,
-            Outcome::Skipped(_) => skipped += 1,
-            Outcome::Failed(why) => {
-                failed += 1;
-                // Writing to a string never fails.
-                let _ = writeln!(text, "\n{}:", verdict.name);
-                for line in why {
-                    let _ = writeln!(text, "  {line}");
-                }
-            }
+    for verdict in verdicts.iter().filter(|it| !it.passed()) {
+        // Writing to a string never fails.
+        let _ = writeln!(text, "\n{}:", verdict.name);
+        if !verdict.answers().is_empty() {
+            let _ = writeln!(text, "{}\n", pairs(verdict.answers()));
         }
+        for line in verdict.result().1 {
+            let _ = writeln!(text, "  {line}");
+        }
+    }
+    let rows = verdicts.iter().map(|verdict| {
+        let Tally { allowed, denied, leaked, lost } = Tally::of(verdict.answers());
+        let counts = [allowed, denied, leaked, lost].map(|count| match verdict.answers() {
+            [] => "-".to_owned(),
+            _ => count.to_string(),
+        });
+        [verdict.name.to_owned(), verdict.result().0.to_owned()].into_iter().chain(counts)
+    });
+    let titles = ["TEST", "RESULT", "ALLOWED", "DENIED", "LEAKED", "LOST"];
+    let _ = writeln!(text, "\n{}", output::render(&titles, rows));
+    let count = |result| verdicts.iter().filter(|it| it.result().0 == result).count();
+    let (passed, failed, skipped) = (count("passed"), count("failed"), count("skipped"));
+    if failed > 0 {
+        text.push_str(
+            "\nLEAKED: got through, and must not. LOST: did not get through, and must.\n",
+        );
     }
     let _ = writeln!(text, "\n{passed} passed, {failed} failed, {skipped} skipped");
     text
 }
 
+/// Who asked whom, one row each, with a mark for each thing asked for.
+fn pairs(answers: &[Answer]) -> String {
+    let (mut titles, mut rows) = (Vec::new(), Vec::new());
+    for Answer { probe, .. } in answers {
+        let (title, row) = (probe.port.to_string(), (probe.from, &probe.to));
+        if !titles.contains(&title) {
+            titles.push(title);
+        }
+        if !rows.contains(&row) {
+            rows.push(row);
+        }
+    }
+    let mark = |row, title: &str| {
+        let of = |it: &&Answer| {
+            (it.probe.from, &it.probe.to) == row && it.probe.port.to_string() == title
+        };
+        let Some(answer) = answers.iter().find(of) else { return String::new() };
+        match (answer.is_right(), answer.reached()) {
+            (true, true) => "+",
+            (true, false) => "-",
+            (false, true) => "LEAKED",
+            (false, false) => "LOST",
+        }
+        .to_owned()
+    };
+    let cells = rows.iter().map(|&(from, to)| {
+        let marks = titles.iter().map(move |title| mark((from, to), title));
+        [from.pod().to_owned(), to.to_string()].into_iter().chain(marks)
+    });
+    let titles: Vec<&str> =
+        ["FROM", "TO"].into_iter().chain(titles.iter().map(String::as_str)).collect();
+    output::render(&titles, cells)
+}
+
 pub(super) fn json(verdicts: &[Verdict]) -> Value {
     let results = verdicts.iter().map(|verdict| {
-        let (result, why) = match &verdict.outcome {
-            Outcome::Passed(_) => ("passed", Vec::new()),
-            Outcome::Failed(why) => ("failed", why.clone()),
-            Outcome::Skipped(why) => ("skipped", vec![why.clone()]),
-        };
+        let (result, why) = verdict.result();
+        let Tally { allowed, denied, leaked, lost } = Tally::of(verdict.answers());
+        let probes = verdict.answers().iter().map(|answer| {
+            json!({
+                "from": answer.probe.from.pod(),
+                "to": answer.probe.to.to_string(),
+                "what": answer.probe.port.to_string(),
+                "must": answer.must,
+                "got": answer.reached(),
+            })
+        });
         json!({
             "name": verdict.name,
             "result": result,
             "seconds": verdict.took.as_secs_f64(),
             "messages": why,
+            "counts": { "allowed": allowed, "denied": denied, "leaked": leaked, "lost": lost },
+            "probes": probes.collect::<Vec<_>>(),
         })
     });
     json!({ "tests": results.collect::<Vec<_>>() })
@@ -87,10 +178,8 @@ pub(super) fn json(verdicts: &[Verdict]) -> Value {
 
 /// The XML that JUnit writes.
 pub(super) fn junit(verdicts: &[Verdict]) -> String {
-    let count =
-        |wanted: fn(&Outcome) -> bool| verdicts.iter().filter(|it| wanted(&it.outcome)).count();
-    let failures = count(|it| matches!(it, Outcome::Failed(_)));
-    let skipped = count(|it| matches!(it, Outcome::Skipped(_)));
+    let count = |result| verdicts.iter().filter(|it| it.result().0 == result).count();
+    let (failures, skipped) = (count("failed"), count("skipped"));
     let mut xml = format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"palisade connectivity test\" \
          tests=\"{}\" failures=\"{failures}\" skipped=\"{skipped}\">\n",
@@ -98,10 +187,12 @@ pub(super) fn junit(verdicts: &[Verdict]) -> String {
     );
     for verdict in verdicts {
         let (name, took) = (escape(verdict.name), verdict.took.as_secs_f64());
-        let inner = match &verdict.outcome {
-            Outcome::Passed(_) => String::new(),
-            Outcome::Failed(why) => format!("<failure>{}</failure>", escape(&why.join("\n"))),
-            Outcome::Skipped(why) => format!("<skipped message=\"{}\"/>", escape(why)),
+        let (result, why) = verdict.result();
+        let why = escape(&why.join("\n"));
+        let inner = match result {
+            "failed" => format!("<failure>{why}</failure>"),
+            "skipped" => format!("<skipped message=\"{why}\"/>"),
+            _ => String::new(),
         };
         let _ = writeln!(xml, "  <testcase name=\"{name}\" time=\"{took:.3}\">{inner}</testcase>");
     }
@@ -128,32 +219,79 @@ fn escape(text: &str) -> String {
 
 #[cfg(test)]
 mod tests {
-    use super::*;
+    use super::{
+        super::probe::{From, Outcome, Port, Probe, To},
+        *,
+    };
+
+    fn answer(from: From, port: Port, must: bool, got: Outcome) -> Answer {
+        Answer { probe: Probe { from, to: To::Name, port }, must, got, was_right: false }
+    }
 
     #[test]
     fn results_are_told_in_every_form() {
         let took = Duration::from_millis(1500);
+        let missed = || Outcome::Missed("<got> \"in\"\u{1}".into());
+        let good = vec![
+            answer(From::Client1, Port::Http, true, Outcome::Reached),
+            answer(From::Client1, Port::Udp, false, missed()),
+        ];
+        let bad = vec![
+            answer(From::Client1, Port::Http, false, Outcome::Reached),
+            answer(From::Client1, Port::Udp, false, missed()),
+            answer(From::Client2, Port::Http, true, missed()),
+            answer(From::Client2, Port::Udp, true, Outcome::Reached),
+        ];
         let verdicts = [
-            Verdict::new("good", took, Ok(Judgement::Passed(3))),
-            Verdict::new(
-                "bad",
-                took,
-                Ok(Judgement::Failed(vec!["a → b: <got> \"in\"\u{1}".into()])),
-            ),
+            Verdict::new("good", took, Ok(Judgement::Asked(good))),
+            Verdict::new("bad", took, Ok(Judgement::Asked(bad))),
             Verdict::new("other", took, Ok(Judgement::Skipped("not yet".into()))),
             Verdict::new("broken", took, Err(anyhow::anyhow!("away"))),
         ];
         assert_eq!(
             text(&verdicts),
-            "\nbad:\n  a → b: <got> \"in\"\u{1}\n\nbroken:\n  away\n\n1 passed, 2 failed, 1 skipped\n"
+            "
+bad:
+FROM      TO                       TCP 8080   UDP 8081
+client1   service echo (by name)   LEAKED     -
+client2   service echo (by name)   LOST       +
+
+  client1 → service echo (by name), TCP 8080: got through, and must not
+  client2 → service echo (by name), TCP 8080: did not get through (<got> \"in\"\u{1}), and must
+
+broken:
+  away
+
+TEST     RESULT    ALLOWED   DENIED   LEAKED   LOST
+good     passed    1         1        0        0
+bad      failed    1         1        1        1
+other    skipped   -         -        -        -
+broken   failed    -         -        -        -
+
+LEAKED: got through, and must not. LOST: did not get through, and must.
+
+1 passed, 2 failed, 1 skipped
+"
         );
         let xml = junit(&verdicts);
         assert!(xml.contains("tests=\"4\" failures=\"2\" skipped=\"1\""), "{xml}");
         assert!(
-            xml.contains("<failure>a → b: &lt;got&gt; &quot;in&quot;\u{fffd}</failure>"),
+            xml.contains("through (&lt;got&gt; &quot;in&quot;\u{fffd}), and must</fail"),
             "{xml}"
         );
-        assert_eq!(json(&verdicts)["tests"][1]["result"], "failed");
+        let told = &json(&verdicts)["tests"][1];
+        assert_eq!(told["result"], "failed");
+        assert_eq!(told["counts"], json!({"allowed": 1, "denied": 1, "leaked": 1, "lost": 1}));
+        assert_eq!(
+            told["probes"][2],
+            json!({
+                "from": "client2",
+                "to": "service echo (by name)",
+                "what": "TCP 8080",
+                "must": true,
+                "got": false,
+            })
+        );
         assert!(verdicts[2].passed() && !verdicts[3].passed());
     }
 }
