@@ -24,12 +24,17 @@ packages=(cli agent cni operator)
 programs=(palisade palisade-agent palisade-cni palisade-operator)
 [ ! -d crates/proxy ] || programs+=(palisade-proxy)
 
+# Paths of this machine, and the symbols that the linker's optimiser names after them, would make the
+# bytes differ from machine to machine. Cargo names the eBPF programs after the path of what they
+# depend on, so the sources are seen at the same one everywhere.
+readonly PLACE=/mnt
+
 build() {
     local flags=()
     for package in "${packages[@]}"; do flags+=(--package "palisade-$package"); done
-    # Paths of this machine would make the bytes differ from machine to machine.
-    RUSTFLAGS="-C target-feature=+crt-static --remap-path-prefix=$PWD=/palisade \
+    RUSTFLAGS="-C target-feature=+crt-static -C strip=symbols --remap-path-prefix=$PLACE=/palisade \
 --remap-path-prefix=${CARGO_HOME:-$HOME/.cargo}=/cargo" \
+        unshare --mount bash -c 'mount --rbind . "$0" && cd "$0" && exec "$@"' "$PLACE" \
         "${CARGO:-cargo}" build --release --locked --target "$target" "${flags[@]}" --bins
 }
 
