@@ -375,6 +375,12 @@ impl Judged {
         Self { allowed: false, egress: None, ingress: None, edits: Vec::new(), generation: 0 }
     }
 
+    /// Whether [`Self::edit`] may change something.
+    #[must_use]
+    pub const fn edits_fields(&self) -> bool {
+        !self.edits.is_empty()
+    }
+
     /// Changes the fields of a request as the rules want it.
     pub fn edit(&self, fields: &mut impl Editable) {
         for edit in &self.edits {

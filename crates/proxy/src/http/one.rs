@@ -22,7 +22,7 @@ use super::{
     reply::Reply,
     request::{Request, read_method},
     response::Response,
-    syntax::{Malformed, Scanner},
+    syntax::{Fields, Malformed, Scanner},
 };
 use crate::{
     buffer::{Buffer, write_all},
@@ -195,8 +195,11 @@ impl Connection<'_> {
         if !judged.allowed {
             return self.deny(&request, &asked, &judged).await;
         }
+        // Whether it still is allowed, when the rules change, is asked of the request as it came.
+        let came = judged.edits_fields().then(|| request.fields.clone());
         judged.edit(&mut request.fields);
-        self.exchange(&request, &asked, &judged).await
+        let came = came.as_ref().unwrap_or(&request.fields);
+        self.exchange(&request, came, &asked, &judged).await
     }
 
     async fn deny(
@@ -235,10 +238,11 @@ impl Connection<'_> {
         }
     }
 
-    /// Forwards the request and its answer.
+    /// Forwards the request and its answer, as long as what `came` is allowed.
     async fn exchange(
         &mut self,
         request: &Request,
+        came: &Fields,
         asked: &Asked<'_>,
         judged: &Judged,
     ) -> Result<Next, Broken> {
@@ -260,7 +264,7 @@ impl Connection<'_> {
                 begun: &begun,
             };
             let mut download = pin!(download.run(&mut server.buffer));
-            let mut revoked = pin!(self.gate.revoked(asked, judged, &request.fields));
+            let mut revoked = pin!(self.gate.revoked(asked, judged, came));
             loop {
                 tokio::select! {
                     // First of all: what is no longer allowed does not go on.
@@ -276,7 +280,7 @@ impl Connection<'_> {
             }
         };
         match outcome {
-            Ok(Answered::Switched) => self.tunnel(request, asked, judged).await,
+            Ok(Answered::Switched) => self.tunnel(came, asked, judged).await,
             Ok(Answered::Kept) if sent.load(Relaxed) && server.buffer.is_empty() => {
                 Ok(Next::Request)
             }
@@ -316,7 +320,7 @@ impl Connection<'_> {
     /// Both sides speak another protocol from here on, as long as the request for it is allowed.
     async fn tunnel(
         &mut self,
-        request: &Request,
+        came: &Fields,
         asked: &Asked<'_>,
         judged: &Judged,
     ) -> Result<Next, Broken> {
@@ -324,7 +328,7 @@ impl Connection<'_> {
         let client = (&self.client, &mut self.buffer);
         tokio::select! {
             biased;
-            () = self.gate.revoked(asked, judged, &request.fields) => return Err(Broken),
+            () = self.gate.revoked(asked, judged, came) => return Err(Broken),
             relayed = relay::run(client, (&server.stream, &mut server.buffer)) => relayed?,
         }
         Ok(Next::Close)
