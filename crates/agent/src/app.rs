@@ -275,6 +275,16 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
             keeping.spawn(masquerade.keep());
         } else {
             masquerade::end(&datapath)?;
+            if options.uplink.is_none() && options.routing == Routing::Native {
+                // Pods need not wait for it.
+                let (datapath, health) = (datapath.clone(), health.clone());
+                let (netlink, tables) = (netlink.clone(), reader.clone());
+                let name = options.node_name.clone();
+                keeping.spawn(async move {
+                    let uplink = masquerade::await_uplink(&netlink, &tables, &name).await;
+                    answers_come_in_by(datapath, netlink, uplink, health).await;
+                });
+            }
         }
         let mtu = mtu(&netlink, &node, options.uplink.as_deref(), options.routing).await?;
         let ways = match options.routing {
@@ -321,6 +331,25 @@ fn recorded_settings(changes: Vec<SettingChange>) -> settings::Changes {
         (name.to_owned(), settings::Change { before, after })
     };
     changes.into_iter().map(recorded).collect()
+}
+
+/// With native routing, servers of other nodes answer the proxy by the uplink. Without a program
+/// there the stack would take the answers to the pod in whose name the proxy asked.
+async fn answers_come_in_by(
+    datapath: Arc<Datapath>,
+    netlink: Netlink,
+    uplink: String,
+    health: Arc<ProgramHealth>,
+) {
+    // The programs read Ethernet headers; tunnels have none.
+    if !matches!(netlink.link(&uplink).await, Ok(Some(link)) if link.mac.is_some()) {
+        return warn!(
+            "{uplink} has no Ethernet address: requests by HTTP rules reach no other node"
+        );
+    }
+    // What fails is told, and tried again, by who looks after it.
+    _ = datapath.attach(&uplink, Side::Uplink);
+    endpoints::guard_uplink(datapath, uplink, Side::Uplink, health).await;
 }
 
 /// Pods may send what the uplink can carry, less the envelope where there is one.

@@ -105,8 +105,9 @@ pub async fn await_uplink(netlink: &Netlink, tables: &TablesReader, node: &str) 
         match found {
             Ok(Some(uplink)) => return uplink,
             Ok(None) => warn!(
-                "node {node}: no interface has one of its addresses; name the one to masquerade \
-                 at with --uplink, or say --masquerade never"
+                "node {node}: no interface has one of its addresses; name the one to other nodes \
+                 and to the outside with --uplink, or go without: --routing overlay \
+                 --masquerade never"
             ),
             Err(error) => warn!("cannot look for the uplink: {error:#}"),
         }

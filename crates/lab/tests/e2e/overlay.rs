@@ -4,6 +4,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    path::PathBuf,
     process::Command,
     thread,
     time::Duration,
@@ -140,8 +141,7 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
     eventually("the overlay is back", || all(&answers(&friend, &server.addresses), Answer::Open));
 }
 
-/// An uplink that nobody named, but that was found to masquerade at, keeps the program of an overlay
-/// that is no more.
+/// Nobody names the uplink here; it has the program of the overlay as long as there is one.
 #[test]
 fn pods_meet_without_the_overlay_that_there_was() {
     let lab = Lab::up_with(2, &OVERLAY);
@@ -152,12 +152,33 @@ fn pods_meet_without_the_overlay_that_there_was() {
         let _agents = [1, 2].map(|number| lab.other_agent(number, &["--routing", routing]));
         let open = || all(&answers(&client, &server.addresses), Answer::Open);
         eventually("pods meet", open);
-        let pins = fs::read_dir(lab.cni(1).pins).unwrap();
-        let mut names = pins.map(|pin| pin.unwrap().file_name().into_string().unwrap());
-        assert!(names.any(|name| name.starts_with("from_underlay-")), "{routing}");
+        let program = if routing == "overlay" { "from_underlay-" } else { "from_net-" };
+        eventually("the uplink has its program", || {
+            let pins = fs::read_dir(lab.cni(1).pins).unwrap();
+            let mut names = pins.map(|pin| pin.unwrap().file_name().into_string().unwrap());
+            names.any(|name| name.starts_with(program))
+        });
         let route = command(&lab.node(1), &format!("ip route get {}", server.addresses[0]));
         assert_eq!(route.contains("palisade_vxlan"), routing == "overlay", "{route}");
     }
+}
+
+/// With native routing, answers of other nodes' servers to the proxy come in by the uplink, whether or
+/// not somebody named it.
+#[test]
+fn an_uplink_that_nobody_named_gets_its_program() {
+    let lab = Lab::up(1);
+    let _own = lab.suspend_agent(1);
+    let at_uplink = || {
+        let pins = fs::read_dir(lab.cni(1).pins).unwrap().map(|pin| pin.unwrap().path());
+        let is_there = |pin: &PathBuf| pin.to_str().unwrap().contains("/from_net-");
+        pins.filter(is_there).collect::<Vec<_>>()
+    };
+    let named = at_uplink();
+    assert!(!named.is_empty());
+    named.iter().for_each(|pin| fs::remove_file(pin).unwrap());
+    let _agent = lab.other_agent(1, &["--routing", "native"]);
+    eventually("the program is there", || at_uplink() == named);
 }
 
 /// Sum of 16-bit words, as all of IP wants it.
