@@ -81,6 +81,10 @@ impl Writer<'_> {
                 (Err(error), Some(owed)) => {
                     self.owed.insert(owed);
                     result = result.and(Err(error));
+                    // What follows may be all that shows that there is something to forget.
+                    if matches!(owed, Owed::Flows(_)) {
+                        return result;
+                    }
                 }
             }
         }
