@@ -402,6 +402,7 @@ fn one_pod_cannot_use_up_what_others_need() {
     let other = socket(&world, OTHER4, SERVER4);
     other.send(&query("api.example.com")).unwrap();
     assert_eq!(rcode(&receive(&other)), 0);
+    server.wait(256 + 1);
     silent(&greedy);
     assert_eq!(server.asked().len(), 256 + 1);
     // Nor can it by streams.
