@@ -36,25 +36,22 @@ pub(crate) use note;
 
 /// See [`say!`].
 pub(crate) fn line(text: fmt::Arguments<'_>) {
-    if !print(text) {
+    let Err(error) = writeln!(io::stdout().lock(), "{text}") else { return };
+    if error.kind() == io::ErrorKind::BrokenPipe {
         std::process::exit(Exit::Ok as i32);
     }
+    warn(format_args!("error: cannot print: {error}"));
+    std::process::exit(Exit::No as i32);
 }
 
 /// See [`note!`].
 pub(crate) fn aside(text: fmt::Arguments<'_>) {
-    print(text);
+    let _ = writeln!(io::stdout().lock(), "{text}");
 }
 
-/// Whether somebody reads.
-fn print(text: fmt::Arguments<'_>) -> bool {
-    let Err(error) = writeln!(io::stdout().lock(), "{text}") else { return true };
-    if error.kind() == io::ErrorKind::BrokenPipe {
-        return false;
-    }
-    // Standard error may be as broken as standard output.
-    let _ = writeln!(io::stderr(), "error: cannot print: {error}");
-    std::process::exit(Exit::No as i32);
+/// Prints a line on standard error, if anybody reads there.
+pub(crate) fn warn(text: fmt::Arguments<'_>) {
+    let _ = writeln!(io::stderr().lock(), "{text}");
 }
 
 /// Writes `value` as indented JSON.

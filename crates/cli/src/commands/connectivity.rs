@@ -33,7 +33,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::{Exit, Failure},
-    output::{self, Format, say},
+    output::{Format, note, warn},
     progress::Progress,
 };
 
@@ -89,7 +89,10 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
     }
     // A file that cannot be written is told of now and not after all tests.
     let junit = args.junit_file.as_deref().map(|file| {
-        std::fs::File::create(file).with_context(|| format!("cannot write {}", file.display()))
+        // What is there stays until there are results.
+        let file_options =
+            || std::fs::OpenOptions::new().write(true).create(true).truncate(false).open(file);
+        file_options().with_context(|| format!("cannot write {}", file.display()))
     });
     let junit = junit.transpose()?;
     let verdicts = cluster::on_runtime(None, async {
@@ -97,12 +100,14 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
         run_all(&client, &args, tests, dump.map(Arc::new)).await
     })?;
-    match global.output {
-        Format::Json => output::json(&report::json(&verdicts))?,
-        Format::Table => say!("{}", report::text(&verdicts).trim_end()),
-    }
     if let Some(mut file) = junit {
+        file.set_len(0).context("--junit-file")?;
         file.write_all(report::junit(&verdicts).as_bytes()).context("--junit-file")?;
+    }
+    // Whether anybody reads on or not, the exit code is that of the tests.
+    match global.output {
+        Format::Json => note!("{}", serde_json::to_string_pretty(&report::json(&verdicts))?),
+        Format::Table => note!("{}", report::text(&verdicts).trim_end()),
     }
     Ok(if verdicts.iter().all(Verdict::passed) { Exit::Ok } else { Exit::No })
 }
@@ -127,8 +132,8 @@ impl FirstFailure {
         let collected = tokio::task::spawn_blocking(move || super::sysdump::collect(&global, None));
         match collected.await.map_err(Into::into).flatten() {
             // The results alone are for standard output.
-            Ok(told) => eprintln!("{told}"),
-            Err(error) => eprintln!("warning: nothing is collected: {error:#}"),
+            Ok(told) => warn(format_args!("{told}")),
+            Err(error) => warn(format_args!("warning: nothing is collected: {error:#}")),
         }
     }
 }
@@ -196,11 +201,11 @@ async fn work(
             outcome = outcome.and(Err(error.context("its policies stay")));
         }
         let verdict = Verdict::new(test.name, begun.elapsed(), outcome);
-        eprintln!("{}", verdict.line());
+        warn(format_args!("{}", verdict.line()));
         verdicts.push(verdict);
     }
     if !keep && let Err(error) = place.remove().await {
-        eprintln!("warning: {error:#}");
+        warn(format_args!("warning: {error:#}"));
     }
     verdicts
 }

@@ -24,6 +24,7 @@ use crate::{
     cluster,
     commands::observe,
     exit::Exit,
+    output::note,
     progress::Progress,
 };
 
@@ -61,7 +62,7 @@ const LOG_BYTES: i64 = 8 << 20;
 const FLOWS: usize = 2000;
 
 pub(crate) fn run(global: &Global, args: SysdumpArgs) -> Result<Exit> {
-    println!("{}", collect(global, args.output_directory)?);
+    note!("{}", collect(global, args.output_directory)?);
     Ok(Exit::Ok)
 }
 
