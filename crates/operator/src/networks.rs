@@ -21,7 +21,7 @@ use kube::{
 };
 use palisade_api::{
     client::{WATCH_SECONDS, chain},
-    pool::{Pools, taken},
+    pool::{Pools, taken as others},
 };
 use serde_json::json;
 use tracing::{error, info, warn};
@@ -76,12 +76,6 @@ async fn round(
     let without: Vec<&Node> = nodes.iter().filter(|node| networks(node).next().is_none()).collect();
     metrics.nodes.store(nodes.len() as u64, Relaxed);
     metrics.nodes_without_network.store(without.len() as u64, Relaxed);
-    if let Some(pools) = pools
-        && let Err(fault) = pools.check(&taken(client, &nodes).await?)
-    {
-        error!("no node gets a pod network: config.{fault}");
-        return Ok(());
-    }
     if without.is_empty() {
         return Ok(());
     }
@@ -97,6 +91,12 @@ async fn round(
     };
     let mut taken: Vec<IpNet> = nodes.iter().flat_map(networks).collect();
     taken.extend(recorded(client).await?);
+    // A pool of before may be larger than what is free of it.
+    let others = others(client, &nodes).await?;
+    if let Err(fault) = pools.check(&others) {
+        warn!("a part of the pods' networks is not given to nodes: config.{fault}");
+    }
+    taken.extend(others.into_iter().map(|other| other.network));
     for node in without {
         let name = node.name_any();
         let Some(found) = pools.allocate(&taken) else {

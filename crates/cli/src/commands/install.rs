@@ -13,6 +13,7 @@ use clap::{Args, Subcommand};
 use k8s_openapi::api::{
     apps::v1::DaemonSet,
     core::v1::{Namespace, Node},
+    rbac::v1::ClusterRoleBinding,
 };
 use kube::{Api, Client, ResourceExt, api::ListParams};
 use palisade_api::pool::taken;
@@ -22,7 +23,7 @@ use self::record::Record;
 use crate::{
     chart::{self, Chart},
     cli::{Global, duration},
-    cluster::{self, Installation},
+    cluster,
     exit::{Exit, Failure},
     output::{self, Format, note, say},
 };
@@ -131,7 +132,10 @@ fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
             return dry_run(global, &chart);
         }
         check_other_installations(&client, &args.place.namespace).await?;
-        check_pools(&client, &chart).await?;
+        // Those of before hold, whatever the cluster has got since.
+        if changes_pools(&record.values, &chosen) {
+            check_pools(&client, &chart).await?;
+        }
         roll_out(&client, &chart, &chosen, record, args).await
     })
 }
@@ -257,12 +261,11 @@ async fn check_namespace(client: &Client, namespace: &str) -> Result<()> {
 
 /// The namespace of another installation, should there be one.
 async fn other_installation(client: &Client, namespace: &str) -> Result<Option<String>> {
-    if let Some(other) = Record::elsewhere(client, namespace).await? {
-        return Ok(Some(other));
-    }
-    // What Helm installed has no record of ours.
-    let agents = Installation::agents(client).await?;
-    Ok(agents.iter().filter_map(ResourceExt::namespace).find(|it| it != namespace))
+    // Only who administers the cluster binds roles; ConfigMaps are written by others, too.
+    let api: Api<ClusterRoleBinding> = Api::all(client.clone());
+    let binding = api.get_opt("palisade-operator").await?;
+    let subjects = binding.and_then(|it| it.subjects).unwrap_or_default();
+    Ok(subjects.into_iter().filter_map(|it| it.namespace).find(|it| it != namespace))
 }
 
 /// What is bound to the whole cluster can name the pods of one installation only: a second one
@@ -279,7 +282,12 @@ async fn check_other_installations(client: &Client, namespace: &str) -> Result<(
     .into())
 }
 
-/// The operator would refuse them, but nobody might look at its log.
+fn changes_pools(before: &Value, after: &Value) -> bool {
+    let names = ["ipam", "pool-ipv4", "pool-ipv4-mask", "pool-ipv6", "pool-ipv6-mask"];
+    names.iter().any(|name| before["config"][name] != after["config"][name])
+}
+
+/// The operator would give less of them, but nobody might look at its log.
 async fn check_pools(client: &Client, chart: &Chart) -> Result<()> {
     let Some(pools) = chart.pools() else { return Ok(()) };
     let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?.items;

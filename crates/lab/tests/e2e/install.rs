@@ -138,7 +138,12 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
         "palisade-install", "namespace": "other"}, "data": {"values": "{}", "version": "0",
         "objects": "[{\"apiVersion\": \"v1\", \"kind\": \"Namespace\", \"name\": \"palisade-secrets\"}]"}}"#;
     lab.apply(second);
-    fails(&lab, &["upgrade"], 1, "Palisade is installed in the namespace other");
+    fails(
+        &lab,
+        &["upgrade", "-n", "other"],
+        1,
+        "Palisade is installed in the namespace kube-system",
+    );
     let text = succeeds(&lab, &["uninstall", "-n", "other", "--delete-secrets"]);
     assert!(text.contains("palisade upgrade -n kube-system"), "{text}");
     lab.kubectl(&["delete", "namespace", "other"]);

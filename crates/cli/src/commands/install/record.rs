@@ -4,7 +4,7 @@ use std::fmt;
 
 use anyhow::{Context, Result};
 use k8s_openapi::api::core::v1::ConfigMap;
-use kube::{Api, Client, ResourceExt, api::ListParams};
+use kube::{Api, Client};
 use serde::{Deserialize, Serialize};
 use serde_json::{Value, json};
 
@@ -73,14 +73,6 @@ impl Record {
             version: field("version")?.clone(),
             objects: serde_json::from_str(field("objects")?)?,
         }))
-    }
-
-    /// Another namespace that has a record.
-    pub(super) async fn elsewhere(client: &Client, namespace: &str) -> Result<Option<String>> {
-        let api: Api<ConfigMap> = Api::all(client.clone());
-        let named = ListParams::default().fields(&format!("metadata.name={NAME}"));
-        let records = api.list_metadata(&named).await?.items;
-        Ok(records.iter().filter_map(ResourceExt::namespace).find(|it| it != namespace))
     }
 
     /// As [`Record::read`], for commands that need one.
