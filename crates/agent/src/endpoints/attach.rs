@@ -2,6 +2,7 @@
 
 use std::{collections::HashSet, sync::Arc};
 
+use palisade_api::client::chain;
 use palisade_datapath::{
     Datapath,
     netlink::{HostSide, Netlink},
@@ -131,9 +132,4 @@ impl Attach for NodeLinks {
         };
         self.netlink.configure_host_side(side).await.map_err(|error| chain(&error))
     }
-}
-
-pub(super) fn chain(error: &dyn std::error::Error) -> String {
-    let causes = std::iter::successors(error.source(), |error| error.source());
-    causes.fold(error.to_string(), |text, cause| format!("{text}: {cause}"))
 }

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use palisade_api::client::chain;
 use palisade_datapath::{Datapath, Side};
 use tracing::{error, info, warn};
 
@@ -168,10 +169,7 @@ pub async fn guard_uplink(
             }
             Err(error) => health.set(
                 &uplink,
-                format!(
-                    "forged packets are not kept out at {uplink}: {}",
-                    super::attach::chain(&error)
-                ),
+                format!("forged packets are not kept out at {uplink}: {}", chain(&error)),
             ),
         }
     }
