@@ -43,7 +43,7 @@ pub mod identity {
     pub const INIT: u32 = 5;
     /// Another node of the cluster.
     pub const REMOTE_NODE: u32 = 6;
-    /// The API server.
+    /// Another node of the cluster, which the API server runs on.
     pub const KUBE_APISERVER: u32 = 7;
     /// An ingress proxy.
     pub const INGRESS: u32 = 8;

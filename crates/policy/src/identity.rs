@@ -130,6 +130,13 @@ pub fn reserved(identity: u32) -> Option<Labels> {
     Some(keys.iter().copied().map(Label::reserved).collect())
 }
 
+/// The labels that a node's own pods see it under.
+#[must_use]
+pub fn host(runs_api_server: bool) -> Labels {
+    let role = runs_api_server.then_some("kube-apiserver");
+    ["host"].into_iter().chain(role).map(Label::reserved).collect()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

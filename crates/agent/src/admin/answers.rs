@@ -7,7 +7,7 @@ use palisade_api::admin::{
     DirectionPolicy, Endpoint, EndpointPolicy, Identity, Input, PolicyReport, PolicyState, Request,
     Response, RuleState, Status, Table as TableDump,
 };
-use palisade_policy::identity::{RESERVED, reserved};
+use palisade_policy::identity::RESERVED;
 
 use super::{Admin, explain::explain};
 use crate::{
@@ -154,12 +154,7 @@ fn endpoint(admin: &Admin, tables: &Tables, progress: &Progress, row: &EndpointR
 }
 
 fn identities_labels(tables: &Tables, id: u32) -> Vec<String> {
-    let text =
-        |labels: &palisade_policy::label::Labels| labels.iter().map(ToString::to_string).collect();
-    match tables.identities.get(&id) {
-        Some(row) => text(&row.labels),
-        None => reserved(id).map(|labels| text(&labels)).unwrap_or_default(),
-    }
+    tables.labels_of(id).iter().map(ToString::to_string).collect()
 }
 
 fn identities(tables: &Tables) -> Vec<Identity> {

@@ -13,7 +13,7 @@ use palisade_api::{
 };
 use palisade_policy::{
     evaluate::End,
-    identity::{PodLabels, endpoint_labels, reserved},
+    identity::{PodLabels, endpoint_labels},
     model::{Direction, Peer, Peers, Policy, PolicyRef},
 };
 
@@ -71,12 +71,8 @@ fn by_address(scope: &Scope, tables: &Tables, address: IpAddr) -> NamedEnd {
         found.end.address = address;
         return found;
     }
-    let identity = match (tables.addresses.get(&address), address) {
-        (Some(entry), _) => entry.identity,
-        (None, IpAddr::V4(_)) => number::WORLD_IPV4,
-        (None, IpAddr::V6(_)) => number::WORLD_IPV6,
-    };
-    let labels = reserved(identity).unwrap_or_default();
+    let identity = tables.identity_of(address);
+    let labels = (*tables.labels_of(identity)).clone();
     let end = End { identity, labels, address, named_ports: Vec::new(), names: BTreeSet::new() };
     NamedEnd { name: address.to_string(), end }
 }
@@ -128,8 +124,7 @@ fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {
     let known = tables.pod_identities.get(&pod.name).and_then(|row| row.identity);
     let namespace = tables.namespaces.get(&pod.name.namespace);
     let (identity, labels) = match (known, namespace) {
-        _ if pod.host_network && pod.node == scope.node => (number::HOST, None),
-        _ if pod.host_network => (number::REMOTE_NODE, None),
+        _ if pod.host_network => (tables.identity_of(address), None),
         (Some(identity), Some(namespace)) => {
             let labels = endpoint_labels(&PodLabels {
                 namespace: &pod.name.namespace,
@@ -142,7 +137,7 @@ fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {
         }
         _ => (number::INIT, None),
     };
-    let labels = labels.or_else(|| reserved(identity)).unwrap_or_default();
+    let labels = labels.unwrap_or_else(|| (*tables.labels_of(identity)).clone());
     let named_ports = pod.ports.clone();
     let end = End { identity, labels, address, named_ports, names: BTreeSet::new() };
     NamedEnd { name: pod.name.to_string(), end }

@@ -251,7 +251,11 @@ fn is_outside(tables: &Tables, address: IpAddr) -> bool {
         networks.any(|network| network.prefix_len() > 0 && network.contains(&address))
     };
     let is_service = || tables.services.rows().any(|row| row.addresses.contains(&address));
-    may_learn(address) && tables.addresses.get(&address).is_none() && !in_pods() && !is_service()
+    may_learn(address)
+        && tables.addresses.get(&address).is_none()
+        && !tables.api_servers.outside.contains(&address)
+        && !in_pods()
+        && !is_service()
 }
 
 fn disk(error: io::Error) -> NotLearned {

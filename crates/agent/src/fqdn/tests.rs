@@ -30,7 +30,7 @@ use crate::{
         nodes::{Node, NodeSource},
         pods::Endpoint,
         policies::{PolicyContent, PolicyObject},
-        services::Service,
+        services::{EndpointSlice, Service, SliceBackend},
     },
 };
 
@@ -137,7 +137,15 @@ impl Bench {
         self.send(Intent::Namespace(Change::Replace(Vec::new()))).await;
         self.send(Intent::Pod(Change::Replace(Vec::new()))).await;
         self.send(Intent::Service(Change::Replace(vec![service]))).await;
-        self.send(Intent::Slice(Change::Replace(Vec::new()))).await;
+        let api_server = SliceBackend { address: ip("198.51.100.9"), ready: true, serving: true };
+        let slice = EndpointSlice {
+            name: ObjectName::new("default", "kubernetes"),
+            service: "kubernetes".into(),
+            by_controller: false,
+            ports: Vec::new(),
+            backends: vec![api_server],
+        };
+        self.send(Intent::Slice(Change::Replace(vec![slice]))).await;
         self.send(Intent::Node(NodeSource::Node, Change::Replace(vec![node]))).await;
         self.send(Intent::Node(NodeSource::CiliumNode, Change::Replace(Vec::new()))).await;
         self.send(Intent::Identity(Change::Replace(Vec::new()))).await;
@@ -263,6 +271,7 @@ async fn a_name_opens_nothing_in_the_cluster() {
         "172.31.255.1",
         "198.18.0.1",
         "127.0.0.1",
+        "198.51.100.9",
         "169.254.169.254",
         "0.0.0.0",
         "fd00:1::77",

@@ -16,7 +16,7 @@ use palisade_api::{
     flow::{Counters, Direction, Flow, FlowEnd, FlowKind, Judgement, Outcome, RuleName, Verdict},
     proxy::{AccessRecord, EndRecord},
 };
-use palisade_policy::{RuleSource, identity::reserved, model::Action};
+use palisade_policy::{RuleSource, model::Action};
 use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::watch;
 
@@ -202,12 +202,7 @@ fn name_end(
             .find(|node| node.own_addresses().any(|own| own == address))
             .map(|node| node.name.as_str().into()),
     };
-    let labels = match tables.identities.get(&identity) {
-        Some(row) => row.labels.iter().map(ToString::to_string).collect(),
-        None => reserved(identity)
-            .map(|labels| labels.iter().map(ToString::to_string).collect())
-            .unwrap_or_default(),
-    };
+    let labels = tables.labels_of(identity).iter().map(ToString::to_string).collect();
     FlowEnd {
         address,
         port: 0,

@@ -19,6 +19,8 @@ use crate::{
 /// As Kubernetes has it: an affinity lasts three hours unless said otherwise.
 const AFFINITY_SECONDS: i32 = 10_800;
 const SERVICE_NAME: &str = "kubernetes.io/service-name";
+/// Of slices that a controller makes; those of the API server's own Service bear none.
+const MANAGED_BY: &str = "endpointslice.kubernetes.io/managed-by";
 
 /// Services to rows.
 pub(super) struct Services;
@@ -86,11 +88,13 @@ impl Parse for Slices {
 
     fn parse(&self, object: SliceObject) -> Option<EndpointSlice> {
         let name = object_name(&object);
-        let service = object.metadata.labels?.remove(SERVICE_NAME)?;
+        let mut labels = object.metadata.labels?;
+        let service = labels.remove(SERVICE_NAME)?;
         let ports = object.ports.iter().flatten();
         Some(EndpointSlice {
             name,
             service,
+            by_controller: labels.contains_key(MANAGED_BY),
             ports: ports
                 .filter_map(|port| {
                     Some(ServicePort {

@@ -16,7 +16,11 @@ impl Resolver {
         for id in endpoints {
             let container = tables.endpoints.get(&id).map(|endpoint| &endpoint.container_id);
             let learned = tables.names.get(&id).filter(|row| Some(&row.container) == container);
-            let names = learned.map(|row| row.names.clone()).unwrap_or_default();
+            let mut names = learned.map(|row| row.names.clone()).unwrap_or_default();
+            // It may have moved to where a name led before.
+            for addresses in names.values_mut() {
+                addresses.retain(|address| !tables.api_servers.outside.contains(address));
+            }
             self.repository.set_learned(EndpointId(id), names);
         }
     }

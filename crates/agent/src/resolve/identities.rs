@@ -90,7 +90,11 @@ impl Resolver {
             // One of the two objects lies.
             (Some(_), Some(_)) => return (entry(number::UNKNOWN, ROW_NONE, NODE_NONE), None),
             (Some(node), None) => {
-                return (entry(number::REMOTE_NODE, ROW_NONE, node_number(node)), None);
+                let identity = match tables.api_servers.nodes.contains(node) {
+                    true => number::KUBE_APISERVER,
+                    false => number::REMOTE_NODE,
+                };
+                return (entry(identity, ROW_NONE, node_number(node)), None);
             }
             (None, None) => return (None, None),
             (None, Some(_)) => {}

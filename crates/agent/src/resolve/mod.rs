@@ -6,6 +6,7 @@
 //! depend only on the intent tables as they are in the end; only what stands in for a refused policy
 //! is what its object said before.
 
+mod api_servers;
 mod fqdns;
 mod identities;
 mod last_good;
@@ -123,6 +124,7 @@ impl Resolver {
         self.note_policies(tables, &mut outcome);
         self.sweep_last_good(tables);
         note_services(tables, &mut dirty);
+        self.note_api_servers(tables, &mut dirty);
 
         self.resolve_pods(tables, &mut dirty, &mut outcome);
         self.resolve_endpoints(tables, &dirty);

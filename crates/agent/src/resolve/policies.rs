@@ -1,6 +1,6 @@
 //! Policy objects to the policies in force, and endpoints to their compiled tables.
 
-use std::sync::Arc;
+use std::{borrow::Cow, sync::Arc};
 
 use palisade_policy::{
     l7::Secrets,
@@ -33,7 +33,7 @@ impl Resolver {
                 };
                 if !delta.before.as_ref().is_some_and(same) {
                     let policy = self.policy_in_force(&after);
-                    self.repository.upsert_policy(policy);
+                    self.upsert_policy(tables, policy);
                 }
                 if let Some(condition) = condition_to_report(&after, known.as_ref()) {
                     outcome.conditions.push((after, condition));
@@ -65,8 +65,16 @@ impl Resolver {
         self.last_good.sweep(|id| tables.policies.of(id.kind).get(id).is_some());
     }
 
+    pub(super) fn upsert_policy(&mut self, tables: &Tables, policy: Arc<Policy>) {
+        let policy = match tables.api_servers.spelled_out(&policy) {
+            Cow::Borrowed(_) => policy,
+            Cow::Owned(spelled_out) => Arc::new(spelled_out),
+        };
+        self.repository.upsert_policy(policy);
+    }
+
     /// A refused policy closes its subjects, and what its last good version said stands.
-    fn policy_in_force(&mut self, object: &PolicyObject) -> Arc<Policy> {
+    pub(super) fn policy_in_force(&mut self, object: &PolicyObject) -> Arc<Policy> {
         match &object.content {
             PolicyContent::Accepted(policy) => {
                 self.last_good.accept(&object.uid, policy);

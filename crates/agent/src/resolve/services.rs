@@ -37,7 +37,7 @@ pub(super) fn resolve(tables: &mut Tables, name: &ObjectName) {
     }
 }
 
-fn slices_of<'a>(tables: &'a Tables, service: &ObjectName) -> Vec<&'a EndpointSlice> {
+pub(super) fn slices_of<'a>(tables: &'a Tables, service: &ObjectName) -> Vec<&'a EndpointSlice> {
     tables
         .slices
         .rows_from(ObjectName::new(service.namespace.clone(), ""))

@@ -5,7 +5,7 @@ use palisade_abi::{ROW_HOST, identity as number};
 use palisade_api::convert::convert;
 use palisade_policy::{
     identity::{PodLabels, security_labels},
-    model::{PolicyKind, PolicyRef},
+    model::{Peer, Peers, PolicyKind, PolicyRef},
 };
 use serde_json::json;
 
@@ -18,6 +18,7 @@ use crate::tables::{
     pods::{Endpoint, Pod},
     policies::{Finding, PolicyContent},
     secrets::Secret,
+    services::{EndpointSlice, SliceBackend},
 };
 
 const OWN: &str = "node1";
@@ -90,6 +91,85 @@ fn a_node_is_host_to_itself_and_remote_to_others() {
         let far = owner_of("192.0.2.2", vec![node(FAR, source, &["192.0.2.2"])]);
         assert_eq!(far.map(|entry| entry.identity), Some(number::REMOTE_NODE));
     }
+}
+
+fn api_servers(family: &str, addresses: &[&str]) -> Intent {
+    let backend = |text: &&str| SliceBackend { address: ip(text), ready: true, serving: true };
+    Intent::Slice(Change::Put(EndpointSlice {
+        name: ObjectName::new("default", format!("kubernetes-{family}")),
+        service: "kubernetes".into(),
+        by_controller: false,
+        ports: Vec::new(),
+        backends: addresses.iter().map(backend).collect(),
+    }))
+}
+
+/// Wherever it moves to: who is it then, and who no longer?
+#[test]
+fn the_api_server_is_known_on_nodes_and_outside() {
+    // Whom the entity names by identity, and whom by address.
+    const PLACES: [(&str, bool, bool); 5] = [
+        ("192.0.2.1", true, false),
+        ("192.0.2.2", true, false),
+        ("203.0.113.7", false, true),
+        ("2001:db8::7", false, true),
+        // Of a pod: it stays what it is, as networks in policies do not mean pods.
+        ("10.0.1.5", false, true),
+    ];
+    let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
+    let (mut resolver, mut tables) = (Resolver::new(scope, []), Tables::default());
+    let object = json!({
+        "metadata": { "name": "p", "namespace": "default" },
+        "spec": { "endpointSelector": {}, "egress": [{ "toEntities": ["kube-apiserver"] }] },
+    });
+    let policy = convert(PolicyKind::CiliumNetworkPolicy, &object, "default").unwrap();
+    for intent in [
+        node(OWN, NodeSource::Node, &["192.0.2.1"]),
+        node(FAR, NodeSource::Node, &["192.0.2.2", "192.0.2.22"]),
+        node("forged", NodeSource::CiliumNode, &["203.0.113.7", "203.0.113.8"]),
+        pod("web", OWN, "10.0.1.5"),
+        endpoint("web", "10.0.1.5"),
+    ] {
+        tables.apply(intent);
+    }
+    let by_identity = |tables: &Tables, address| {
+        let labels = tables.labels_of(tables.identity_of(ip(address)));
+        labels.get("reserved", "kube-apiserver").is_some()
+    };
+    let by_address = |tables: &Tables, address| {
+        let policy = tables.api_servers.spelled_out(&policy);
+        let entries = policy.rules.iter().flat_map(|rule| rule.egress.entries.clone());
+        let mut peers = entries.flat_map(|entry| match entry.peers {
+            Peers::List(list) => list,
+            Peers::Any => Vec::new(),
+        });
+        peers.any(|peer| matches!(peer, Peer::Cidr(cidr) if cidr.contains(ip(address))))
+    };
+    for round in 0..2 * PLACES.len() {
+        let (place, identity, address) = PLACES[round % PLACES.len()];
+        tables.apply(api_servers("ipv4", &[place]));
+        resolver.resolve(&mut tables);
+        for (other, _, _) in PLACES {
+            let is_here = other == place;
+            assert_eq!(by_identity(&tables, other), is_here && identity, "{other} at {place}");
+            assert_eq!(by_address(&tables, other), is_here && address, "{other} at {place}");
+        }
+        assert_eq!(by_identity(&tables, "192.0.2.22"), place == "192.0.2.2", "the other address");
+        assert!(!by_identity(&tables, "203.0.113.8"), "a `CiliumNode` makes nobody one");
+    }
+    tables.apply(api_servers("ipv4", &["192.0.2.2"]));
+    tables.apply(api_servers("ipv6", &["2001:db8::7"]));
+    resolver.resolve(&mut tables);
+    assert!(by_identity(&tables, "192.0.2.2") && by_address(&tables, "2001:db8::7"));
+    // The node lost the address: it is still the API server's.
+    tables.apply(node(FAR, NodeSource::Node, &["192.0.2.3"]));
+    resolver.resolve(&mut tables);
+    assert!(by_address(&tables, "192.0.2.2") && !by_identity(&tables, "192.0.2.3"));
+    // What follows Services and pods does not count.
+    let Intent::Slice(Change::Put(slice)) = api_servers("ipv4", &["192.0.2.3"]) else { panic!() };
+    tables.apply(Intent::Slice(Change::Put(EndpointSlice { by_controller: true, ..slice })));
+    resolver.resolve(&mut tables);
+    assert!(!by_identity(&tables, "192.0.2.3") && by_address(&tables, "2001:db8::7"));
 }
 
 #[test]

@@ -1,6 +1,7 @@
 //! All that the agent knows and wants: *intent* tables, which only `reflect` and the endpoints'
 //! life cycle write, and *desired* tables, which only `resolve` writes.
 
+pub mod api_servers;
 pub mod fqdns;
 pub mod identities;
 pub mod namespaces;
@@ -14,14 +15,22 @@ mod table;
 use std::{
     collections::BTreeMap,
     fmt::Display,
+    net::IpAddr,
     sync::{Arc, RwLock, RwLockReadGuard, RwLockWriteGuard},
 };
 
+use api_servers::ApiServers;
 use fqdns::LearnedNames;
 use identities::{AddressEntry, Identity, PrefixEntry};
+use ipnet::IpNet;
 use namespaces::Namespace;
 use nodes::{Node, NodeSource, Route};
-use palisade_policy::model::PolicyKind;
+use palisade_abi::identity as number;
+use palisade_policy::{
+    identity::{host, reserved},
+    label::Labels,
+    model::PolicyKind,
+};
 use pods::{Endpoint, Pod, PodIdentity};
 use policies::{PolicyEntry, PolicyObject};
 use secrets::Secret;
@@ -151,6 +160,8 @@ pub struct Tables {
     pub service_entries: Table<ServiceEntry>,
     /// Desired: routes to other nodes' pods.
     pub routes: Table<Route>,
+    /// Desired: where the API server is.
+    pub api_servers: ApiServers,
 }
 
 impl Tables {
@@ -210,6 +221,25 @@ impl Tables {
     /// All nodes as both sources tell.
     pub fn all_nodes(&self) -> impl Iterator<Item = &Arc<Node>> {
         self.nodes.rows().chain(self.cilium_nodes.rows())
+    }
+
+    /// The labels of an identity; none where nobody knows it.
+    pub fn labels_of(&self, identity: u32) -> Arc<Labels> {
+        match self.identities.get(&identity) {
+            Some(row) => Arc::clone(&row.labels),
+            None if identity == number::HOST => Arc::new(host(self.api_servers.here)),
+            None => Arc::new(reserved(identity).unwrap_or_default()),
+        }
+    }
+
+    /// The identity of an address, as the kernel finds it: its own, or that of the smallest network.
+    pub fn identity_of(&self, address: IpAddr) -> u32 {
+        if let Some(entry) = self.addresses.get(&address) {
+            return entry.identity;
+        }
+        let networks = std::iter::successors(Some(IpNet::from(address)), IpNet::supernet);
+        let mut found = networks.filter_map(|network| self.prefixes.get(&network));
+        found.next().map_or(number::UNKNOWN, |entry| entry.identity)
     }
 
     /// The endpoint that a person means: its number, `namespace/pod`, or an address.

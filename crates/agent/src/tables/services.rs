@@ -58,6 +58,8 @@ pub struct EndpointSlice {
     pub name: ObjectName,
     /// Name of the Service, in the same namespace.
     pub service: String,
+    /// A controller of the cluster's wrote it.
+    pub by_controller: bool,
     /// Ports, already numbers.
     pub ports: Vec<ServicePort>,
     /// Backends.

@@ -86,6 +86,11 @@ fn into_a(q: &Question) -> bool {
     q.to == "x/a" && !q.is_from_own_node()
 }
 
+/// See [`api_servers`].
+fn is_api_server(place: &str) -> bool {
+    matches!(place, "n2" | "out2")
+}
+
 fn out_of_a(q: &Question) -> bool {
     q.from == "x/a"
 }
@@ -118,6 +123,12 @@ fn cases() -> Vec<Case> {
         case("entity world", to_a!("ingress: [{fromEntities: [world]}]"), |q| !into_a(q) || q.from == "out"),
         case("entity cluster", to_a!("ingress: [{fromEntities: [cluster]}]"), |q| !into_a(q) || q.is_from_cluster()),
         case("entity all", to_a!("ingress: [{fromEntities: [all]}]"), |_| true),
+        case("entity kube-apiserver", to_a!("ingress: [{fromEntities: [kube-apiserver]}]"),
+            |q| !into_a(q) || q.from == "n2"),
+        case("entity kube-apiserver, on a node and outside", to_a!("egress: [{toEntities: [kube-apiserver]}]"),
+            |q| !out_of_a(q) || is_api_server(q.to)),
+        case("entity kube-apiserver, denied", to_a!("egress: [{toEntities: [all]}], egressDeny: [{toEntities: [kube-apiserver]}]"),
+            |q| !out_of_a(q) || !is_api_server(q.to)),
         case("fromCIDR means the world, not nodes and pods",
             to_a!("ingress: [{fromCIDR: [172.31.255.0/24, 'fd31::/64', 10.244.0.0/16]}]"),
             |q| !into_a(q) || q.from == "out"),
@@ -251,6 +262,23 @@ fn manifest() -> String {
     namespaces.into_iter().chain(pods).collect()
 }
 
+/// Tells the cluster of API servers at these addresses, besides its own.
+fn api_servers(addresses: &[IpAddr]) -> String {
+    let slice = |family: &str, addresses: Vec<String>| {
+        format!(
+            "apiVersion: discovery.k8s.io/v1\nkind: EndpointSlice\n\
+             metadata: {{name: more-{}, labels: {{kubernetes.io/service-name: kubernetes}}}}\n\
+             addressType: {family}\nports: [{{name: https, port: 6443}}]\n\
+             endpoints: [{{addresses: [{}]}}]\n---\n",
+            family.to_lowercase(),
+            addresses.join(", ")
+        )
+    };
+    let (v4, v6): (Vec<_>, Vec<_>) = addresses.iter().partition(|address| address.is_ipv4());
+    let text = |addresses: Vec<&IpAddr>| addresses.iter().map(|it| format!("'{it}'")).collect();
+    slice("IPv4", text(v4)) + &slice("IPv6", text(v6))
+}
+
 impl World {
     fn new() -> (Self, Outside) {
         let lab = Lab::up(2);
@@ -270,6 +298,8 @@ impl World {
         let mut addresses: Vec<_> =
             places.iter().map(|(name, place)| (*name, place.addresses)).collect();
         let outside = Outside::new(&lab);
+        let known = [lab.node(2).addresses, outside.second].concat();
+        lab.apply(&api_servers(&known));
         // Who has several addresses must answer from the one that was asked.
         let serve = |place: &Pod, own: [IpAddr; 2]| {
             for address in own {
