@@ -8,7 +8,7 @@
 //! | `answer` | does it answer the question, and which addresses does it give the name? |
 //! | `upstream` | what does the server say? |
 //! | `known` | what was the client told before? |
-//! | `limits` | may the client ask one more? |
+//! | `pace`, `limits` | may the client ask one more? |
 //! | `turns` | whose question is next? |
 //! | `udp`, `raw`, `tcp` | how do questions come in, and answers go out? |
 //!
@@ -19,6 +19,7 @@ mod known;
 mod limits;
 mod message;
 mod name;
+mod pace;
 mod question;
 mod raw;
 mod tcp;

@@ -6,6 +6,7 @@ use std::{
     net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr},
     os::fd::AsRawFd,
     sync::Arc,
+    time::Instant,
 };
 
 use nix::{
@@ -19,7 +20,7 @@ use nix::{
 use socket2::{Protocol, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::{Flow, Transport, exchange, limits::UnderWayOne, raw::Raw, turns::Turns};
+use super::{Flow, Transport, exchange, limits::UnderWayOne, pace::Pace, raw::Raw, turns::Turns};
 use crate::{Proxy, net};
 
 /// Longest question that is read; real ones have no more than a name and some options.
@@ -64,12 +65,15 @@ pub(super) async fn serve(
     raw: &Arc<Raw>,
 ) -> io::Result<Infallible> {
     let socket = UdpSocket::from_std(socket)?;
-    let turns = Arc::new(Turns::default());
+    let (turns, mut pace) = (Arc::new(Turns::default()), Pace::default());
     let mut buffer = vec![0; MAX_QUESTION + 1];
     loop {
         // An error belongs to one datagram, or to an answer that met nobody.
         let Ok((length, flow)) = receive(&socket, &mut buffer).await else { continue };
         if length > MAX_QUESTION {
+            continue;
+        }
+        if !pace.admit(flow.client.ip(), Instant::now()) {
             continue;
         }
         // Whoever has many under way is not even read: the questions of all wait in one queue.

@@ -1,0 +1,87 @@
+//! How many questions a second a client may ask.
+//!
+//! Each costs the proxy some 10 us, whatever comes of it, and the node's other pods notice what one
+//! asks for no reason. Resolvers of programs stay far below.
+
+use std::{
+    collections::HashMap,
+    net::IpAddr,
+    time::{Duration, Instant},
+};
+
+/// Of one client, by each family.
+const A_SECOND: u32 = 10_000;
+/// What a client may ask at once after it asked nothing, as time that it takes at that pace.
+const BURST: Duration = Duration::from_millis(100);
+/// So many clients are remembered before those are forgotten that are within their pace.
+const MANY: usize = 1024;
+/// How often it is told that somebody is too fast.
+const TELL: Duration = Duration::from_secs(10);
+
+/// When each client has asked as much as it may (the generic cell rate algorithm, ITU-T I.371).
+#[derive(Default)]
+pub(super) struct Pace {
+    clients: HashMap<IpAddr, Instant>,
+    told: Option<Instant>,
+}
+
+impl Pace {
+    /// Whether a client may ask one more now.
+    pub(super) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
+        if self.clients.len() >= MANY {
+            self.clients.retain(|_, due| *due > now);
+        }
+        let due = self.clients.entry(client).or_insert(now);
+        *due = now.max(*due);
+        if *due - now > BURST {
+            self.tell(client, now);
+            return false;
+        }
+        *due += Duration::from_secs(1) / A_SECOND;
+        true
+    }
+
+    fn tell(&mut self, client: IpAddr, now: Instant) {
+        if self.told.is_some_and(|told| now - told < TELL) {
+            return;
+        }
+        self.told = Some(now);
+        tracing::warn!(
+            %client,
+            "asks more than {A_SECOND} questions of DNS a second; those beyond are dropped"
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    const GREEDY: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 1));
+    const OTHER: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 0, 2));
+
+    #[test]
+    fn a_client_asks_at_its_pace_and_hinders_no_other() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        let at = |micros| begin + Duration::from_micros(micros);
+        // Five times the pace for two seconds.
+        let admitted = (0..100_000).filter(|n| pace.admit(GREEDY, at(n * 20))).count();
+        assert!((20_000..=22_000).contains(&admitted), "{admitted}");
+        assert!(pace.admit(OTHER, at(2_000_000)));
+        assert!(!(0..2).all(|_| pace.admit(GREEDY, at(2_000_000))));
+        assert!(pace.admit(GREEDY, at(3_000_000)), "it waited");
+    }
+
+    #[test]
+    fn whoever_keeps_the_pace_is_always_admitted_and_forgotten() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        assert!((0..50_000).all(|n| pace.admit(GREEDY, begin + Duration::from_micros(n * 100))));
+        let later = begin + Duration::from_secs(10);
+        for n in 0..10_000u32 {
+            assert!(
+                pace.admit(IpAddr::from(n.to_be_bytes()), later + Duration::from_millis(n.into()))
+            );
+        }
+        assert!(pace.clients.len() <= MANY);
+    }
+}
