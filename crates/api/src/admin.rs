@@ -66,11 +66,12 @@ pub enum Request {
 pub struct Explain {
     /// The sender: `namespace/pod`, the beginning of that, or an address.
     pub from: String,
-    /// The receiver, likewise.
+    /// The receiver, likewise; or a Service: `svc/name`, `svc/namespace/name`, `namespace/name`, or
+    /// an address of it.
     pub to: String,
     /// IP protocol number.
     pub protocol: u8,
-    /// The receiver's port, or the ICMP type.
+    /// The receiver's port, that of the Service where it is one; or the ICMP type.
     pub port: u16,
     /// What is asked for inside the connection; without it only the connection is judged.
     #[serde(default, skip_serializing_if = "Option::is_none")]
@@ -111,6 +112,21 @@ pub struct Explanation {
     pub read_as: Option<String>,
     /// What the policies of each end say; an end that is no pod has none.
     pub ends: Vec<ExplainedEnd>,
+    /// The receiver is a Service. What is allowed is allowed to each of its backends; what the
+    /// policies say is told with these.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub service: Option<Translated>,
+}
+
+/// A Service, and who is judged in its place: policies do not know Services.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Translated {
+    /// `namespace/name`.
+    pub name: String,
+    /// What clients connect to, as in `10.96.0.10:80/TCP`.
+    pub frontend: String,
+    /// An answer for each backend, at its own port; none: connections are refused.
+    pub backends: Vec<Explanation>,
 }
 
 /// What the policies of one end say.

@@ -1,6 +1,6 @@
 //! Answers "would this pass, and why?" from policies and the two ends.
 
-use std::fmt;
+use std::{fmt, net::SocketAddr};
 
 use palisade_policy::{
     evaluate::End,
@@ -12,7 +12,7 @@ use palisade_policy::{
     model::Policy,
 };
 
-use crate::admin::{Explain, ExplainedEnd, Explanation, Inside, RuleState};
+use crate::admin::{Explain, ExplainedEnd, Explanation, Inside, RuleState, Translated};
 
 /// One end and what people call it.
 #[derive(Clone, Debug)]
@@ -57,6 +57,43 @@ pub fn explain(
         allowed: found.allowed(),
         read_as,
         ends,
+        service: None,
+    }
+}
+
+/// The answer for a Service, from those for its backends.
+#[must_use]
+pub fn explain_service(from: &NamedEnd, service: Translated) -> Explanation {
+    let Translated { name, backends, .. } = &service;
+    Explanation {
+        from: from.name.clone(),
+        to: format!("Service {name}"),
+        allowed: !backends.is_empty() && backends.iter().all(|backend| backend.allowed),
+        read_as: None,
+        ends: Vec::new(),
+        service: Some(service),
+    }
+}
+
+/// A Service that was named as such: `svc/name` or `svc/namespace/name`. With a namespace `svc`, the
+/// short form names a pod of that.
+#[must_use]
+pub fn named_service(text: &str, is_namespace: impl Fn(&str) -> bool) -> Option<(&str, &str)> {
+    let (word, rest) = text.split_once('/')?;
+    if !matches!(word, "svc" | "service" | "services") {
+        return None;
+    }
+    rest.split_once('/').or_else(|| (!is_namespace(word)).then_some(("default", rest)))
+}
+
+/// What one calls a backend.
+#[must_use]
+pub fn backend_name(end: &NamedEnd, port: u16) -> String {
+    let at = SocketAddr::new(end.end.address, port);
+    if end.name == end.end.address.to_string() {
+        at.to_string()
+    } else {
+        format!("{} at {at}", end.name)
     }
 }
 

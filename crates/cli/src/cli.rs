@@ -246,10 +246,11 @@ pub(crate) struct ExplainArgs {
     /// address.
     #[arg(long, value_name = "POD")]
     pub(crate) from: String,
-    /// The receiver, likewise.
+    /// The receiver, likewise; or a Service: `svc/name`, `namespace/name`, or its address. Its
+    /// backends are judged then.
     #[arg(long, value_name = "POD")]
     pub(crate) to: String,
-    /// The receiver's port, behind any service, or the ICMP type.
+    /// The receiver's port, that of the Service where it is one; or the ICMP type.
     #[arg(long, value_name = "PORT")]
     pub(crate) port: u16,
     /// tcp unless said otherwise, udp with --dns.
@@ -265,7 +266,8 @@ pub(crate) struct ExplainArgs {
     /// TLS for a server name.
     #[arg(long, value_name = "NAME", group = "inside")]
     pub(crate) server_name: Option<String>,
-    /// Pods (or what makes them), namespaces and policies from files instead of the cluster;
+    /// Pods (or what makes them), namespaces, Services and policies from files instead of the
+    /// cluster;
     /// `-` is standard input.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) file: Vec<PathBuf>,

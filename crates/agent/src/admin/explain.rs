@@ -8,7 +8,7 @@ use std::{
 
 use palisade_abi::identity as number;
 use palisade_api::{
-    admin::{Explain, Explanation},
+    admin::{Explain, Explanation, Translated},
     explain::{self, NamedEnd},
 };
 use palisade_policy::{
@@ -18,8 +18,15 @@ use palisade_policy::{
 };
 
 use crate::{
+    names,
     resolve::Scope,
-    tables::{ObjectName, Tables, fqdns::LearnedNames, pods::Pod, policies::PolicyContent},
+    tables::{
+        ObjectName, Tables,
+        fqdns::LearnedNames,
+        pods::Pod,
+        policies::PolicyContent,
+        services::{Frontend, Service, ServiceEntry},
+    },
 };
 
 /// The answer, or which end is not known.
@@ -36,12 +43,86 @@ pub(super) fn explain(
     let policies: Vec<&Policy> = in_force
         .flat_map(|(good, lockdown)| good.map(Arc::as_ref).into_iter().chain(lockdown))
         .collect();
-    let from = find(scope, tables, &asked.from)?;
-    let mut to = find(scope, tables, &asked.to)?;
-    if number::is_world(to.end.identity) && asks_for_names(&policies, &from) {
-        to.end.names = learned(scope, tables, &from, to.end.address)?;
+    if let Some(service) = service(tables, &asked.from)? {
+        return Err(format!(
+            "{} is Service {}, which opens no connections: name a pod, or an address of one",
+            asked.from, service.name
+        ));
     }
-    Ok(explain::explain(&policies, &from, &to, asked))
+    let from = find(scope, tables, &asked.from)?;
+    let judge = |mut to: NamedEnd, asked: &Explain| {
+        if number::is_world(to.end.identity) && asks_for_names(&policies, &from) {
+            to.end.names = learned(scope, tables, &from, to.end.address)?;
+        }
+        Ok(explain::explain(&policies, &from, &to, asked))
+    };
+    let Some(service) = service(tables, &asked.to)? else {
+        return judge(find(scope, tables, &asked.to)?, asked);
+    };
+    let entry = translated(tables, service, from.end.address, asked)?;
+    let backends = entry.backends.iter().map(|backend| {
+        let mut to = by_address(scope, tables, backend.ip());
+        to.name = explain::backend_name(&to, backend.port());
+        judge(to, &Explain { port: backend.port(), ..asked.clone() })
+    });
+    let service = Translated {
+        name: service.name.to_string(),
+        frontend: entry.frontend.to_string(),
+        backends: backends.collect::<Result<_, _>>()?,
+    };
+    Ok(explain::explain_service(&from, service))
+}
+
+/// The Service that is meant, if one is: it was named as such, or has the address or the very name.
+fn service<'a>(tables: &'a Tables, text: &str) -> Result<Option<&'a Service>, String> {
+    let is_namespace = |word: &str| tables.namespaces.get(&word.to_owned()).is_some();
+    if let Some((namespace, name)) = explain::named_service(text, is_namespace) {
+        let found = tables.services.get(&ObjectName::new(namespace, name));
+        let found = found.ok_or_else(|| {
+            format!("there is no Service {namespace}/{name}, or it stands for another name only")
+        });
+        return found.map(|service| Some(&**service));
+    }
+    if let Ok(address) = text.parse::<IpAddr>() {
+        let mut rows = tables.services.rows();
+        return Ok(rows.find(|row| row.addresses.contains(&address)).map(AsRef::as_ref));
+    }
+    let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
+    let name = ObjectName::new(namespace, name);
+    if tables.pods.get(&name).is_some() {
+        return Ok(None);
+    }
+    Ok(tables.services.get(&name).map(AsRef::as_ref))
+}
+
+/// What the data path makes of a connection to the Service, at the address that was asked for, or
+/// at one of the sender's family.
+fn translated<'a>(
+    tables: &'a Tables,
+    service: &Service,
+    sender: IpAddr,
+    asked: &Explain,
+) -> Result<&'a ServiceEntry, String> {
+    let Service { name, addresses, ports, .. } = service;
+    let given = asked.to.parse().ok().filter(|given| addresses.contains(given));
+    let family = || addresses.iter().find(|address| address.is_ipv4() == sender.is_ipv4());
+    let Some(address) = given.or(family().copied()).or(addresses.first().copied()) else {
+        return Err(format!(
+            "Service {name} is headless: clients reach its pods by their own addresses and ports; \
+             name one of these pods, and its port"
+        ));
+    };
+    let frontend = Frontend { address, port: asked.port, protocol: asked.protocol };
+    let entry = tables.service_entries.get(&frontend).filter(|entry| entry.service == *name);
+    entry.map(AsRef::as_ref).ok_or_else(|| {
+        let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+        format!(
+            "Service {name} has no port {}/{}; it has {}. For another port of its pods, name a pod",
+            asked.port,
+            names::protocol(asked.protocol),
+            ports.join(", ")
+        )
+    })
 }
 
 fn find(scope: &Scope, tables: &Tables, text: &str) -> Result<NamedEnd, String> {
@@ -59,7 +140,8 @@ fn find(scope: &Scope, tables: &Tables, text: &str) -> Result<NamedEnd, String> 
     match pod {
         Some(pod) => Ok(named(scope, tables, pod)),
         None => Err(format!(
-            "there is no pod {namespace}/{name}; name it as namespace/pod, or by an address"
+            "there is no pod and no Service {namespace}/{name}; name it as namespace/pod, \
+             svc/namespace/name, or by an address"
         )),
     }
 }

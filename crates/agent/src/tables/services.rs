@@ -28,6 +28,12 @@ pub struct ServicePort {
     pub port: u16,
 }
 
+impl std::fmt::Display for ServicePort {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "{}/{}", self.port, crate::names::protocol(self.protocol))
+    }
+}
+
 impl Row for Service {
     type Key = ObjectName;
     const TABLE: &'static str = "services";
@@ -38,15 +44,11 @@ impl Row for Service {
     }
 
     fn columns(&self) -> Vec<String> {
-        let ports = self
-            .ports
-            .iter()
-            .map(|port| format!("{}/{}", port.port, crate::names::protocol(port.protocol)));
         vec![
             self.name.namespace.clone(),
             self.name.name.clone(),
             join(&self.addresses),
-            ports.collect::<Vec<_>>().join(","),
+            join(&self.ports),
         ]
     }
 }

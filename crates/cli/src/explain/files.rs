@@ -1,4 +1,6 @@
-//! The ends and the policies from files: pods, workloads that would make pods, namespaces.
+//! The ends and the policies from files: pods, workloads that would make pods, namespaces, Services.
+
+mod services;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
@@ -6,9 +8,9 @@ use std::{
     path::PathBuf,
 };
 
-use anyhow::{Context, Result, anyhow};
+use anyhow::{Context, Result, anyhow, bail};
 use palisade_api::{
-    admin::{Explain, Explanation},
+    admin::{Explain, Explanation, Translated},
     convert::convert,
     explain::{self, NamedEnd},
 };
@@ -19,6 +21,7 @@ use palisade_policy::{
 };
 use serde_json::Value;
 
+use self::services::{Services, full_name};
 use crate::{
     check::{documents, objects, read},
     exit::Failure,
@@ -39,9 +42,12 @@ struct Objects {
     /// Labels by namespace.
     namespaces: BTreeMap<String, BTreeMap<String, String>>,
     pods: Vec<Pod>,
+    services: Services,
 }
 
 struct Pod {
+    /// It stands for those that a workload makes.
+    is_made: bool,
     namespace: String,
     name: String,
     labels: BTreeMap<String, String>,
@@ -57,19 +63,40 @@ pub(super) fn explain(files: &[PathBuf], asked: &Explain) -> Result<Explanation>
         for (line, document) in documents(&text) {
             let document: Value = serde_saphyr::from_str(document)
                 .with_context(|| format!("{}:{line}", file.display()))?;
-            for (_, object) in self::objects(&document) {
-                objects.add(object);
+            for (path, object) in self::objects(&document) {
+                let place = || format!("{}:{line}: {path}", file.display());
+                objects.add(object).with_context(place)?;
             }
         }
     }
     let policies: Vec<&Policy> = objects.policies.iter().collect();
+    let services = &objects.services;
+    if let Some(service) = services.find(&objects, &asked.from)? {
+        let name = full_name(service);
+        bail!("--from {}: Service {name} opens no connections; name a pod", asked.from);
+    }
     let from = objects.find(&asked.from)?;
-    let to = objects.find(&asked.to)?;
-    Ok(explain::explain(&policies, &from, &to, asked))
+    let Some(service) = services.find(&objects, &asked.to)? else {
+        return Ok(explain::explain(&policies, &from, &objects.find(&asked.to)?, asked));
+    };
+    let target = services.translate(&objects, service, asked.protocol, asked.port)?;
+    let backends = target.backends.iter().map(|(to, port)| {
+        explain::explain(&policies, &from, to, &Explain { port: *port, ..asked.clone() })
+    });
+    let backends = backends.collect();
+    let service = Translated { name: target.name, frontend: target.frontend, backends };
+    Ok(explain::explain_service(&from, service))
 }
 
 impl Objects {
-    fn add(&mut self, object: &Value) {
+    fn has_namespace(&self, name: &str) -> bool {
+        self.namespaces.contains_key(name) || self.pods.iter().any(|pod| pod.namespace == name)
+    }
+
+    fn add(&mut self, object: &Value) -> Result<()> {
+        if self.services.add(object)? {
+            return Ok(());
+        }
         let text = |pointer: &str| object.pointer(pointer).and_then(Value::as_str);
         let kind = match text("/kind").unwrap_or_default() {
             "NetworkPolicy" => PolicyKind::NetworkPolicy,
@@ -78,17 +105,18 @@ impl Objects {
             "Namespace" => {
                 let name = text("/metadata/name").unwrap_or_default().to_owned();
                 self.namespaces.insert(name, strings(object.pointer("/metadata/labels")));
-                return;
+                return Ok(());
             }
             "Pod" => {
                 self.pods.push(Pod::read(object, &object["metadata"], object));
-                return;
+                return Ok(());
             }
             _ => {
                 if let Some(template) = object.pointer("/spec/template") {
-                    self.pods.push(Pod::read(object, &template["metadata"], template));
+                    let made = Pod::read(object, &template["metadata"], template);
+                    self.pods.push(Pod { is_made: true, ..made });
                 }
-                return;
+                return Ok(());
             }
         };
         let mut object = object.clone();
@@ -105,6 +133,7 @@ impl Objects {
                 refusal.lockdown()
             }
         });
+        Ok(())
     }
 
     fn find(&self, text: &str) -> Result<NamedEnd> {
@@ -119,8 +148,8 @@ impl Objects {
             .or_else(|| inside().find(|pod| pod.name.starts_with(name)))
             .ok_or_else(|| {
                 anyhow!(Failure::not_found(format!(
-                    "the files have no pod {namespace}/{name}, and nothing that makes pods of \
-                     that name"
+                    "the files have no pod and no Service {namespace}/{name}, and nothing that \
+                     makes pods of that name"
                 )))
             })?;
         Ok(self.end(found))
@@ -163,6 +192,7 @@ impl Pod {
         let addresses = pod.pointer("/status/podIPs").and_then(Value::as_array);
         let containers = pod.pointer("/spec/containers").and_then(Value::as_array);
         Self {
+            is_made: false,
             namespace: text(object, "/metadata/namespace").unwrap_or_else(|| "default".into()),
             name: text(object, "/metadata/name").unwrap_or_default(),
             labels: strings(metadata.get("labels")),
@@ -257,6 +287,97 @@ spec:
         let explanation = explain(std::slice::from_ref(&file), &asked).unwrap();
         fs::remove_file(file).unwrap();
         explanation
+    }
+
+    const SERVICE: &str = r#"
+apiVersion: v1
+kind: Service
+metadata: {name: front}
+spec: {clusterIP: 10.96.0.9, selector: {class: star}, ports: [{port: 8000, targetPort: web}]}
+"#;
+
+    fn ask_service(world: &str, from: &str, to: &str, port: u16) -> Result<Explanation> {
+        let name = format!("explain-{}-{:?}.yaml", std::process::id(), thread::current().id());
+        let file = std::env::temp_dir().join(name);
+        fs::write(&file, world).unwrap();
+        let (from, to) = (from.into(), to.into());
+        let asked = Explain { from, to, protocol: 6, port, inside: None };
+        let answer = explain(std::slice::from_ref(&file), &asked);
+        fs::remove_file(file).unwrap();
+        answer
+    }
+
+    #[test]
+    fn a_service_is_judged_at_its_backends() {
+        let world = format!("{WORLD}---{SERVICE}");
+        for to in ["svc/front", "svc/default/front", "front", "default/front", "10.96.0.9"] {
+            let ship = ask_service(&world, "ship", to, 8000).unwrap();
+            let service = ship.service.unwrap();
+            assert_eq!(
+                (&*service.name, &*service.frontend),
+                ("default/front", "10.96.0.9:8000/TCP")
+            );
+            let [backend] = &service.backends[..] else { panic!("{service:?}") };
+            assert!(ship.allowed && backend.allowed && backend.to == "default/star at port 80");
+            assert!(!ask_service(&world, "rebel", to, 8000).unwrap().allowed, "{to}");
+        }
+        let twice = format!(
+            "{SERVICE}---\n{}",
+            WORLD.replace(
+                "name: rebel, labels: {org: alliance}",
+                "name: rebel, labels: {org: alliance, class: star, odd: odd}"
+            )
+        );
+        let odd = "endpointSelector: {matchLabels: {class: star}, matchExpressions: [{key: odd, operator: DoesNotExist}]}";
+        let twice = twice
+            .replace("endpointSelector: {matchLabels: {class: star}}", odd)
+            .replace("targetPort: web", "targetPort: 81");
+        let both = ask_service(&twice, "ship", "svc/front", 8000).unwrap();
+        let verdicts = both.service.unwrap().backends.into_iter().map(|one| (one.to, one.allowed));
+        let expected = [("default/rebel at port 81", true), ("default/star at port 81", false)];
+        assert!(!both.allowed);
+        assert_eq!(verdicts.collect::<Vec<_>>(), expected.map(|(to, ok)| (to.to_owned(), ok)));
+    }
+
+    #[test]
+    fn slices_say_who_is_behind_a_service() {
+        let slice = r#"
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: front-1, labels: {kubernetes.io/service-name: front}}
+addressType: IPv4
+ports: [{name: "", port: 80, protocol: TCP}]
+endpoints:
+- {addresses: [10.0.0.3], targetRef: {kind: Pod, name: rebel, namespace: default}}
+- {addresses: [192.0.2.7]}
+- {addresses: [10.0.0.4], conditions: {ready: false}, targetRef: {kind: Pod, name: ship, namespace: default}}
+"#;
+        let world = format!("{WORLD}---{SERVICE}---{slice}");
+        let ship = ask_service(&world, "ship", "svc/front", 8000).unwrap();
+        let names: Vec<_> = ship.service.unwrap().backends.into_iter().map(|one| one.to).collect();
+        assert_eq!(names, ["default/rebel at 10.0.0.3:80", "192.0.2.7:80"]);
+        let unknown = world.replace("name: rebel, namespace", "name: gone, namespace");
+        let error = ask_service(&unknown, "ship", "svc/front", 8000).unwrap_err().to_string();
+        assert!(error.contains("pod gone, which the files do not have"), "{error}");
+    }
+
+    #[test]
+    fn what_cannot_be_known_of_a_service_is_said() {
+        let world = format!("{WORLD}---{SERVICE}");
+        let headless = world.replace("clusterIP: 10.96.0.9", "clusterIP: None");
+        let nobody = world.replace("selector: {class: star}", "selector: {class: moon}");
+        let free = world.replace("selector: {class: star}, ", "");
+        for (world, from, to, port, expected) in [
+            (&world, "ship", "svc/front", 80, "has no such port; it has 8000/TCP"),
+            (&world, "ship", "svc/back", 80, "no Service default/back"),
+            (&world, "svc/front", "ship", 80, "Service default/front opens no connections"),
+            (&headless, "ship", "svc/front", 8000, "is headless"),
+            (&nobody, "ship", "svc/front", 8000, "that Service default/front selects"),
+            (&free, "ship", "svc/front", 8000, "no EndpointSlice of it"),
+        ] {
+            let error = ask_service(world, from, to, port).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
     }
 
     #[test]

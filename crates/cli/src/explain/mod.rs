@@ -3,7 +3,7 @@
 mod files;
 
 use anyhow::{Result, bail};
-use palisade_api::admin::{Explain, Explanation, Inside, Request, Response};
+use palisade_api::admin::{Explain, Explanation, Inside, Request, Response, Translated};
 use palisade_policy::l7::target::split_url;
 
 use crate::{
@@ -83,29 +83,103 @@ fn http(text: &str) -> Result<Inside> {
 }
 
 fn print(explanation: &Explanation) {
-    let Explanation { from, to, allowed, read_as, ends } = explanation;
-    let word = if *allowed { "ALLOWED" } else { "DENIED" };
-    say!("{word}  {from} -> {to}");
-    if let Some(request) = read_as {
-        say!("  the proxy reads: {request}");
+    say!("{}", text(explanation).trim_end());
+}
+
+fn text(explanation: &Explanation) -> String {
+    let Explanation { from, to, allowed, service, .. } = explanation;
+    let Some(Translated { frontend, backends, .. }) = service else {
+        return format!("{}  {from} -> {to}\n{}", word(*allowed), body(explanation, "  "));
+    };
+    let partly = !allowed && backends.iter().any(|backend| backend.allowed);
+    let all = if partly { "PARTLY ALLOWED" } else { word(*allowed) };
+    let mut text = format!("{all}  {from} -> {to} ({frontend})\n");
+    if backends.is_empty() {
+        text += "  it has no backend that is ready: connections are refused at once\n";
     }
-    for end in ends {
-        say!("  {}", end.verdict);
+    for alike in alike(backends) {
+        let names: Vec<&str> = alike.iter().map(|backend| &*backend.to).collect();
+        text += &format!("  {}  to {}\n", word(alike[0].allowed), names.join(", "));
+        text += &body(alike[0], "    ");
+    }
+    text
+}
+
+/// Backends of which the same is said.
+fn alike(backends: &[Explanation]) -> Vec<Vec<&Explanation>> {
+    let mut groups: Vec<Vec<&Explanation>> = Vec::new();
+    for backend in backends {
+        let same = |group: &&mut Vec<&Explanation>| {
+            group[0].allowed == backend.allowed
+                && group[0].read_as == backend.read_as
+                && group[0].ends == backend.ends
+        };
+        match groups.iter_mut().find(same) {
+            Some(group) => group.push(backend),
+            None => groups.push(vec![backend]),
+        }
+    }
+    groups
+}
+
+const fn word(allowed: bool) -> &'static str {
+    if allowed { "ALLOWED" } else { "DENIED" }
+}
+
+fn body(explanation: &Explanation, indent: &str) -> String {
+    let mut lines = Vec::new();
+    if let Some(request) = &explanation.read_as {
+        lines.push(format!("the proxy reads: {request}"));
+    }
+    for end in &explanation.ends {
+        lines.push(end.verdict.clone());
         for rule in &end.rules {
-            say!("    {:<6} {} {}", rule.action, rule.policy, rule.path);
+            lines.push(format!("  {:<6} {} {}", rule.action, rule.policy, rule.path));
         }
         if let Some(nearest) = &end.nearest {
-            say!("    nearest: {nearest}");
+            lines.push(format!("  nearest: {nearest}"));
         }
     }
-    if ends.is_empty() {
-        say!("  neither end is a pod: no policy is asked");
+    if explanation.ends.is_empty() {
+        lines.push("neither end is a pod: no policy is asked".into());
     }
+    lines.iter().map(|line| format!("{indent}{line}\n")).collect()
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn backends_are_told_apart_where_they_differ() {
+        let answer = |to: &str, allowed| Explanation {
+            from: "default/a".into(),
+            to: to.into(),
+            allowed,
+            read_as: None,
+            ends: Vec::new(),
+            service: None,
+        };
+        let told = |verdicts: &[bool]| {
+            let backends = (1..).zip(verdicts).map(|(n, ok)| answer(&format!("p{n}:80"), *ok));
+            let service = Translated {
+                name: "default/s".into(),
+                frontend: "10.96.0.9:80/TCP".into(),
+                backends: backends.collect(),
+            };
+            let allowed = !verdicts.is_empty() && verdicts.iter().all(|ok| *ok);
+            text(&Explanation { service: Some(service), ..answer("Service default/s", allowed) })
+        };
+        let first = |text: &str| text.lines().next().map(str::to_owned).unwrap_or_default();
+        let to = "default/a -> Service default/s (10.96.0.9:80/TCP)";
+        assert_eq!(first(&told(&[true, true])), format!("ALLOWED  {to}"));
+        assert!(told(&[true, true]).contains("\n  ALLOWED  to p1:80, p2:80\n"));
+        let mixed = told(&[true, false]);
+        assert_eq!(first(&mixed), format!("PARTLY ALLOWED  {to}"));
+        assert!(mixed.contains("  ALLOWED  to p1:80\n") && mixed.contains("  DENIED  to p2:80\n"));
+        assert_eq!(first(&told(&[false])), format!("DENIED  {to}"));
+        assert!(told(&[]).contains("no backend that is ready"));
+    }
 
     #[test]
     fn a_request_is_a_method_and_a_path_or_an_url() {

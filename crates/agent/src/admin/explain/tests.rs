@@ -8,8 +8,12 @@ use super::*;
 use crate::{
     resolve::Resolver,
     tables::{
-        Change, Intent, identities::Identity, namespaces::Namespace, pods::Endpoint,
+        Change, Intent,
+        identities::Identity,
+        namespaces::Namespace,
+        pods::Endpoint,
         policies::PolicyObject,
+        services::{EndpointSlice, ServicePort, SliceBackend},
     },
 };
 
@@ -173,4 +177,84 @@ fn names_learned_on_another_node_are_asked_for_there() {
     assert!(world.explain("client", "10.0.0.1", 80).is_ok());
     let error = world.explain("client", "203.0.113.5", 80).unwrap_err();
     assert!(error.contains("its own node only, which is not node1"), "{error}");
+}
+
+const CLUSTER_IP: &str = "10.96.0.9";
+
+/// A Service with port 80, whose backends take port 8080.
+fn service(world: &mut World, backends: &[(&str, bool)]) {
+    let name = ObjectName::new("default", "front");
+    let port = |port| vec![ServicePort { name: "web".into(), protocol: 6, port }];
+    world.put(Intent::Service(Change::Put(Service {
+        name: name.clone(),
+        addresses: vec![CLUSTER_IP.parse().unwrap()],
+        ports: port(80),
+        affinity: None,
+    })));
+    let backends = backends.iter().map(|(address, ready)| SliceBackend {
+        address: address.parse().unwrap(),
+        ready: *ready,
+        serving: *ready,
+    });
+    world.put(Intent::Slice(Change::Put(EndpointSlice {
+        name,
+        service: "front".into(),
+        ports: port(8080),
+        backends: backends.collect(),
+    })));
+}
+
+#[test]
+fn a_service_is_judged_at_its_backends() {
+    let mut world = World::with(&["client", "server", "other"]);
+    service(&mut world, &[("10.0.0.2", true), ("10.0.0.9", false)]);
+    let ports = json!([{ "ports": [{ "port": "8080", "protocol": "TCP" }] }]);
+    world.policy(&json!({
+        "endpointSelector": { "matchLabels": { "app": "server" } },
+        "ingress": [{ "fromEndpoints": [{ "matchLabels": { "app": "client" } }], "toPorts": ports }],
+    }));
+    for to in ["svc/front", "svc/default/front", "front", "default/front", CLUSTER_IP] {
+        let found = world.explain("client", to, 80).unwrap();
+        assert_eq!(found.to, "Service default/front");
+        let service = found.service.unwrap();
+        assert_eq!(service.frontend, "10.96.0.9:80/TCP");
+        let [backend] = &service.backends[..] else { panic!("{service:?}") };
+        assert_eq!(backend.to, "default/server at 10.0.0.2:8080");
+        assert!(found.allowed && backend.ends.iter().any(|end| end.direction == "ingress"));
+        assert!(!world.allows("other", to, 80), "{to}");
+    }
+    service(&mut world, &[("10.0.0.2", true), ("10.0.0.1", true)]);
+    let found = world.explain("other", "front", 80).unwrap();
+    let verdicts: Vec<bool> = found.service.unwrap().backends.iter().map(|it| it.allowed).collect();
+    assert!(!found.allowed);
+    assert_eq!(verdicts, [true, false], "in the order of their addresses");
+}
+
+#[test]
+fn what_a_service_does_not_take_is_an_error() {
+    let mut world = World::with(&["client", "server"]);
+    service(&mut world, &[("10.0.0.2", true)]);
+    for (from, to, port, expected) in [
+        ("client", CLUSTER_IP, 8080, "has no port 8080/TCP; it has 80/TCP"),
+        ("client", "svc/back", 80, "there is no Service default/back"),
+        (CLUSTER_IP, "server", 80, "which opens no connections"),
+    ] {
+        let error = world.explain(from, to, port).unwrap_err();
+        assert!(error.contains(expected), "{error}");
+    }
+    service(&mut world, &[]);
+    let refused = world.explain("client", "front", 80).unwrap();
+    assert!(!refused.allowed && refused.service.unwrap().backends.is_empty());
+    let name = ObjectName::new("default", "front");
+    let (addresses, ports) = (Vec::new(), Vec::new());
+    world.put(Intent::Service(Change::Put(Service { name, addresses, ports, affinity: None })));
+    assert!(world.explain("client", "svc/front", 80).unwrap_err().contains("is headless"));
+}
+
+#[test]
+fn a_pod_of_the_very_name_is_no_service() {
+    let mut world = World::with(&["client", "front"]);
+    service(&mut world, &[("10.0.0.1", true)]);
+    assert_eq!(world.explain("client", "front", 80).unwrap().to, "default/front");
+    assert!(world.explain("client", "svc/front", 80).unwrap().service.is_some());
 }

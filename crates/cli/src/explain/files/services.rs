@@ -1,0 +1,261 @@
+//! Services in files, and what stands behind them: the addresses of their `EndpointSlice`s, else the
+//! pods that they select.
+
+use std::{collections::BTreeSet, net::IpAddr};
+
+use anyhow::{Result, anyhow, bail};
+use k8s_openapi::{
+    api::{
+        core::v1::{Service, ServicePort},
+        discovery::v1::{Endpoint, EndpointSlice},
+    },
+    apimachinery::pkg::util::intstr::IntOrString,
+};
+use palisade_api::explain::{NamedEnd, backend_name, named_service};
+use serde_json::Value;
+
+use super::{Objects, Pod, outside};
+use crate::exit::Failure;
+
+const SERVICE_NAME: &str = "kubernetes.io/service-name";
+
+#[derive(Default)]
+pub(super) struct Services {
+    services: Vec<Service>,
+    slices: Vec<EndpointSlice>,
+}
+
+/// What a connection to a Service becomes.
+pub(super) struct Target {
+    /// `namespace/name` of the Service.
+    pub(super) name: String,
+    /// What clients connect to.
+    pub(super) frontend: String,
+    /// Ends and their ports.
+    pub(super) backends: Vec<(NamedEnd, u16)>,
+}
+
+impl Services {
+    /// Takes an object over, if it is one of these; whether it is.
+    pub(super) fn add(&mut self, object: &Value) -> Result<bool> {
+        let whole = object.clone();
+        match object["kind"].as_str() {
+            Some("Service") => self.services.push(serde_json::from_value(whole)?),
+            Some("EndpointSlice") => self.slices.push(serde_json::from_value(whole)?),
+            _ => return Ok(false),
+        }
+        Ok(true)
+    }
+
+    /// The Service that is meant, if one is: as the agent finds it.
+    pub(super) fn find(&self, objects: &Objects, text: &str) -> Result<Option<&Service>> {
+        let named = named_service(text, |word| objects.has_namespace(word));
+        let (namespace, name) = match (named, text.parse::<IpAddr>()) {
+            (Some(named), _) => named,
+            (None, Ok(address)) => {
+                let mut all = self.services.iter();
+                return Ok(all.find(|service| addresses(service).contains(&address)));
+            }
+            (None, Err(_)) => text.split_once('/').unwrap_or(("default", text)),
+        };
+        let is_pod = |pod: &Pod| !pod.is_made && pod.namespace == namespace && pod.name == name;
+        if named.is_none() && objects.pods.iter().any(is_pod) {
+            return Ok(None);
+        }
+        let mut all = self.services.iter();
+        let found = all.find(|it| {
+            namespace_of(&it.metadata.namespace) == namespace
+                && it.metadata.name.as_deref() == Some(name)
+        });
+        match (named, found) {
+            (Some(_), None) => Err(anyhow!(Failure::not_found(format!(
+                "the files have no Service {namespace}/{name}"
+            )))),
+            (_, found) => Ok(found),
+        }
+    }
+
+    /// What the data path would make of a connection to it.
+    pub(super) fn translate(
+        &self,
+        objects: &Objects,
+        service: &Service,
+        protocol: u8,
+        number: u16,
+    ) -> Result<Target> {
+        let name = full_name(service);
+        let spec = service.spec.clone().unwrap_or_default();
+        if spec.type_.as_deref() == Some("ExternalName") {
+            bail!("Service {name} stands for another name only; name an address, or a pod");
+        }
+        if spec.cluster_ip.as_deref() == Some("None") {
+            bail!(
+                "Service {name} is headless: clients reach its pods by their own addresses and \
+                 ports; name one of these pods, and its port"
+            );
+        }
+        let ports = spec.ports.unwrap_or_default();
+        let port = ports.iter().find(|port| {
+            port.port == i32::from(number)
+                && protocol_of(port.protocol.as_deref()) == Some(protocol)
+        });
+        let Some(port) = port else {
+            let ports: Vec<String> = ports.iter().map(written).collect();
+            bail!(
+                "Service {name} has no such port; it has {}. For another port of its pods, name a \
+                 pod",
+                ports.join(", ")
+            );
+        };
+        let slices: Vec<&EndpointSlice> = self.slices_of(service).collect();
+        let backends = match (slices.is_empty(), &spec.selector) {
+            (false, _) => listed(objects, &slices, port)?,
+            (true, Some(selector)) => {
+                let namespace = namespace_of(&service.metadata.namespace);
+                let pods = objects.pods.iter().filter(|pod| {
+                    let has = |(key, value)| pod.labels.get(key) == Some(value);
+                    pod.namespace == namespace && selector.iter().all(has)
+                });
+                selected(objects, pods, port)
+            }
+            (true, None) => bail!(
+                "Service {name} selects nothing, and the files have no EndpointSlice of it: give \
+                 one, with the label {SERVICE_NAME}"
+            ),
+        };
+        if backends.is_empty() && slices.is_empty() {
+            bail!(
+                "the files have no pod, and nothing that makes pods, that Service {name} selects \
+                 and whose containers have its target port; give these too"
+            );
+        }
+        let address = addresses(service).first().map_or_else(|| name.clone(), ToString::to_string);
+        Ok(Target { frontend: format!("{address}:{}", written(port)), name, backends })
+    }
+
+    fn slices_of(&self, service: &Service) -> impl Iterator<Item = &EndpointSlice> {
+        let namespace = namespace_of(&service.metadata.namespace).to_owned();
+        let name = service.metadata.name.clone();
+        self.slices.iter().filter(move |slice| {
+            let labels = slice.metadata.labels.as_ref();
+            namespace_of(&slice.metadata.namespace) == namespace
+                && labels.and_then(|labels| labels.get(SERVICE_NAME)) == name.as_ref()
+        })
+    }
+}
+
+/// The ready ends of slices; when there is none, those that still serve.
+fn listed(
+    objects: &Objects,
+    slices: &[&EndpointSlice],
+    port: &ServicePort,
+) -> Result<Vec<(NamedEnd, u16)>> {
+    let name = |name: &Option<String>| name.clone().unwrap_or_default();
+    let mut all = Vec::new();
+    for slice in slices {
+        let target = slice.ports.iter().flatten().find(|it| {
+            name(&it.name) == name(&port.name)
+                && protocol_of(it.protocol.as_deref()) == protocol_of(port.protocol.as_deref())
+        });
+        let Some(target) = target.and_then(|it| u16::try_from(it.port?).ok()) else { continue };
+        for endpoint in slice.endpoints.iter().flatten() {
+            for address in endpoint.addresses.iter().filter_map(|text| text.parse().ok()) {
+                let mut end = behind(objects, endpoint, address)?;
+                end.name = backend_name(&end, target);
+                all.push((endpoint, (end, target)));
+            }
+        }
+    }
+    let is_ready = |it: &Endpoint| {
+        it.conditions.as_ref().and_then(|conditions| conditions.ready).unwrap_or(true)
+    };
+    let serves = |it: &Endpoint| {
+        let said = it.conditions.as_ref().and_then(|conditions| conditions.serving);
+        said.unwrap_or_else(|| is_ready(it))
+    };
+    let any_ready = all.iter().any(|(endpoint, _)| is_ready(endpoint));
+    let counts =
+        |endpoint: &Endpoint| if any_ready { is_ready(endpoint) } else { serves(endpoint) };
+    all.retain(|(endpoint, _)| counts(endpoint));
+    Ok(all.into_iter().map(|(_, backend)| backend).collect())
+}
+
+/// Who has an address of a slice.
+fn behind(objects: &Objects, endpoint: &Endpoint, address: IpAddr) -> Result<NamedEnd> {
+    let target = endpoint.target_ref.as_ref();
+    let named = target.filter(|target| target.kind.as_deref() == Some("Pod"));
+    let is_it = |pod: &&Pod| {
+        pod.addresses.contains(&address)
+            || named.is_some_and(|it| {
+                it.name.as_deref() == Some(&pod.name)
+                    && namespace_of(&it.namespace) == pod.namespace
+                    && !pod.is_made
+            })
+    };
+    let found = objects.pods.iter().find(is_it);
+    if let Some(pod) = found {
+        let mut end = objects.end(pod);
+        end.end.address = address;
+        return Ok(end);
+    }
+    if let Some(name) = named.and_then(|it| it.name.as_ref()) {
+        bail!("{address} is that of pod {name}, which the files do not have: give it too");
+    }
+    Ok(outside(address))
+}
+
+/// Pods with the ports that the target port means.
+fn selected<'a>(
+    objects: &Objects,
+    pods: impl Iterator<Item = &'a Pod>,
+    port: &ServicePort,
+) -> Vec<(NamedEnd, u16)> {
+    let mut seen = BTreeSet::new();
+    let backends = pods.filter_map(|pod| {
+        let number = match &port.target_port {
+            None => u16::try_from(port.port).ok()?,
+            Some(IntOrString::Int(number)) => u16::try_from(*number).ok()?,
+            Some(IntOrString::String(name)) => {
+                let protocol = protocol_of(port.protocol.as_deref())?;
+                let mut named = pod.ports.iter();
+                named.find(|it| it.name == *name && it.protocol == protocol)?.port
+            }
+        };
+        let mut end = objects.end(pod);
+        end.name = match pod.addresses.is_empty() {
+            true => format!("{} at port {number}", end.name),
+            false => backend_name(&end, number),
+        };
+        seen.insert(end.name.clone()).then_some((end, number))
+    });
+    backends.collect()
+}
+
+fn addresses(service: &Service) -> Vec<IpAddr> {
+    let spec = service.spec.iter();
+    let texts = spec.flat_map(|spec| spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip));
+    texts.filter_map(|text| text.parse().ok()).collect()
+}
+
+pub(super) fn full_name(service: &Service) -> String {
+    let name = service.metadata.name.as_deref().unwrap_or_default();
+    format!("{}/{name}", namespace_of(&service.metadata.namespace))
+}
+
+/// The API server would put it there.
+fn namespace_of(namespace: &Option<String>) -> &str {
+    namespace.as_deref().unwrap_or("default")
+}
+
+fn written(port: &ServicePort) -> String {
+    format!("{}/{}", port.port, port.protocol.as_deref().unwrap_or("TCP"))
+}
+
+fn protocol_of(name: Option<&str>) -> Option<u8> {
+    match name.unwrap_or("TCP") {
+        "TCP" => Some(6),
+        "UDP" => Some(17),
+        "SCTP" => Some(132),
+        _ => None,
+    }
+}
