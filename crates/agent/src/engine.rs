@@ -5,7 +5,7 @@
 //! after a pause.
 
 use std::{
-    collections::{BTreeMap, VecDeque},
+    collections::{BTreeMap, BTreeSet, VecDeque},
     sync::{Arc, Mutex, MutexGuard, PoisonError},
     time::Duration,
 };
@@ -26,7 +26,12 @@ use crate::{
     publish::Publication,
     reconcile::{Reconciler, Report},
     resolve::{Outcome, Resolver},
-    tables::{Change, Intent, Tables, TablesWriter, nodes::Surroundings, secrets},
+    tables::{
+        Change, Intent, Tables, TablesWriter,
+        nodes::Surroundings,
+        policies::{Condition, Finding, PolicyObject},
+        secrets,
+    },
 };
 
 /// So many events at most are taken over in one round.
@@ -67,6 +72,8 @@ pub struct Progress {
     pub compiled: Arc<BTreeMap<u32, Arc<CompiledPolicy>>>,
     /// Earlier, accepted versions in force of policies that are refused now.
     pub last_good: Arc<BTreeMap<PolicyRef, Arc<Policy>>>,
+    /// Policies that are not in force before the L7 proxy has them.
+    pub awaiting_proxy: BTreeSet<PolicyRef>,
 }
 
 /// An endpoint in force.
@@ -126,6 +133,8 @@ pub struct Engine {
     synced: bool,
     revision: u64,
     pause: Duration,
+    /// Policies whose condition is not told before the L7 proxy has them.
+    untold: BTreeSet<PolicyRef>,
 }
 
 impl Engine {
@@ -145,6 +154,7 @@ impl Engine {
             synced: false,
             revision: 0,
             pause: PAUSE.0,
+            untold: BTreeSet::new(),
         }
     }
 
@@ -254,6 +264,7 @@ impl Engine {
         let mut problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
         let changed_policy = !outcome.changes.groups.is_empty();
         let conditions = std::mem::take(&mut outcome.conditions);
+        problems.extend(secrets::unreadable(&tables.secrets, &tables.policies));
         let secrets = secrets::values(&tables.secrets);
         drop(tables);
         // Not under the tables' lock: who hears the proxy's answer may be waiting for it.
@@ -262,11 +273,36 @@ impl Engine {
         for problem in &report.problems {
             warn!(%problem, "not everything is in force");
         }
-        self.tell(&outcome, &report, problems);
+        let awaiting_proxy = self.outputs.proxy.lacking();
+        self.tell_conditions(conditions, &awaiting_proxy);
+        self.tell(&outcome, &report, problems, awaiting_proxy);
+        report.problems.is_empty()
+    }
+
+    /// Of a policy that the proxy does not have yet it is not said that it is accepted: that is
+    /// told, if it still holds, in the round after the proxy has it.
+    fn tell_conditions(
+        &mut self,
+        mut conditions: Vec<(Arc<PolicyObject>, Condition)>,
+        awaiting_proxy: &BTreeSet<PolicyRef>,
+    ) {
+        for (policy, _) in &conditions {
+            self.untold.remove(&policy.id);
+        }
+        let due: Vec<PolicyRef> = self.untold.difference(awaiting_proxy).cloned().collect();
+        let tables = self.tables.read();
+        for id in due {
+            self.untold.remove(&id);
+            conditions.extend(Resolver::condition(&tables, &id));
+        }
+        drop(tables);
         for (policy, condition) in conditions {
+            if condition.finding == Finding::Accepted && awaiting_proxy.contains(&policy.id) {
+                self.untold.insert(policy.id.clone());
+                continue;
+            }
             self.publish(Publication::Condition(policy, condition));
         }
-        report.problems.is_empty()
     }
 
     /// The kernel first: what it hands to a proxy that does not know yet what to do with it is
@@ -276,7 +312,13 @@ impl Engine {
         self.outputs.proxy.update(self.reconciler.mirror_mut(), live, secrets)
     }
 
-    fn tell(&mut self, outcome: &Outcome, report: &Report, problems: Vec<String>) {
+    fn tell(
+        &mut self,
+        outcome: &Outcome,
+        report: &Report,
+        problems: Vec<String>,
+        awaiting_proxy: BTreeSet<PolicyRef>,
+    ) {
         self.remember();
         let tables = self.tables.read();
         let endpoints = self.endpoints(&tables);
@@ -319,6 +361,7 @@ impl Engine {
                 problems,
                 compiled,
                 last_good,
+                awaiting_proxy,
             };
         });
     }

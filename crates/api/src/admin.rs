@@ -366,6 +366,9 @@ pub struct PolicyState {
     /// An earlier, accepted version is still in force beside the lockdown.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub last_good_in_force: bool,
+    /// It speaks of what is inside connections, and this node's L7 proxy does not have it yet.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub awaits_proxy: bool,
     /// Number of rules.
     pub rules: usize,
 }

@@ -179,6 +179,7 @@ fn policy<'a>(
             valid,
             error,
             last_good_in_force: progress.last_good.contains_key(&row.id),
+            awaits_proxy: progress.awaiting_proxy.contains(&row.id),
             rules,
         }
     });

@@ -121,8 +121,9 @@ async fn converse(admin: &Admin, stream: UnixStream) -> io::Result<()> {
     while let Some(line) = lines.next_line().await? {
         match serde_json::from_str::<Request>(&line) {
             Ok(Request::Observe(observe)) => stream_flows(admin, &observe, &mut write).await?,
-            Ok(request @ Request::TableGet { .. }) => {
-                // A table is shown between rounds only, when what is in it is in force.
+            Ok(request @ (Request::TableGet { .. } | Request::PolicyGet { .. })) => {
+                // Tables are shown between rounds only, when what is in them is in force, or it is
+                // known what is not.
                 let ask = || admin.rounds.between(|| answers::answer(admin, &request));
                 let answer = tokio::task::block_in_place(ask);
                 send(&mut write, &answer).await?;

@@ -8,7 +8,11 @@ use std::{
 
 use palisade_abi::{EndpointRow, EndpointValue, IpcacheValue, ROW_HOST, TABLE_ALLOW_ALL};
 use palisade_api::proxy::{Endpoint, Peer, Rules, RulesDelta, TableId};
-use palisade_policy::{CompiledPolicy, l7::Secrets};
+use palisade_policy::{
+    CompiledPolicy, RuleSource,
+    l7::Secrets,
+    model::{Application, PolicyRef},
+};
 
 use crate::reconcile::mirror::{Mirror, Touched};
 
@@ -23,6 +27,8 @@ pub struct RuleBook {
     rules: Rules,
     /// The version that made an endpoint what it is.
     since: BTreeMap<u32, u64>,
+    /// The version that brought a table.
+    tables_since: BTreeMap<TableId, u64>,
 }
 
 impl RuleBook {
@@ -48,12 +54,34 @@ impl RuleBook {
         }
         let known: BTreeSet<u32> = self.rules.endpoints.values().map(|known| known.id).collect();
         self.since.retain(|id, _| known.contains(id));
+        for (table, policy) in &delta.tables {
+            match policy {
+                Some(_) => self.tables_since.insert(*table, delta.version),
+                None => self.tables_since.remove(table),
+            };
+        }
         Some(delta)
     }
 
     /// Whether a policy asks for a proxy.
     pub fn is_needed(&self) -> bool {
         self.rules.tables.values().any(|policy| policy.has_redirects())
+    }
+
+    /// Policies with a word on what is inside connections, in tables that a proxy does not have which
+    /// took over a version last.
+    pub fn lacking(&self, acknowledged: u64) -> BTreeSet<PolicyRef> {
+        let newer = self.tables_since.iter().filter(|(_, since)| **since > acknowledged);
+        let tables = newer.filter_map(|(table, _)| self.rules.tables.get(table));
+        let rules = tables.flat_map(|table| &table.rules);
+        rules
+            .filter(|rule| rule.application != Application::Any)
+            .flat_map(|rule| std::iter::once(&rule.source).chain(&rule.also))
+            .filter_map(|source| match source {
+                RuleSource::Policy { policy, .. } => Some(policy.clone()),
+                RuleSource::AllowLocalhost | RuleSource::NoDefaultDeny => None,
+            })
+            .collect()
     }
 
     /// The version that a proxy must have so that nothing reaches or leaves an endpoint which the

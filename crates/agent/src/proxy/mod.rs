@@ -2,8 +2,11 @@
 //! here what it has taken over, what its clients learn and what it saw.
 
 mod book;
+#[cfg(test)]
+mod tests;
 
 use std::{
+    collections::BTreeSet,
     io,
     os::unix::fs::chown,
     path::Path,
@@ -15,7 +18,7 @@ pub use book::{RuleBook, Tables};
 use palisade_api::proxy::{
     FromProxy, Hello, MAX_FRAME, RulesDelta, SOCKET, ToProxy, USER, VERSION, encode,
 };
-use palisade_policy::l7::Secrets;
+use palisade_policy::{l7::Secrets, model::PolicyRef};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -111,6 +114,13 @@ impl ProxyLink {
     pub fn knows(&self, endpoint: u32) -> bool {
         let needed = guard(&self.book).needed_by(endpoint);
         needed.is_none_or(|version| guard(&self.state).kept >= version)
+    }
+
+    /// Policies that are not in force yet, because they speak of what is inside connections and the
+    /// proxy does not have them.
+    pub fn lacking(&self) -> BTreeSet<PolicyRef> {
+        let acknowledged = guard(&self.state).acknowledged;
+        guard(&self.book).lacking(acknowledged)
     }
 
     /// Whether a proxy is connected, and the version of the rules that it has.

@@ -4,7 +4,7 @@ use std::{borrow::Cow, sync::Arc};
 
 use palisade_policy::{
     l7::Secrets,
-    model::{Policy, PolicyKind},
+    model::{Policy, PolicyKind, PolicyRef},
     resolve::{Changes, GroupDirection},
 };
 
@@ -47,9 +47,8 @@ impl Resolver {
     /// contradict each other.
     fn note_secrets(&mut self, tables: &mut Tables, outcome: &mut Outcome) -> Option<Secrets> {
         let changed = !tables.secrets.take_changes().is_empty();
-        let known = tables.secrets.is_complete() && tables.secrets.error().is_none();
-        let again = !std::mem::replace(&mut self.secrets_known, known);
-        let known = known.then(|| secrets::values(&tables.secrets));
+        let known = known_secrets(tables);
+        let again = !std::mem::replace(&mut self.secrets_known, known.is_some());
         if changed || again {
             for policy in tables.policies.rows().filter(|policy| uses_secrets(policy)) {
                 if let Some(condition) = condition_to_report(policy, known.as_ref()) {
@@ -58,6 +57,13 @@ impl Resolver {
             }
         }
         known
+    }
+
+    /// A policy object and the condition that its status should have and has not.
+    pub fn condition(tables: &Tables, id: &PolicyRef) -> Option<(Arc<PolicyObject>, Condition)> {
+        let object = tables.policies.of(id.kind).get(id)?;
+        let condition = condition_to_report(object, known_secrets(tables).as_ref())?;
+        Some((object.clone(), condition))
     }
 
     /// Objects that were deleted while no agent ran have no last good version.
@@ -123,6 +129,11 @@ fn enforcement(direction: &GroupDirection) -> Enforcement {
         GroupDirection::AllowAll => Enforcement::AllowAll,
         GroupDirection::Enforced(group, policy) => Enforcement::Enforced(*group, policy.clone()),
     }
+}
+
+fn known_secrets(tables: &Tables) -> Option<Secrets> {
+    let known = tables.secrets.is_complete() && tables.secrets.error().is_none();
+    known.then(|| secrets::values(&tables.secrets))
 }
 
 fn uses_secrets(object: &PolicyObject) -> bool {

@@ -7,7 +7,7 @@ use palisade_policy::{
     model::{Application, Direction, Policy},
 };
 
-use super::{ObjectName, Row, Table, join};
+use super::{ObjectName, PolicyTables, Row, Table, join, policies::PolicyContent};
 use crate::reflect::SECRETS_NAMESPACE;
 
 /// A `v1 Secret`.
@@ -87,6 +87,27 @@ pub fn missing(policy: &Policy, secrets: &Secrets) -> Option<String> {
     });
     let problems: Vec<String> = problems.collect();
     (!problems.is_empty()).then(|| problems.join("; "))
+}
+
+/// What stands while Secrets cannot be read, if any policy needs one. Nobody says then that a Secret
+/// is gone, so the values that were read last stand; a Secret that is said to be gone has none.
+pub fn unreadable(secrets: &Table<Secret>, policies: &PolicyTables) -> Option<String> {
+    let error = secrets.error()?;
+    let users = policies.rows().filter(
+        |row| matches!(&row.content, PolicyContent::Accepted(policy) if are_used_by(policy)),
+    );
+    let users: Vec<String> = users.map(|row| row.id.to_string()).collect();
+    let stands = match secrets.is_complete() {
+        true => "go on with the values that were read last",
+        false => "match nothing",
+    };
+    (!users.is_empty()).then(|| {
+        format!(
+            "Secrets of namespace `{SECRETS_NAMESPACE}` cannot be read ({error}): until they can, \
+             `headerMatches` that compare with one {stands}, in {}",
+            users.join(", ")
+        )
+    })
 }
 
 /// Fields, headers, and what these are compared with.

@@ -291,6 +291,17 @@ struct Ready {
     headers: Vec<ReadyHeader>,
 }
 
+/// What a rule says to a request.
+enum Said {
+    /// It does not match.
+    Nothing,
+    /// It matches, and this has to be done.
+    Edits(Vec<HeaderEdit>),
+    /// It matches, and the value that it would have the server see is not there. What another rule
+    /// allows must not pass with the client's own value in its place.
+    Unknown,
+}
+
 #[derive(Clone)]
 struct ReadyHeader {
     name: String,
@@ -351,7 +362,11 @@ impl HttpMatcher {
         let paths = self.paths.matching(request.target.as_bytes());
         let rules = self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule] && counts(*rule));
         for (rule, ready) in rules {
-            let Some(edits) = ready.judge(request) else { continue };
+            let edits = match ready.judge(request) {
+                Said::Nothing => continue,
+                Said::Unknown => return None,
+                Said::Edits(edits) => edits,
+            };
             if ready.broken {
                 let first = first.iter().chain(found.iter().flat_map(|found| &found.edits));
                 if edits.iter().any(|edit| edit.is_felt(request.headers, first.clone())) {
@@ -402,8 +417,8 @@ impl Ready {
         }
     }
 
-    /// What has to be done to a request that matches, and whose path does.
-    fn judge(&self, request: &HttpRequest<'_>) -> Option<Vec<HeaderEdit>> {
+    /// What it says to a request whose path matches.
+    fn judge(&self, request: &HttpRequest<'_>) -> Said {
         let matches = |pattern: &Option<Compiled>, text: &str| {
             pattern.as_ref().is_none_or(|pattern| pattern.matches(text.as_bytes()))
         };
@@ -411,17 +426,20 @@ impl Ready {
             && (matches(&self.host, request.host)
                 || matches(&self.host, without_port(request.host)));
         if !plain {
-            return None;
+            return Said::Nothing;
         }
         let mut edits = Vec::new();
-        for header in &self.headers {
-            if header.is_satisfied(request.headers) {
-                continue;
+        let mut known = true;
+        for header in self.headers.iter().filter(|header| !header.is_satisfied(request.headers)) {
+            if header.mismatch == Mismatch::Fail {
+                return Said::Nothing;
             }
-            let change = header.change()?;
-            edits.push(HeaderEdit { name: header.name.clone(), change });
+            match header.change() {
+                Some(change) => edits.push(HeaderEdit { name: header.name.clone(), change }),
+                None => known = false,
+            }
         }
-        Some(edits)
+        if known { Said::Edits(edits) } else { Said::Unknown }
     }
 }
 
@@ -438,8 +456,7 @@ impl ReadyHeader {
             }
     }
 
-    /// What a mismatch asks for; `None`: the rule does not match. Without a value there is
-    /// nothing to add.
+    /// What a mismatch asks for; `None`: nothing can be done, for want of the value.
     fn change(&self) -> Option<HeaderChange> {
         let value = match &self.value {
             Wanted::Value(value) => Some(value.clone()),
@@ -520,7 +537,11 @@ mod tests {
             if !path.as_ref().is_none_or(|path| path.matches(request.target.as_bytes())) {
                 continue;
             }
-            let Some(edits) = rest.judge(request) else { continue };
+            let edits = match rest.judge(request) {
+                Said::Nothing => continue,
+                Said::Unknown => return None,
+                Said::Edits(edits) => edits,
+            };
             if rest.broken {
                 if edits.iter().any(|edit| edited(headers.clone(), edit) != headers) {
                     return None;
@@ -705,6 +726,36 @@ mod tests {
                 }
                 rules.swap(0, 1);
             }
+        }
+    }
+
+    #[test]
+    fn what_a_missing_secret_would_change_does_not_pass_unchanged() {
+        let secret = SecretRef { namespace: "a".into(), name: "s".into(), key: None };
+        let there = Secrets::from_iter([(secret.clone(), "right".to_owned())]);
+        let forged: [(&str, &[u8]); 1] = [("x", b"forged")];
+        let headers = &forged[..];
+        let request = HttpRequest { method: "GET", target: "/", host: "a", headers };
+        for mismatch in MISMATCHES {
+            let value = Some(HeaderValue::Secret(secret.clone()));
+            let header = HeaderRule { name: "x".into(), value, mismatch };
+            let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
+            let judge = |rules: &[HttpRule], secrets: &Secrets| {
+                HttpMatcher::new(rules, secrets).0.judge(&request)
+            };
+            let both = [HttpRule::default(), rule.clone()];
+            assert!(judge(&both, &there).is_some(), "{mismatch:?}");
+            let changes = matches!(mismatch, Mismatch::Add | Mismatch::Replace);
+            let without = judge(&both, &Secrets::default());
+            assert_eq!(without.is_none(), changes, "{mismatch:?}");
+            let alone = judge(&[rule], &Secrets::default());
+            let opens = matches!(mismatch, Mismatch::Log | Mismatch::Delete);
+            assert_eq!(alone.is_some(), opens, "{mismatch:?}");
+            // A header that the rule demands besides says first whether the rule matches at all.
+            let demanded = HeaderRule { name: "y".into(), value: None, mismatch: Mismatch::Fail };
+            let mut other = both;
+            other[1].headers.push(demanded);
+            assert!(judge(&other, &Secrets::default()).is_some(), "{mismatch:?}");
         }
     }
 
