@@ -164,9 +164,29 @@ fn server_names(
     let mut names = Vec::new();
     for (item, path) in items {
         let Some(text) = reader.text(item, &path) else { continue };
-        names.extend(named(reader, &path, text, NamePattern::pattern(text)));
+        let Some(name) = server_name(reader, &path, text) else { continue };
+        if names.contains(&name) {
+            reader.problem(&path, format!("`{text}` is there twice"), "leave one out");
+        }
+        names.push(name);
     }
     Some((Application::Tls(names), at))
+}
+
+/// A name, with `*.` or `**.` before it or without: nowhere else a `*` means anything here.
+fn server_name(reader: &mut Reader, path: &str, text: &str) -> Option<NamePattern> {
+    let rest = text.strip_prefix("**.").or_else(|| text.strip_prefix("*.")).unwrap_or(text);
+    match NamePattern::name(rest) {
+        Ok(_) => named(reader, path, text, NamePattern::pattern(text)),
+        Err(NameError::Character('*')) => {
+            let message = format!("`{text}`: a `*` can only stand for the first labels");
+            let suggestion = "write a name, `*.example.com` for one label before it, or \
+                              `**.example.com` for any number of them";
+            reader.problem(path, message, suggestion);
+            None
+        }
+        Err(error) => named(reader, path, text, Err(error)),
+    }
 }
 
 fn http_rule(
@@ -267,7 +287,6 @@ fn header_match(
     };
     let mismatch = match present(map, "mismatch") {
         None => Mismatch::Fail,
-        Some(Value::String(word)) if word.is_empty() => Mismatch::Fail,
         Some(word) => {
             let path = format!("{path}.mismatch");
             match reader.word(word, &path, &["LOG", "ADD", "DELETE", "REPLACE"])? {

@@ -347,6 +347,36 @@ fn what_can_only_be_a_mistake_is_refused_with_its_field_and_a_remedy() {
         ),
         (
             "egress",
+            json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": ["w*.example.com"] }] }),
+            "serverNames[",
+            "`**.example.com` for any number",
+        ),
+        (
+            "egress",
+            json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": ["a.*.io"] }] }),
+            "serverNames[",
+            "first labels",
+        ),
+        (
+            "egress",
+            json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": ["*"] }] }),
+            "serverNames[",
+            "first labels",
+        ),
+        (
+            "egress",
+            json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": ["***.io"] }] }),
+            "serverNames[",
+            "first labels",
+        ),
+        (
+            "egress",
+            json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": ["a.io", "A.io."] }] }),
+            "serverNames[",
+            "there twice",
+        ),
+        (
+            "egress",
             json!({ "toPorts": [{ "ports": tcp("443"), "serverNames": [] }] }),
             "serverNames",
             "leave it out",

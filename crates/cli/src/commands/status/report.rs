@@ -199,7 +199,7 @@ impl Report {
     fn write(&self, out: &mut String) -> std::fmt::Result {
         let components = [
             ("Palisade:", self.palisade()),
-            ("Operator:", DISABLED.to_owned()),
+            ("Operator:", self.operator().to_owned()),
             ("L7 proxy:", self.l7_proxy()),
             ("Hubble Relay:", DISABLED.to_owned()),
             ("ClusterMesh:", DISABLED.to_owned()),
@@ -236,6 +236,14 @@ impl Report {
             writeln!(out, "{:<23}{error}", "Not collected:")?;
         }
         Ok(())
+    }
+
+    /// Only the API server can tell of one; a cluster that nothing was installed in has none.
+    const fn operator(&self) -> &'static str {
+        match self.cluster {
+            Ok(_) => DISABLED,
+            Err(_) => "unknown: the API server cannot be asked",
+        }
     }
 
     fn l7_proxy(&self) -> String {

@@ -77,6 +77,17 @@ fn a_healthy_cluster_is_ok_and_counts_its_pods() {
 }
 
 #[test]
+fn nothing_is_said_of_an_operator_that_nobody_can_tell_of() {
+    let operator = |cluster| {
+        let text = Report::new(vec![agent("node1", &[])], cluster).text();
+        let line = text.lines().find(|line| line.contains("Operator:")).unwrap().to_owned();
+        line.split("Operator:").nth(1).unwrap().trim().to_owned()
+    };
+    assert_eq!(operator(Ok(cluster(&["node1"], &[]))), "disabled");
+    assert!(operator(Err("away".into())).starts_with("unknown"));
+}
+
+#[test]
 fn a_node_without_an_agent_is_an_error() {
     let report = Report::new(vec![agent("node1", &[])], Ok(cluster(&["node1", "node2"], &[])));
     assert!(!report.ok());
