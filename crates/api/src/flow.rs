@@ -74,6 +74,14 @@ pub enum L7 {
     Tls {
         /// Server name, where there was one.
         server_name: Option<String>,
+        /// Why the proxy ended the connection that it had let pass.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        error: Option<String>,
+    },
+    /// A connection whose content nobody asked about.
+    Stream {
+        /// Why the proxy ended it.
+        error: String,
     },
 }
 
@@ -85,6 +93,7 @@ impl L7 {
             Self::Http(_) => "HTTP",
             Self::Dns(_) => "DNS",
             Self::Tls { .. } => "TLS",
+            Self::Stream { .. } => "TCP",
         }
     }
 }
@@ -92,20 +101,25 @@ impl L7 {
 /// A request over HTTP, and the answer.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Http {
-    /// Method; empty where the request could not be read.
+    /// Method; empty where it could not be read.
     pub method: String,
-    /// `http://host/path?query` as it was judged.
+    /// `http://host/path?query` as it was judged; of a request that was refused unread, as much as
+    /// could be told of it.
     pub url: String,
     /// `HTTP/1.1`, `HTTP/2`.
     pub version: String,
     /// Status of the answer: the server's, or the proxy's own; none: there was no answer.
     pub status: Option<u16>,
+    /// What the proxy answered to a call of gRPC in the server's place; `status` says that it is an
+    /// answer at all.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub grpc_status: Option<u16>,
     /// From the end of the request's head to the end of the answer's.
     pub latency_ns: u64,
     /// Headers that are not as a rule with another action than to deny wants them.
     #[serde(default, skip_serializing_if = "Vec::is_empty")]
     pub mismatches: Vec<String>,
-    /// Why the proxy answered in the server's place.
+    /// Why the proxy answered in the server's place, or ended what it had let pass.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub error: Option<String>,
 }

@@ -29,7 +29,8 @@ use crate::{
         syntax::{Fields, Malformed},
         target::Authority,
     },
-    log, net,
+    log::{self, Gist},
+    net,
     rules::Snapshot,
 };
 
@@ -311,6 +312,22 @@ pub struct Asked<'a> {
     pub begun: Instant,
 }
 
+impl Asked<'_> {
+    fn record(&self, judged: &Judged, status: Option<u16>, error: Option<&str>) -> Http {
+        let url = format!("http://{}{}", self.authority.as_str(), self.target);
+        Http {
+            method: log::shortened(self.method.into()),
+            url: log::shortened(escaped(log::without_credentials(&url).as_bytes())),
+            version: self.version.into(),
+            status,
+            grpc_status: None,
+            latency_ns: u64::try_from(self.begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
+            mismatches: judged.mismatches(),
+            error: error.map(Into::into),
+        }
+    }
+}
+
 /// Fields that rules may change.
 pub trait Editable {
     /// Adds one.
@@ -520,6 +537,12 @@ impl Gate {
         net::connect_as(self.client, self.server).await
     }
 
+    /// What the newest rules say to a connection whose content nobody asked about.
+    #[must_use]
+    pub fn judge_stream(&self) -> Judged {
+        Judged::new(&self.ends(), |end| end.say(|_| None))
+    }
+
     /// Records a request and the status that the client gets.
     pub fn log(
         &self,
@@ -528,30 +551,44 @@ impl Gate {
         status: Option<u16>,
         error: Option<&str>,
     ) {
-        let url = format!("http://{}{}", asked.authority.as_str(), asked.target);
-        self.record(
-            judged,
-            L7::Http(Http {
-                method: asked.method.into(),
-                url: escaped(log::without_credentials(&url).as_bytes()),
-                version: asked.version.into(),
-                status,
-                latency_ns: u64::try_from(asked.begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
-                mismatches: judged.mismatches(),
-                error: error.map(Into::into),
-            }),
-        );
+        self.record(judged, L7::Http(asked.record(judged, status, error)));
     }
 
-    /// Records what was no request.
-    pub fn log_malformed(&self, version: &str, fault: Malformed) {
+    /// Records a call of gRPC that was denied, and the status that the client gets: an answer of
+    /// HTTP, whatever is in it.
+    pub fn log_call(&self, asked: &Asked<'_>, judged: &Judged, grpc_status: u16) {
+        let http = asked.record(judged, Some(200), None);
+        self.record(judged, L7::Http(Http { grpc_status: Some(grpc_status), ..http }));
+    }
+
+    /// Records a request that was allowed and ends because it no longer is: the rule that says so,
+    /// where there is one.
+    pub fn log_cut(&self, asked: &Asked<'_>, fields: &Fields) {
+        let judged = self.judge(asked, &fields.iter().collect::<Vec<_>>()).refused();
+        self.log(asked, &judged, None, Some(self.why_cut()));
+    }
+
+    /// Why something ends that was allowed.
+    #[must_use]
+    pub fn why_cut(&self) -> &'static str {
+        match self.is_forgotten() {
+            true => {
+                "cut, because no policy asks for a proxy any more: the next connection is direct"
+            }
+            false => "cut by a change of policy, which allows it no longer",
+        }
+    }
+
+    /// Records what was no request, and what can be told of it.
+    pub fn log_malformed(&self, version: &str, fault: Malformed, gist: Gist) {
         self.record(
             &Judged::unasked(),
             L7::Http(Http {
-                method: String::new(),
-                url: String::new(),
+                method: gist.method,
+                url: gist.url,
                 version: version.into(),
                 status: Some(fault.status),
+                grpc_status: None,
                 latency_ns: 0,
                 mismatches: Vec::new(),
                 error: Some(fault.why.into()),

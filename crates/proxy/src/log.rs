@@ -6,8 +6,10 @@ use std::{
     time::SystemTime,
 };
 
-use palisade_api::proxy::AccessRecord;
+use palisade_api::{flow::escaped, proxy::AccessRecord};
 use tokio::{sync::Notify, time::Duration};
+
+use crate::http::syntax::{MOST_METHOD, is_token};
 
 /// Records that wait; more are counted only.
 const MOST: usize = 4096;
@@ -109,9 +111,109 @@ pub fn without_credentials(url: &str) -> Cow<'_, str> {
     format!("{path}?{}", parts.collect::<String>()).into()
 }
 
+/// Longest text that a record holds of one: many records wait for the agent at times.
+const MOST_TEXT: usize = 4096;
+
+/// As much of an escaped text as a record holds.
+pub fn shortened(mut text: String) -> String {
+    if text.len() > MOST_TEXT {
+        text.truncate(text.floor_char_boundary(MOST_TEXT));
+        text.push_str("[cut]");
+    }
+    text
+}
+
+/// Longest URL that is told of a request that is refused unread.
+const MOST_GIST: usize = 1024;
+
+/// What can be told of a request that is refused unread. Nothing is judged by it.
+#[derive(Clone, Debug, Default, PartialEq, Eq)]
+pub struct Gist {
+    /// Method.
+    pub method: String,
+    /// URL; without the host where that is not certain.
+    pub url: String,
+}
+
+impl Gist {
+    /// Of a method, a target and a host as they came; empty where there is none.
+    #[must_use]
+    pub fn new(method: &[u8], target: &[u8], host: &[u8]) -> Self {
+        let url = match (target, host) {
+            ([b'/', ..], [_, ..]) => [b"http://", host, target].concat(),
+            _ => target.to_owned(),
+        };
+        let url = escaped(&url[..url.len().min(MOST_GIST)]);
+        let url = without_parameters(&without_user(&url));
+        let url = without_credentials(&url).into_owned();
+        Self { method: escaped(&method[..method.len().min(MOST_METHOD)]), url }
+    }
+
+    /// Of the beginning of a request over HTTP/1.
+    #[must_use]
+    pub fn of_head(head: &[u8]) -> Self {
+        let mut lines = head.split(|byte| *byte == b'\n').map(<[u8]>::trim_ascii);
+        let mut words = lines.next().unwrap_or_default().split(|byte| *byte == b' ');
+        let method = words.next().unwrap_or_default();
+        let is_method = method.len() <= MOST_METHOD && method.iter().all(|byte| is_token(*byte));
+        let (true, Some(target)) = (is_method && !method.is_empty(), words.next()) else {
+            return Self::default();
+        };
+        let host = lines.take_while(|line| !line.is_empty()).find_map(|line| {
+            let (name, value) = line.split_at_checked(b"host:".len())?;
+            name.eq_ignore_ascii_case(b"host:").then(|| value.trim_ascii())
+        });
+        Self::new(method, target, host.unwrap_or_default())
+    }
+}
+
+/// A URL without what is neither path nor query: it may be credentials, as session numbers are.
+fn without_parameters(url: &str) -> String {
+    let (url, fragment) = url.split_once('#').map_or((url, ""), |(url, _)| (url, "#[redacted]"));
+    let (path, query) = url.split_at(url.find('?').unwrap_or(url.len()));
+    let (path, hidden) = path.split_once(';').map_or((path, ""), |(path, _)| (path, ";[redacted]"));
+    [path, hidden, query, fragment].concat()
+}
+
+/// A URL without what stands before the host.
+fn without_user(url: &str) -> Cow<'_, str> {
+    let begin = url.find("://").map_or(0, |at| at + 3);
+    let end = url[begin..].find(['/', '?', '#']).map_or(url.len(), |at| begin + at);
+    match url[begin..end].rfind('@') {
+        Some(at) => format!("{}[redacted]{}", &url[..begin], &url[begin + at..]).into(),
+        None => url.into(),
+    }
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_refused_unread_is_told_of() {
+        for (head, method, url) in [
+            (
+                "GET /a;b?token=s3 HTTP/1.1\r\nX: y\r\nhOst: a\r\n\r\n",
+                "GET",
+                "http://a/a;[redacted]?token=[redacted]",
+            ),
+            ("GET /a#token=s3 HTTP/1.1\r\n\r\n", "GET", "/a#[redacted]"),
+            ("GET /a HTTP/1.1\r\n\r\nHost: body\r\n", "GET", "/a"),
+            ("PUT http://u:s3@a/x HTTP/1.1\r\nHost: b\r\n\r\n", "PUT", "http://[redacted]@a/x"),
+            ("GET /x HTTP/1.1\r\nHost: u:s3@a\r\n\r\n", "GET", "http://[redacted]@a/x"),
+            ("GET /\u{1b}[1m HTTP/1.1", "GET", "/\\x1b[1m"),
+            ("CONNECT a:80 HTTP/1.1\r\n\r\n", "CONNECT", "a:80"),
+            ("GET", "", ""),
+            ("G@T / HTTP/1.1\r\n\r\n", "", ""),
+            ("\u{16}\u{3}\u{1}", "", ""),
+            ("", "", ""),
+        ] {
+            let gist = Gist::of_head(head.as_bytes());
+            assert_eq!((&*gist.method, &*gist.url), (method, url), "{head:?}");
+        }
+        let long = format!("GET /{} HTTP/1.1", "a".repeat(9999));
+        assert_eq!(Gist::of_head(long.as_bytes()).url.len(), MOST_GIST);
+    }
 
     #[test]
     fn secrets_in_urls_are_not_told() {

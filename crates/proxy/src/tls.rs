@@ -13,7 +13,7 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     buffer::Buffer,
-    connection,
+    connection::{self, Passed},
     judge::{Application, Gate},
     net,
 };
@@ -33,11 +33,15 @@ pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
     let judged = allowed(name.as_deref().unwrap_or_default());
     let server_name = name.as_deref().map(|name| escaped(name.as_bytes()));
     let Some(name) = name.filter(|_| judged.allowed) else {
-        gate.record(&judged.refused(), L7::Tls { server_name });
+        gate.record(&judged.refused(), L7::Tls { server_name, error: None });
         return net::reset(&client);
     };
-    gate.record(&judged, L7::Tls { server_name });
-    connection::pass(gate, client, buffer, || allowed(&name).allowed).await;
+    gate.record(&judged, L7::Tls { server_name: server_name.clone(), error: None });
+    let passed = connection::pass(gate, client, buffer, || allowed(&name).allowed).await;
+    if passed == Passed::Cut {
+        let error = Some(gate.why_cut().to_owned());
+        gate.record(&allowed(&name).refused(), L7::Tls { server_name, error });
+    }
 }
 
 async fn read_name(client: &TcpStream, buffer: &mut Buffer) -> io::Result<Option<String>> {

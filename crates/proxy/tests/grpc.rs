@@ -14,6 +14,7 @@ use std::{
 
 use bytes::{Buf, BufMut};
 use futures::{Stream, StreamExt, channel::mpsc, future, stream};
+use palisade_api::flow::L7;
 use tokio::runtime::{Builder, Runtime};
 use tonic::{
     Code, Request, Response, Status, Streaming,
@@ -239,6 +240,8 @@ fn denied_calls_of_every_kind() {
         });
     }
     assert_eq!(*asked.lock().unwrap(), ["/x.Greeter/Say"; 2]);
+    let L7::Http(told) = world.agent.record(|record| !record.allowed).l7 else { panic!() };
+    assert_eq!((told.status, told.grpc_status), (Some(200), Some(7)), "what the client got");
 }
 
 #[test]
@@ -263,6 +266,11 @@ fn an_open_call_ends_with_the_permission() {
         assert_eq!(again.unwrap_err().code(), Code::PermissionDenied);
     });
     assert_eq!(*asked.lock().unwrap(), ["/x.Greeter/Echo", "/x.Greeter/Say"]);
+    let is_cut = |l7: &L7| matches!(l7, L7::Http(http) if http.error.is_some());
+    let cut = world.agent.record(|record| is_cut(&record.l7));
+    let L7::Http(told) = cut.l7 else { panic!() };
+    assert!(!cut.allowed && told.url.ends_with("/x.Greeter/Echo"), "{told:?}");
+    assert!(told.error.unwrap().starts_with("cut by a change of policy"));
 }
 
 /// The server's own thread opens its port in its own time.

@@ -865,6 +865,8 @@ fn a_websocket_opens_once_the_server_agrees() {
     assert_eq!(rest(&mut client), b"");
     assert_eq!(rest(&mut server), b"");
     assert!(begun.elapsed() < Duration::from_secs(1));
+    let end = cut(&world).ingress.unwrap();
+    assert!(!end.allowed && end.rule.is_none(), "no rule allows it any more");
 }
 
 #[test]
@@ -1044,7 +1046,7 @@ fn requests_are_recorded_with_the_rule() {
         b"GET /public/x?token=s3cret&y=1 HTTP/1.1\r\nHost: A\r\nAuthorization: s3cret\r\n\r\n",
     );
     world.ask(b"GET /admin HTTP/1.1\r\nHost: a\r\n\r\n");
-    world.ask(b"nonsense\x1b\r\n\r\n");
+    world.ask(b"GET /public/%zz?token=s3cret HTTP/1.1\r\nHost: a\r\n\r\n");
     let of = |wanted: u16| {
         world
             .agent
@@ -1061,7 +1063,20 @@ fn requests_are_recorded_with_the_rule() {
     assert!(seen.latency_ns > 0 && seen.error.is_none());
     let denied = of(403);
     assert!(!denied.allowed && denied.ingress.unwrap().rule.is_none());
-    assert!(!of(400).allowed);
+    let refused = of(400);
+    let L7::Http(seen) = refused.l7 else { panic!() };
+    assert_eq!((&*seen.method, &*seen.url), ("GET", "http://a/public/%zz?token=[redacted]"));
+    assert!(!refused.allowed && seen.error.is_some());
+}
+
+/// What is told of a request that was under way when the rules changed.
+fn cut(world: &World) -> palisade_api::proxy::AccessRecord {
+    let is_cut = |http: &palisade_api::flow::Http| {
+        http.error.as_ref().is_some_and(|error| error.starts_with("cut by a change of policy"))
+    };
+    let cut = world.agent.record(|record| matches!(&record.l7, L7::Http(http) if is_cut(http)));
+    assert!(!cut.allowed);
+    cut
 }
 
 #[test]
@@ -1102,4 +1117,6 @@ fn a_long_answer_ends_with_the_permission() {
     assert!(!rest(&mut client).ends_with(b"0\r\n\r\n"));
     assert_eq!(rest(&mut server), b"");
     assert!(begun.elapsed() < Duration::from_secs(1));
+    let L7::Http(seen) = cut(&world).l7 else { panic!() };
+    assert_eq!((seen.status, &*seen.method), (None, "GET"));
 }

@@ -112,11 +112,15 @@ fn only_allowed_names_get_through() {
     }
     assert_eq!(origin.seen().connections, 0);
     let record = world.agent.record(|record| !record.allowed);
-    assert_eq!(record.l7, L7::Tls { server_name: Some("evil.com".into()) });
+    assert_eq!(record.l7, L7::Tls { server_name: Some("evil.com".into()), error: None });
     // A name that is no longer allowed ends the connection.
     let mut stream = ask(&hello("a.cdn.io"));
     origin.wait(|seen| seen.connections == 1);
     world.agent.put(rules(2, &[Application::Tls(Vec::new())]));
     assert!(!matches!(stream.read(&mut [0]), Ok(1..)));
     origin.wait(|seen| seen.ended > 0);
+    let cut = world.agent.record(|record| matches!(&record.l7, L7::Tls { error: Some(_), .. }));
+    let L7::Tls { server_name, error } = cut.l7 else { unreachable!() };
+    assert_eq!(server_name.as_deref(), Some("a.cdn.io"));
+    assert!(!cut.allowed && error.unwrap().contains("change of policy"));
 }

@@ -71,7 +71,7 @@ fn dns(flow: &Flow) -> Option<&Dns> {
 
 fn server_name(flow: &Flow) -> Option<&str> {
     match &flow.l7 {
-        Some(L7::Tls { server_name }) => server_name.as_deref(),
+        Some(L7::Tls { server_name, .. }) => server_name.as_deref(),
         _ => None,
     }
 }
@@ -164,6 +164,7 @@ mod tests {
             url: "http://[fd00::1]:80/v1/a/b?c=/d".to_owned(),
             version: "HTTP/1.1".to_owned(),
             status: Some(503),
+            grpc_status: None,
             latency_ns: 1,
             mismatches: Vec::new(),
             error: None,
@@ -182,7 +183,7 @@ mod tests {
     }
 
     fn hello() -> Flow {
-        flow(Some(L7::Tls { server_name: Some("api.example.com".to_owned()) }))
+        flow(Some(L7::Tls { server_name: Some("api.example.com".to_owned()), error: None }))
     }
 
     type Choose = fn(&mut FlowFilter) -> &mut Vec<String>;

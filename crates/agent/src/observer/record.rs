@@ -354,7 +354,7 @@ mod tests {
             allowed: false,
             egress,
             ingress,
-            l7: L7::Tls { server_name: None },
+            l7: L7::Tls { server_name: None, error: None },
         }
     }
 

@@ -27,6 +27,7 @@ use super::{
 use crate::{
     buffer::{Buffer, write_all},
     judge::{Asked, Gate, Judged},
+    log::Gist,
     net, relay,
 };
 
@@ -98,14 +99,17 @@ impl Connection<'_> {
         loop {
             let head = match self.read_head().await? {
                 Some(Ok(head)) => head,
-                Some(Err(fault)) => return self.refuse(fault).await,
+                Some(Err(fault)) => {
+                    return self.refuse(fault, Gist::of_head(self.buffer.data())).await;
+                }
                 None => return Ok(()),
             };
-            let request = Request::read(&self.buffer.data()[..head]);
+            let data = &self.buffer.data()[..head];
+            let request = Request::read(data).map_err(|fault| (fault, Gist::of_head(data)));
             self.buffer.consume(head);
             let request = match request {
                 Ok(request) => request,
-                Err(fault) => return self.refuse(fault).await,
+                Err((fault, gist)) => return self.refuse(fault, gist).await,
             };
             match self.answer(request).await? {
                 Next::Request => {}
@@ -151,8 +155,8 @@ impl Connection<'_> {
     }
 
     /// Answers what is no request. Nothing that follows can be told apart.
-    async fn refuse(&mut self, fault: Malformed) -> Result<(), Broken> {
-        self.gate.log_malformed("HTTP/1.1", fault);
+    async fn refuse(&mut self, fault: Malformed, gist: Gist) -> Result<(), Broken> {
+        self.gate.log_malformed("HTTP/1.1", fault, gist);
         self.reply(Reply::malformed(fault), false, true).await?;
         self.linger().await
     }
@@ -190,6 +194,7 @@ impl Connection<'_> {
             self.server = Some(Server { stream, buffer: Buffer::default() });
         }
         if self.gate.is_forgotten() {
+            self.gate.log_cut(&asked, &request.fields);
             return Err(Broken);
         }
         if !judged.allowed {
@@ -269,7 +274,10 @@ impl Connection<'_> {
                 tokio::select! {
                     // First of all: what is no longer allowed does not go on.
                     biased;
-                    () = &mut revoked => break Err(Fault::Broken),
+                    () = &mut revoked => {
+                        self.gate.log_cut(asked, came);
+                        break Err(Fault::Broken);
+                    }
                     fault = &mut upload, if uploading => match fault {
                         // The server may have answered before it stopped listening.
                         Ok(()) => uploading = false,
@@ -328,7 +336,10 @@ impl Connection<'_> {
         let client = (&self.client, &mut self.buffer);
         tokio::select! {
             biased;
-            () = self.gate.revoked(asked, judged, came) => return Err(Broken),
+            () = self.gate.revoked(asked, judged, came) => {
+                self.gate.log_cut(asked, came);
+                return Err(Broken);
+            }
             relayed = relay::run(client, (&server.stream, &mut server.buffer)) => relayed?,
         }
         Ok(Next::Close)

@@ -40,6 +40,7 @@ use super::{
 use crate::{
     buffer::Buffer,
     judge::{Asked, Gate, Judged},
+    log::Gist,
 };
 
 const VERSION: &str = "HTTP/2";
@@ -130,11 +131,11 @@ impl Shared<'_> {
         let asking = match Asking::read(&parts) {
             Ok(asking) => asking,
             Err(Fault::Malformed(fault)) => {
-                self.gate.log_malformed(VERSION, fault);
+                self.gate.log_malformed(VERSION, fault, gist(&parts));
                 return answer(&mut respond, Reply::malformed(fault), parts.method == Method::HEAD);
             }
             Err(Fault::Protocol(why)) => {
-                self.gate.log_malformed(VERSION, Malformed::bad(why));
+                self.gate.log_malformed(VERSION, Malformed::bad(why), gist(&parts));
                 respond.send_reset(Reason::PROTOCOL_ERROR);
                 return Ended::Well;
             }
@@ -148,12 +149,17 @@ impl Shared<'_> {
         };
         let judged = self.gate.judge(&asked, &asking.fields.iter().collect::<Vec<_>>());
         if self.gate.is_forgotten() {
+            self.gate.log_cut(&asked, &asking.fields);
             respond.send_reset(Reason::REFUSED_STREAM);
             return Ended::Well;
         }
         if !judged.allowed {
+            if is_grpc(&parts) {
+                self.gate.log_call(&asked, &judged, PERMISSION_DENIED);
+                return deny_call(&mut respond);
+            }
             self.gate.log(&asked, &judged, Some(403), None);
-            return deny(&mut respond, &parts);
+            return answer(&mut respond, Reply::DENIED, parts.method == Method::HEAD);
         }
         let Ok(mut forward) = asking.request(&parts) else {
             return answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
@@ -165,6 +171,7 @@ impl Shared<'_> {
             // First of all: what is no longer allowed does not go on.
             biased;
             () = self.gate.revoked(&asked, &judged, &asking.fields) => {
+                self.gate.log_cut(&asked, &asking.fields);
                 // Dropping it would still send what waits to be sent.
                 if let Some(mut up) = up {
                     up.send_reset(Reason::CANCEL);
@@ -339,6 +346,14 @@ fn read_authority(parts: &http::request::Parts) -> Result<Authority, Fault> {
     Ok(authority)
 }
 
+/// What is told of a request that is refused.
+fn gist(parts: &http::request::Parts) -> Gist {
+    let authority = parts.uri.authority().map(|authority| authority.as_str().as_bytes());
+    let host = authority.or_else(|| parts.headers.get(header::HOST).map(HeaderValue::as_bytes));
+    let target = parts.uri.path_and_query().map_or("", |target| target.as_str());
+    Gist::new(parts.method.as_str().as_bytes(), target.as_bytes(), host.unwrap_or_default())
+}
+
 /// Answers in the server's place.
 fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> Ended {
     let mut response = Response::new(());
@@ -355,15 +370,12 @@ fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> E
     Ended::Well
 }
 
-/// Answers what policy denies; clients of gRPC get a status that they understand.
-fn deny(respond: &mut SendResponse<Bytes>, parts: &http::request::Parts) -> Ended {
-    if !is_grpc(parts) {
-        return answer(respond, Reply::DENIED, parts.method == Method::HEAD);
-    }
+/// Answers a call of gRPC that policy denies with a status that its client understands.
+fn deny_call(respond: &mut SendResponse<Bytes>) -> Ended {
     let mut response = Response::new(());
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
-    headers.insert("grpc-status", HeaderValue::from_static(PERMISSION_DENIED));
+    headers.insert("grpc-status", HeaderValue::from(PERMISSION_DENIED));
     let message = DENIED.replace("\r\n", "%0D%0A");
     if let Ok(message) = HeaderValue::try_from(message) {
         headers.insert("grpc-message", message);
@@ -380,7 +392,7 @@ fn is_grpc(parts: &http::request::Parts) -> bool {
     rest.is_some_and(|rest| matches!(rest, [] | [b'+' | b';' | b' ', ..]))
 }
 
-const PERMISSION_DENIED: &str = "7";
+const PERMISSION_DENIED: u16 = 7;
 
 fn sign(headers: &mut HeaderMap) {
     if let Ok(date) = HeaderValue::try_from(date()) {

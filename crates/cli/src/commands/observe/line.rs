@@ -62,7 +62,11 @@ fn what(flow: &Flow) -> String {
     match flow.kind {
         FlowKind::Drop => {
             let reason = flow.drop_reason.as_deref().unwrap_or("reason unknown");
-            format!("{direction} {reason}")
+            // Some tell of a direction themselves.
+            match reason.split_once(' ') {
+                Some(("egress" | "ingress", _)) => reason.to_owned(),
+                _ => format!("{direction} {reason}"),
+            }
         }
         FlowKind::Open if flow.rejudged => format!("{direction} open (judged again)"),
         FlowKind::Open => format!("{direction} open"),
@@ -106,8 +110,11 @@ fn summary(flow: &Flow) -> String {
     match &flow.l7 {
         Some(L7::Http(http)) => return http_summary(http),
         Some(L7::Dns(dns)) => return dns_summary(dns),
-        Some(L7::Tls { server_name: Some(name) }) => return format!("TLS for {name}"),
-        Some(L7::Tls { server_name: None }) => return "TLS for no server name".to_owned(),
+        Some(L7::Tls { server_name, error }) => {
+            let name = server_name.as_deref().unwrap_or("no server name");
+            return with_error(format!("TLS for {name}"), error.as_ref());
+        }
+        Some(L7::Stream { error }) => return with_error("TCP".to_owned(), Some(error)),
         None => {}
     }
     let mut summary = match flow.tcp_flags.as_str() {
@@ -128,19 +135,29 @@ fn summary(flow: &Flow) -> String {
 
 /// `HTTP/1.1 GET http://host/path: 200, 1.3 ms`.
 fn http_summary(http: &Http) -> String {
-    let asked = match http.method.as_str() {
-        "" => "that cannot be read".to_owned(),
-        method => format!("{method} {}", http.url),
+    let asked = match (http.method.as_str(), http.url.as_str()) {
+        ("", _) => "that cannot be read".to_owned(),
+        (method, "") => method.to_owned(),
+        (method, url) => format!("{method} {url}"),
     };
-    let status = http.status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
-    let mut text = format!("{} {asked}: {status}, {}", http.version, millis(http.latency_ns));
-    if let Some(error) = &http.error {
-        text += &format!("; {error}");
+    let mut status =
+        http.status.map_or_else(|| "no answer".to_owned(), |status| status.to_string());
+    if let Some(grpc) = http.grpc_status {
+        status += &format!(", grpc-status {grpc}");
     }
+    let text = format!("{} {asked}: {status}, {}", http.version, millis(http.latency_ns));
+    let mut text = with_error(text, http.error.as_ref());
     if !http.mismatches.is_empty() {
         text += &format!("; not as the rule wants: {}", http.mismatches.join(", "));
     }
     text
+}
+
+fn with_error(text: String, error: Option<&String>) -> String {
+    match error {
+        Some(error) => format!("{text}; {error}"),
+        None => text,
+    }
 }
 
 /// `DNS AAAA host: NOERROR fd00::1, ttl 30 s, 1.3 ms`.
@@ -227,6 +244,16 @@ mod tests {
     }
 
     #[test]
+    fn a_direction_is_said_once() {
+        let what = |reason: &'static str, direction| {
+            what(&Flow { drop_reason: Some(reason.into()), direction, ..flow() })
+        };
+        assert_eq!(what("egress policy denied", Direction::Egress), "egress policy denied");
+        assert_eq!(what("ingress policy denied", Direction::Egress), "ingress policy denied");
+        assert_eq!(what("spoofed source", Direction::Egress), "egress spoofed source");
+    }
+
+    #[test]
     fn an_allowed_connection_names_the_rule() {
         let mut flow = flow();
         (flow.kind, flow.verdict, flow.drop_reason) = (FlowKind::Open, Verdict::Forwarded, None);
@@ -280,6 +307,7 @@ mod tests {
             url: "http://deathstar/v1/exhaust-port".to_owned(),
             version: "HTTP/1.1".to_owned(),
             status,
+            grpc_status: None,
             latency_ns: 1_340_000,
             mismatches: Vec::new(),
             error: None,
@@ -331,8 +359,22 @@ mod tests {
             "(DNS A api.example.com: no answer, 0.2 ms)",
         );
         let server_name = Some("api.example.com".to_owned());
-        ends(L7::Tls { server_name }, "(TLS for api.example.com)");
-        ends(L7::Tls { server_name: None }, "(TLS for no server name)");
+        let error = Some("cut".to_owned());
+        ends(
+            L7::Tls { server_name: server_name.clone(), error: None },
+            "(TLS for api.example.com)",
+        );
+        ends(L7::Tls { server_name, error }, "(TLS for api.example.com; cut)");
+        ends(L7::Tls { server_name: None, error: None }, "(TLS for no server name)");
+        ends(L7::Stream { error: "cut".to_owned() }, "(TCP; cut)");
+        ends(
+            L7::Http(Http { grpc_status: Some(7), ..http(Some(200)) }),
+            "exhaust-port: 200, grpc-status 7, 1.3 ms)",
+        );
+        ends(
+            L7::Http(Http { url: String::new(), ..http(Some(400)) }),
+            "(HTTP/1.1 PUT: 400, 1.3 ms)",
+        );
     }
 
     #[test]
