@@ -44,6 +44,9 @@ const LISTS: [List; 4] = [
     List { field: "egress", direction: Direction::Egress, action: Action::Allow },
 ];
 
+/// Of one item of `toPorts` or `icmps`.
+const MOST_PORTS: usize = 40;
+
 const RULE_FIELDS: [&str; 10] = [
     "endpointSelector",
     "nodeSelector",
@@ -113,6 +116,7 @@ fn rule(
             return;
         }
     }
+    remarks(reader, map, path);
     let subject = subject(reader, map, path, id);
     let init = Key::new(SOURCE_RESERVED, "init");
     let context = Context { id, cluster, init: subject.requirements.iter().any(|r| r.key == init) };
@@ -153,6 +157,32 @@ fn rule(
         egress: named[1] || egress.default_deny,
     });
     converted.rules.push(Rule { subject, ingress, egress });
+}
+
+/// What a rule says about itself, and nothing goes by.
+fn remarks(reader: &mut Reader, rule: &Map<String, Value>, path: &str) {
+    if let Some(value) = present(rule, "description") {
+        reader.text(value, &format!("{path}.description"));
+    }
+    for (item, path) in reader.list(rule, "labels", path).unwrap_or_default() {
+        let Some(map) = reader.object(item, &path, &["key", "value", "source"]) else { continue };
+        if present(map, "key").is_none() {
+            reader.problem(format!("{path}.key"), "is missing", "name the label");
+        }
+        for (field, value) in map.iter().filter(|(_, value)| !value.is_null()) {
+            reader.text(value, &format!("{path}.{field}"));
+        }
+    }
+    let path = format!("{path}.log");
+    let Some(map) = present(rule, "log").and_then(|log| reader.object(log, &path, &["value"]))
+    else {
+        return;
+    };
+    let path = format!("{path}.value");
+    let text = present(map, "value").and_then(|value| reader.text(value, &path));
+    if text.is_some_and(|text| text.chars().count() > 32 || text.chars().any(char::is_control)) {
+        reader.problem(path, "is no short remark", "write up to 32 printable characters");
+    }
 }
 
 /// The subject. A namespaced policy is kept to its own namespace, whatever it asks for.
@@ -469,7 +499,9 @@ fn ports(
     }
     for (item, path) in icmps {
         let Some(map) = reader.object(item, &path, &["fields"]) else { continue };
-        for (item, path) in reader.list(map, "fields", &path).unwrap_or_default() {
+        let fields = reader.list(map, "fields", &path).unwrap_or_default();
+        reader.at_most(&fields, &format!("{path}.fields"), MOST_PORTS);
+        for (item, path) in fields {
             open.extend(icmp(reader, item, &path));
         }
     }
@@ -491,6 +523,7 @@ fn port_rule(
     known.extend(application::FIELDS);
     let map = reader.object(value, path, &known)?;
     let ports = reader.list(map, "ports", path).unwrap_or_default();
+    reader.at_most(&ports, &format!("{path}.ports"), MOST_PORTS);
     if ports.is_empty() && list.action == Action::Deny {
         let suggestion = "name the ports, or leave out `toPorts` to deny them all";
         reader.problem(format!("{path}.ports"), "a deny without ports denies nothing", suggestion);

@@ -166,8 +166,11 @@ impl Reader {
 
     pub(super) fn net(&mut self, value: &Value, path: &str) -> Option<IpNet> {
         let text = self.text(value, path)?;
-        let parsed = text.parse::<IpNet>().or_else(|_| text.parse::<IpAddr>().map(IpNet::from));
-        let Ok(net) = parsed else {
+        if let Ok(address) = text.parse::<IpAddr>().map(IpNet::from) {
+            self.problem(path, format!("`{text}` has no length"), format!("write {address}"));
+            return None;
+        }
+        let Ok(net) = text.parse::<IpNet>() else {
             let suggestion = "write an address and a length, such as 10.0.0.0/8 or fd00::/8";
             self.problem(path, format!("`{text}` is not a network"), suggestion);
             return None;
@@ -224,7 +227,7 @@ impl Reader {
             };
             for (key, value) in labels {
                 let path = format!("{path}.{key}");
-                let Some(value) = self.text(value, &path) else { continue };
+                let Some(value) = self.label_value(value, &path) else { continue };
                 let operator = Operator::In(BTreeSet::from([value.to_owned()]));
                 found.push(Written { key: key.clone(), operator, path });
             }
@@ -233,6 +236,30 @@ impl Reader {
             found.extend(self.expression(item, path));
         }
         found
+    }
+
+    /// What a label can say: a selector with anything else in it selects nothing.
+    fn label_value<'a>(&mut self, value: &'a Value, path: &str) -> Option<&'a str> {
+        let text = self.text(value, path)?;
+        let known = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+        let ends = [text.bytes().next(), text.bytes().next_back()];
+        let valid = text.len() <= 63
+            && text.bytes().all(known)
+            && ends.into_iter().flatten().all(|byte| byte.is_ascii_alphanumeric());
+        if !valid {
+            let suggestion = "a value has up to 63 letters, digits, `-`, `_` and `.`, and begins and \
+                              ends with a letter or a digit";
+            self.problem(path, format!("`{text}` is the value of no label"), suggestion);
+        }
+        valid.then_some(text)
+    }
+
+    /// Lists that the API server takes up to a length only.
+    pub(super) fn at_most<T>(&mut self, items: &[T], path: &str, most: usize) {
+        if items.len() > most {
+            let message = format!("has {} items; {most} are allowed", items.len());
+            self.problem(path, message, "make several of it");
+        }
     }
 
     fn expression(&mut self, value: &Value, path: String) -> Option<Written> {
@@ -251,7 +278,7 @@ impl Reader {
         let operator = self.word(operator, &format!("{path}.operator"), &known)?;
         let mut values = BTreeSet::new();
         for (item, path) in self.list(map, "values", &path).unwrap_or_default() {
-            values.insert(self.text(item, &path)?.to_owned());
+            values.insert(self.label_value(item, &path)?.to_owned());
         }
         let wants_values = matches!(operator, "In" | "NotIn");
         if wants_values == values.is_empty() {

@@ -317,6 +317,42 @@ fn icmp_type_0_is_echo_reply_and_nothing_else() {
     assert!(!allows(v6, 1, 8));
 }
 
+/// The API server, or the peer that such policies were written for, takes none of these either.
+#[test]
+fn what_the_api_server_refuses_is_refused() {
+    let ports: Vec<Value> = (1..42).map(|n: u8| json!({ "port": n.to_string() })).collect();
+    let types: Vec<Value> = (1..42).map(|n: u8| json!({ "type": n })).collect();
+    let labels = |value: &str| json!({ "ingress": [{ "fromEndpoints": [{ "matchLabels": { "a": value } }] }] });
+    let rows = [
+        (json!({ "egress": [{ "toCIDR": ["10.0.0.1"] }] }), "toCIDR[0]", "write 10.0.0.1/32"),
+        (json!({ "egress": [{ "toCIDRSet": [{ "cidr": "fd00::1" }] }] }), "cidr", "fd00::1/128"),
+        (json!({ "egress": [{ "toPorts": [{ "ports": ports }] }] }), "toPorts[0].ports", "40"),
+        (json!({ "ingress": [{ "icmps": [{ "fields": types }] }] }), "icmps[0].fields", "40"),
+        (labels("b c"), "matchLabels.a", "no label"),
+        (labels("-b"), "matchLabels.a", "no label"),
+        (labels(&"b".repeat(64)), "matchLabels.a", "63"),
+        (json!({ "ingress": [{}], "description": 5 }), "spec.description", "string"),
+        (json!({ "ingress": [{}], "labels": [{ "value": "b" }] }), "labels[0].key", "missing"),
+        (json!({ "ingress": [{}], "log": { "value": "x".repeat(33) } }), "log.value", "32"),
+        (json!({ "ingress": [{}], "log": { "value": "a\u{7}" } }), "log.value", "printable"),
+    ];
+    for (mut spec, field, message) in rows {
+        spec["endpointSelector"] = json!({});
+        let refusal = refuse(CNP, &spec);
+        let [problem] = &refusal.problems[..] else { panic!("{refusal}") };
+        assert!(problem.path.ends_with(field), "{refusal}");
+        assert!(problem.to_string().contains(message), "{refusal}");
+    }
+    let fine = json!({
+        "endpointSelector": { "matchLabels": { "a": "", "b": "x_y.Z-1" } },
+        "ingress": [{}],
+        "description": "why",
+        "labels": [{ "key": "a", "value": "b", "source": "k8s" }],
+        "log": { "value": "gr\u{fc}n" },
+    });
+    accept(CNP, &fine);
+}
+
 #[test]
 fn what_is_not_supported_is_refused_with_its_field_and_closes_its_subject() {
     let rows = [
