@@ -227,6 +227,13 @@ pub enum Response {
     Table(Table),
     /// To [`Request::Metrics`].
     Metrics(String),
+    /// Only the agent of another node can answer.
+    Elsewhere {
+        /// The node.
+        node: String,
+        /// What is known there only.
+        why: String,
+    },
     /// The question cannot be answered: what is wrong and what to ask instead.
     Error(String),
 }

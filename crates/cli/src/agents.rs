@@ -48,7 +48,9 @@ impl Agent {
             .request(request)
             .with_context(|| format!("agent {} did not answer", self.name))?;
         match answer {
-            Response::Error(message) => bail!("agent {}: {message}", self.name),
+            Response::Error(message) | Response::Elsewhere { why: message, .. } => {
+                bail!("agent {}: {message}", self.name)
+            }
             answer => Ok(answer),
         }
     }
@@ -112,16 +114,22 @@ pub(crate) fn ask_all(agents: &[Agent], request: &Request) -> Result<Vec<(Agent,
     Ok(answers)
 }
 
-/// Asks one agent after the other until one knows what was asked about.
+/// Asks one agent after the other until one knows what was asked about; that another node's does, if
+/// one of them says so.
 pub(crate) fn ask_until_known(agents: &[Agent], request: &Request) -> Result<Response> {
+    let mut elsewhere = None;
     let mut answered = None;
     let mut silent = None;
     for agent in agents {
         match agent.connect().and_then(|mut client| Ok(client.request(request)?)) {
             Ok(Response::Error(message)) => answered = Some(message),
+            Ok(other @ Response::Elsewhere { .. }) => elsewhere = Some(other),
             Ok(answer) => return Ok(answer),
             Err(error) => silent = Some(format!("{error:#}")),
         }
+    }
+    if let Some(elsewhere) = elsewhere {
+        return Ok(elsewhere);
     }
     match (answered, silent) {
         (Some(message), _) => Err(Failure::not_found(message).into()),
@@ -140,7 +148,42 @@ pub(crate) fn mismatch(agent: &str) -> anyhow::Error {
 
 #[cfg(test)]
 mod tests {
+    use std::{
+        io::{BufRead, BufReader, Write},
+        os::unix::net::UnixListener,
+        thread,
+    };
+
     use super::*;
+
+    /// An agent that says this to whoever asks once.
+    fn agent(name: &str, answer: &Response) -> Agent {
+        let socket = format!("palisade-agents-{}-{name}.sock", std::process::id());
+        let socket = std::env::temp_dir().join(socket);
+        let _ = fs::remove_file(&socket);
+        let listener = UnixListener::bind(&socket).unwrap();
+        let line = serde_json::to_string(answer).unwrap() + "\n";
+        thread::spawn(move || {
+            let (mut stream, _) = listener.accept().unwrap();
+            BufReader::new(stream.try_clone().unwrap()).read_line(&mut String::new()).unwrap();
+            stream.write_all(line.as_bytes()).unwrap();
+        });
+        Agent { name: name.to_owned(), socket }
+    }
+
+    #[test]
+    fn who_knows_is_asked_whatever_the_others_say() {
+        let elsewhere = Response::Elsewhere { node: "node2".into(), why: "names".into() };
+        let unknown = Response::Error("no such pod".into());
+        let known = Response::Tables(Vec::new());
+        let agents = [agent("a", &elsewhere), agent("b", &unknown), agent("c", &known)];
+        assert_eq!(ask_until_known(&agents, &Request::Status).unwrap(), known);
+        let agents = [agent("d", &elsewhere), agent("e", &unknown)];
+        assert_eq!(ask_until_known(&agents, &Request::Status).unwrap(), elsewhere);
+        let agents = [agent("f", &unknown)];
+        let error = ask_until_known(&agents, &Request::Status).unwrap_err();
+        assert_eq!(error.to_string(), "no such pod");
+    }
 
     #[test]
     fn a_lab_agent_is_called_by_its_node() {

@@ -235,7 +235,7 @@ pub(crate) enum PolicyCommand {
     },
     /// Would this pass, and why? Exits with 0 if it would and 1 if not.
     #[command(
-        after_help = "Examples:\n  palisade policy explain --from tiefighter --to deathstar --port 80 --http 'PUT /v1/exhaust-port'\n  palisade policy explain --from web --to 192.0.2.1 --port 443 -f pods.yaml -f policies.yaml"
+        after_help = "Examples:\n  palisade policy explain --from tiefighter --to deathstar --port 80 --http 'PUT /v1/exhaust-port'\n  palisade policy explain --from web --to svc/shop/cart --port 80\n  palisade policy explain --from web --to 192.0.2.1 --port 443 -f pods.yaml -f policies.yaml"
     )]
     Explain(ExplainArgs),
 }

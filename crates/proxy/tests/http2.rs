@@ -322,6 +322,21 @@ fn headers_are_matched_and_changed_as_the_rules_say() {
 }
 
 #[test]
+fn what_is_refused_is_told_of() {
+    let world = public();
+    let _origin = Origin::new(&world.server);
+    let stream = world.connect(SERVER4);
+    runtime().block_on(async {
+        let send = client(stream).await;
+        let refused = get("/public/%zz?token=s3cret");
+        assert_eq!(ask(&send, refused, "").await.unwrap().0, 400);
+    });
+    let L7::Http(told) = world.agent.record(|record| !record.allowed).l7 else { panic!() };
+    assert_eq!((&*told.method, &*told.url), ("GET", "http://a/public/%zz?token=[redacted]"));
+    assert_eq!(told.status, Some(400));
+}
+
+#[test]
 fn grpc_is_denied_in_its_own_words() {
     let world = public();
     let origin = Origin::new(&world.server);

@@ -26,7 +26,7 @@ use nix::{
     },
     unistd::Pid,
 };
-use palisade_api::proxy::ToProxy;
+use palisade_api::{flow::L7, proxy::ToProxy};
 use palisade_policy::{l7::NamePattern, model::Application};
 use world::{
     CLIENT4, CLIENT6, Namespace, SERVER4, SERVER6, WAIT, World,
@@ -155,6 +155,9 @@ fn nothing_that_waits_for_its_connection_outlives_the_rules() {
             origin.forget();
         }
     }
+    let cut = world.agent.record(|record| matches!(record.l7, L7::Stream { .. }));
+    let L7::Stream { error } = cut.l7 else { unreachable!() };
+    assert!(!cut.allowed && error.contains("change of policy"), "{error}");
 }
 
 /// A thread that is stopped just before it makes a system call.

@@ -53,7 +53,7 @@ pub(super) fn answer(admin: &Admin, request: &Request) -> Response {
         Request::Explain(asked) => match explain(&admin.scope, &tables, &progress.last_good, asked)
         {
             Ok(explanation) => Response::Explanation(Box::new(explanation)),
-            Err(unknown) => Response::Error(unknown),
+            Err(none) => none.into(),
         },
         Request::TableList => {
             Response::Tables(dumps(&tables).into_iter().map(|dump| dump.name).collect())

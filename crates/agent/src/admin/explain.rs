@@ -1,6 +1,7 @@
 //! Whether something would pass, from what the tables hold.
 
 use std::{
+    borrow::Cow,
     collections::{BTreeMap, BTreeSet},
     net::IpAddr,
     sync::Arc,
@@ -8,7 +9,7 @@ use std::{
 
 use palisade_abi::identity as number;
 use palisade_api::{
-    admin::{Explain, Explanation, Translated},
+    admin::{Explain, Explanation, Response, Translated},
     explain::{self, NamedEnd},
 };
 use palisade_policy::{
@@ -29,28 +30,52 @@ use crate::{
     },
 };
 
-/// The answer, or which end is not known.
+/// Why there is no answer.
+#[derive(Debug)]
+pub(super) enum NoAnswer {
+    /// An end is not known, or is none.
+    Unknown(String),
+    /// Only the agent of this node can tell.
+    Elsewhere { node: String, why: String },
+}
+
+impl From<String> for NoAnswer {
+    fn from(why: String) -> Self {
+        Self::Unknown(why)
+    }
+}
+
+impl From<NoAnswer> for Response {
+    fn from(none: NoAnswer) -> Self {
+        match none {
+            NoAnswer::Unknown(why) => Self::Error(why),
+            NoAnswer::Elsewhere { node, why } => Self::Elsewhere { node, why },
+        }
+    }
+}
+
+/// The answer.
 pub(super) fn explain(
     scope: &Scope,
     tables: &Tables,
     last_good: &BTreeMap<PolicyRef, Arc<Policy>>,
     asked: &Explain,
-) -> Result<Explanation, String> {
+) -> Result<Explanation, NoAnswer> {
     let in_force = tables.policies.rows().map(|row| match &row.content {
         PolicyContent::Accepted(policy) => (Some(policy), None),
         PolicyContent::Refused { lockdown, .. } => (last_good.get(&row.id), Some(lockdown)),
     });
-    let policies: Vec<&Policy> = in_force
+    let spelled_out: Vec<Cow<'_, Policy>> = in_force
         .flat_map(|(good, lockdown)| good.map(Arc::as_ref).into_iter().chain(lockdown))
+        .map(|policy| tables.api_servers.spelled_out(policy))
         .collect();
+    let policies: Vec<&Policy> = spelled_out.iter().map(AsRef::as_ref).collect();
     if let Some(service) = service(tables, &asked.from)? {
-        return Err(format!(
-            "{} is Service {}, which opens no connections: name a pod, or an address of one",
-            asked.from, service.name
-        ));
+        let why = "which opens no connections: name a pod, or an address of one";
+        return Err(format!("{} is Service {}, {why}", asked.from, service.name).into());
     }
     let from = find(scope, tables, &asked.from)?;
-    let judge = |mut to: NamedEnd, asked: &Explain| {
+    let judge = |mut to: NamedEnd, asked: &Explain| -> Result<_, NoAnswer> {
         if number::is_world(to.end.identity) && asks_for_names(&policies, &from) {
             to.end.names = learned(scope, tables, &from, to.end.address)?;
         }
@@ -179,14 +204,10 @@ fn learned(
     tables: &Tables,
     from: &NamedEnd,
     address: IpAddr,
-) -> Result<BTreeSet<String>, String> {
+) -> Result<BTreeSet<String>, NoAnswer> {
     let mut endpoints = tables.endpoints.rows();
     let Some(own) = endpoints.find(|one| one.addresses().any(|own| own == from.end.address)) else {
-        return Err(format!(
-            "{}'s policies allow names, and which addresses it learned for them is known on its \
-             own node only, which is not {}: ask the agent there",
-            from.name, scope.node
-        ));
+        return Err(without_names(scope, tables, from));
     };
     let group =
         |endpoint: &u32| tables.policy_entries.get(endpoint).and_then(|row| row.egress.group());
@@ -199,6 +220,23 @@ fn learned(
     let rows = tables.names.rows().filter(|row| counts(row));
     let names = rows.flat_map(|row| &row.names).filter(|(_, known)| known.contains(&address));
     Ok(names.map(|(name, _)| name.clone()).collect())
+}
+
+/// Of a pod that is no endpoint here.
+fn without_names(scope: &Scope, tables: &Tables, from: &NamedEnd) -> NoAnswer {
+    let mut pods = tables.pods.rows();
+    let pod = pods.find(|pod| !pod.host_network && pod.addresses.contains(&from.end.address));
+    let known = "policies allow names, and which addresses it learned for them is known";
+    match pod.map(|pod| &pod.node) {
+        Some(node) if *node != scope.node => NoAnswer::Elsewhere {
+            node: node.clone(),
+            why: format!("{}'s {known} on its own node only, {node}", from.name),
+        },
+        _ => NoAnswer::Unknown(format!(
+            "{}'s {known} once it is connected: palisade endpoint list",
+            from.name
+        )),
+    }
 }
 
 fn named(scope: &Scope, tables: &Tables, pod: &Pod) -> NamedEnd {

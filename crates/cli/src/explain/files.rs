@@ -79,7 +79,7 @@ pub(super) fn explain(files: &[PathBuf], asked: &Explain) -> Result<Explanation>
     let Some(service) = services.find(&objects, &asked.to)? else {
         return Ok(explain::explain(&policies, &from, &objects.find(&asked.to)?, asked));
     };
-    let target = services.translate(&objects, service, asked.protocol, asked.port)?;
+    let target = services.translate(&objects, service, asked)?;
     let backends = target.backends.iter().map(|(to, port)| {
         explain::explain(&policies, &from, to, &Explain { port: *port, ..asked.clone() })
     });
@@ -350,6 +350,7 @@ ports: [{name: "", port: 80, protocol: TCP}]
 endpoints:
 - {addresses: [10.0.0.3], targetRef: {kind: Pod, name: rebel, namespace: default}}
 - {addresses: [192.0.2.7]}
+- {addresses: ["fd00::7"]}
 - {addresses: [10.0.0.4], conditions: {ready: false}, targetRef: {kind: Pod, name: ship, namespace: default}}
 "#;
         let world = format!("{WORLD}---{SERVICE}---{slice}");

@@ -1,5 +1,6 @@
 //! `palisade policy explain`: would this pass, and why?
 
+mod elsewhere;
 mod files;
 
 use anyhow::{Result, bail};
@@ -19,6 +20,7 @@ pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
         let agents = agents::require(&global.socket)?;
         match agents::ask_until_known(&agents, &Request::Explain(asked))? {
             Response::Explanation(explanation) => *explanation,
+            Response::Elsewhere { node, why } => elsewhere::ask(global, args, &node, &why)?,
             _ => return Err(mismatch("of this machine")),
         }
     } else {

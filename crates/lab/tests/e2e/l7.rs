@@ -4,6 +4,7 @@
 use std::{
     fs,
     net::{IpAddr, SocketAddr},
+    thread,
     time::{Duration, Instant},
 };
 
@@ -11,6 +12,7 @@ use palisade_lab::nodes::Program;
 use rustix::process::Signal;
 
 use super::{
+    connectivity::palisade,
     harness::{Lab, Pod, eventually},
     http::{Client, Origin},
     traffic::{Conversations, Flow, serve_echo},
@@ -204,6 +206,37 @@ fn a_pod_with_policy_on_requests_starts_when_the_proxy_knows_it() {
         assert_eq!(ask(&near, to, "GET", "/secret"), Some(403));
     }
     assert_eq!(origin.take().len(), 2);
+}
+
+/// What is said of a policy counts for the proxy too.
+#[test]
+fn a_policy_is_told_of_as_in_force_when_the_proxy_has_it() {
+    let lab = Lab::up(1);
+    lab.pods([("server", 1)]);
+    lab.apply_cilium_policy("default", "first", INGRESS);
+    let says = |name: &str| {
+        let (_, text) = palisade(&lab, &["policy", "get"]);
+        let line = text.lines().find(|line| line.contains(&format!("default/{name} ")));
+        let line = line.unwrap_or_default().to_owned();
+        let path = "jsonpath={.status.conditions[?(@.type==\"Valid\")].status}";
+        (line, lab.kubectl(&["get", "cnp", name, "-o", path]))
+    };
+    let in_force = |name: &str| {
+        let (line, valid) = says(name);
+        line.contains("in force") && !line.contains("not in force") && valid == "True"
+    };
+    eventually("the first one is in force", || in_force("first"));
+    lab.signal(1, Program::Proxy, Signal::STOP);
+    lab.apply(&format!(
+        "apiVersion: cilium.io/v2\nkind: CiliumNetworkPolicy\nmetadata: {{name: second}}\n{OTHER}"
+    ));
+    eventually("the second one waits for the proxy", || {
+        says("second").0.contains("not in force yet in the L7 proxy (node1)")
+    });
+    thread::sleep(Duration::from_secs(1));
+    assert_eq!(says("second").1, "", "nobody says that it is valid and in force");
+    lab.signal(1, Program::Proxy, Signal::CONT);
+    eventually("the second one is in force", || in_force("second"));
 }
 
 /// Connections that the proxy carries outlive the last policy that sent them there.

@@ -95,6 +95,7 @@ fn requests_and_questions_are_seen_and_explained() {
         sees(&lab, &["--ip", &ip, "--dns-name", "api.example.org"], &refused);
     }
     explained(&lab);
+    explained_behind_a_service(&lab);
     everything_is_seen_and_no_secret_told(&lab);
     a_secret_that_is_not_there(&lab);
 }
@@ -136,6 +137,34 @@ fn explained(lab: &Lab) {
     assert!(text.contains("nearest: ") && text.contains("/public"), "{text}");
 }
 
+/// The port is the Service's, and what is judged its backend.
+fn explained_behind_a_service(lab: &Lab) {
+    lab.apply(
+        "apiVersion: v1\nkind: Service\nmetadata: {name: front}\n\
+         spec: {selector: {app: server}, ports: [{port: 80, targetPort: 8080}]}\n",
+    );
+    let address = lab.kubectl(&["get", "svc", "front", "-o", "jsonpath={.spec.clusterIP}"]);
+    let backend = lab.pod("default", "server").addresses[usize::from(address.contains(':'))];
+    let backend = SocketAddr::new(backend, PORT);
+    let explain = |to: &str, port: &str, request: &str| {
+        let ends = ["--from", "near", "--to", to, "--port", port, "--http", request];
+        palisade(lab, &[&["policy", "explain"], &ends[..]].concat())
+    };
+    eventually("the Service has its backend", || {
+        explain("svc/front", "80", "GET /public").1.contains(&backend.to_string())
+    });
+    for to in ["svc/front", "default/front", &address] {
+        let (code, text) = explain(to, "80", "GET /public");
+        assert!(code == 0 && text.starts_with("ALLOWED"), "{code} {text}");
+        assert!(text.contains("Service default/front"), "{text}");
+        assert!(text.contains(&format!("default/server at {backend}")), "{text}");
+        let (code, text) = explain(to, "80", "PUT /hidden");
+        assert!(code == 1 && text.starts_with("DENIED") && text.contains("nearest: "), "{text}");
+    }
+    let (code, text) = explain("svc/front", "8080", "GET /public");
+    assert!(code == 4 && text.contains("has no port 8080/TCP; it has 80/TCP"), "{code} {text}");
+}
+
 fn a_secret_that_is_not_there(lab: &Lab) {
     let says = |status: &str, words: &[&str]| {
         let path = "jsonpath={.status.conditions[?(@.type==\"Valid\")]}";
@@ -162,4 +191,7 @@ fn a_secret_that_is_not_there(lab: &Lab) {
     says("True", &["Accepted"]);
     eventually("the right header passes", || ask("right") == Some(200));
     assert_eq!(ask("wrong"), Some(403));
+    lab.kubectl(&["-n", "palisade-secrets", "delete", "secret", "default.token"]);
+    says("False", &["SecretMissing", field, "default.token", "palisade-secrets"]);
+    assert_eq!(ask("right"), Some(403), "what was taken away opens nothing any more");
 }

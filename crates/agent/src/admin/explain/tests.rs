@@ -96,7 +96,7 @@ impl World {
         self.put(Intent::Policy(kind, Change::Put(object)));
     }
 
-    fn explain(&self, from: &str, to: &str, port: u16) -> Result<Explanation, String> {
+    fn explain(&self, from: &str, to: &str, port: u16) -> Result<Explanation, NoAnswer> {
         let refused = self.tables.policies.rows();
         let last_good = refused
             .filter_map(|object| {
@@ -110,6 +110,13 @@ impl World {
 
     fn allows(&self, from: &str, to: &str, port: u16) -> bool {
         self.explain(from, to, port).unwrap().allowed
+    }
+}
+
+fn unknown(answer: Result<Explanation, NoAnswer>) -> String {
+    match answer.unwrap_err() {
+        NoAnswer::Unknown(why) => why,
+        elsewhere => panic!("{elsewhere:?}"),
     }
 }
 
@@ -175,8 +182,12 @@ fn names_learned_on_another_node_are_asked_for_there() {
     let names = json!([{ "toFQDNs": [{ "matchName": "a.example" }] }]);
     world.policy(&json!({ "endpointSelector": labels, "egress": names }));
     assert!(world.explain("client", "10.0.0.1", 80).is_ok());
-    let error = world.explain("client", "203.0.113.5", 80).unwrap_err();
-    assert!(error.contains("its own node only, which is not node1"), "{error}");
+    let elsewhere = world.explain("client", "203.0.113.5", 80).unwrap_err();
+    assert!(matches!(elsewhere, NoAnswer::Elsewhere { node, .. } if node == FAR));
+    // On this node, and no endpoint yet.
+    world.pod("client", OWN, 9);
+    let error = unknown(world.explain("client", "203.0.113.5", 80));
+    assert!(error.contains("once it is connected"), "{error}");
 }
 
 const CLUSTER_IP: &str = "10.96.0.9";
@@ -199,6 +210,7 @@ fn service(world: &mut World, backends: &[(&str, bool)]) {
     world.put(Intent::Slice(Change::Put(EndpointSlice {
         name,
         service: "front".into(),
+        by_controller: false,
         ports: port(8080),
         backends: backends.collect(),
     })));
@@ -239,7 +251,7 @@ fn what_a_service_does_not_take_is_an_error() {
         ("client", "svc/back", 80, "there is no Service default/back"),
         (CLUSTER_IP, "server", 80, "which opens no connections"),
     ] {
-        let error = world.explain(from, to, port).unwrap_err();
+        let error = unknown(world.explain(from, to, port));
         assert!(error.contains(expected), "{error}");
     }
     service(&mut world, &[]);
@@ -248,7 +260,7 @@ fn what_a_service_does_not_take_is_an_error() {
     let name = ObjectName::new("default", "front");
     let (addresses, ports) = (Vec::new(), Vec::new());
     world.put(Intent::Service(Change::Put(Service { name, addresses, ports, affinity: None })));
-    assert!(world.explain("client", "svc/front", 80).unwrap_err().contains("is headless"));
+    assert!(unknown(world.explain("client", "svc/front", 80)).contains("is headless"));
 }
 
 #[test]

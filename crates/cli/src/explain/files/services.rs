@@ -1,7 +1,10 @@
 //! Services in files, and what stands behind them: the addresses of their `EndpointSlice`s, else the
 //! pods that they select.
 
-use std::{collections::BTreeSet, net::IpAddr};
+use std::{
+    collections::BTreeSet,
+    net::{IpAddr, SocketAddr},
+};
 
 use anyhow::{Result, anyhow, bail};
 use k8s_openapi::{
@@ -11,7 +14,10 @@ use k8s_openapi::{
     },
     apimachinery::pkg::util::intstr::IntOrString,
 };
-use palisade_api::explain::{NamedEnd, backend_name, named_service};
+use palisade_api::{
+    admin::Explain,
+    explain::{NamedEnd, backend_name, named_service},
+};
 use serde_json::Value;
 
 use super::{Objects, Pod, outside};
@@ -39,9 +45,11 @@ impl Services {
     /// Takes an object over, if it is one of these; whether it is.
     pub(super) fn add(&mut self, object: &Value) -> Result<bool> {
         let whole = object.clone();
-        match object["kind"].as_str() {
-            Some("Service") => self.services.push(serde_json::from_value(whole)?),
-            Some("EndpointSlice") => self.slices.push(serde_json::from_value(whole)?),
+        match (object["apiVersion"].as_str(), object["kind"].as_str()) {
+            (Some("v1"), Some("Service")) => self.services.push(serde_json::from_value(whole)?),
+            (Some("discovery.k8s.io/v1"), Some("EndpointSlice")) => {
+                self.slices.push(serde_json::from_value(whole)?);
+            }
             _ => return Ok(false),
         }
         Ok(true)
@@ -75,13 +83,13 @@ impl Services {
         }
     }
 
-    /// What the data path would make of a connection to it.
+    /// What the data path would make of a connection to it, at the address that was asked for or at
+    /// its first one.
     pub(super) fn translate(
         &self,
         objects: &Objects,
         service: &Service,
-        protocol: u8,
-        number: u16,
+        asked: &Explain,
     ) -> Result<Target> {
         let name = full_name(service);
         let spec = service.spec.clone().unwrap_or_default();
@@ -95,21 +103,12 @@ impl Services {
             );
         }
         let ports = spec.ports.unwrap_or_default();
-        let port = ports.iter().find(|port| {
-            port.port == i32::from(number)
-                && protocol_of(port.protocol.as_deref()) == Some(protocol)
-        });
-        let Some(port) = port else {
-            let ports: Vec<String> = ports.iter().map(written).collect();
-            bail!(
-                "Service {name} has no such port; it has {}. For another port of its pods, name a \
-                 pod",
-                ports.join(", ")
-            );
-        };
+        let port = port(&name, &ports, asked)?;
+        let address = asked.to.parse().ok().or_else(|| addresses(service).first().copied());
         let slices: Vec<&EndpointSlice> = self.slices_of(service).collect();
-        let backends = match (slices.is_empty(), &spec.selector) {
-            (false, _) => listed(objects, &slices, port)?,
+        let selector = spec.selector.filter(|selector| !selector.is_empty());
+        let backends = match (slices.is_empty(), &selector) {
+            (false, _) => listed(objects, &slices, port, address)?,
             (true, Some(selector)) => {
                 let namespace = namespace_of(&service.metadata.namespace);
                 let pods = objects.pods.iter().filter(|pod| {
@@ -129,8 +128,12 @@ impl Services {
                  and whose containers have its target port; give these too"
             );
         }
-        let address = addresses(service).first().map_or_else(|| name.clone(), ToString::to_string);
-        Ok(Target { frontend: format!("{address}:{}", written(port)), name, backends })
+        let protocol = port.protocol.as_deref().unwrap_or("TCP");
+        let frontend = match address {
+            Some(address) => format!("{}/{protocol}", SocketAddr::new(address, asked.port)),
+            None => format!("{name}:{}", written(port)),
+        };
+        Ok(Target { name, frontend, backends })
     }
 
     fn slices_of(&self, service: &Service) -> impl Iterator<Item = &EndpointSlice> {
@@ -144,11 +147,26 @@ impl Services {
     }
 }
 
-/// The ready ends of slices; when there is none, those that still serve.
+fn port<'a>(name: &str, ports: &'a [ServicePort], asked: &Explain) -> Result<&'a ServicePort> {
+    let is_it = |port: &&ServicePort| {
+        port.port == i32::from(asked.port)
+            && protocol_of(port.protocol.as_deref()) == Some(asked.protocol)
+    };
+    ports.iter().find(is_it).ok_or_else(|| {
+        let ports: Vec<String> = ports.iter().map(written).collect();
+        anyhow!(
+            "Service {name} has no such port; it has {}. For another port of its pods, name a pod",
+            ports.join(", ")
+        )
+    })
+}
+
+/// The ready ends of slices, of the front's family; when there is none, those that still serve.
 fn listed(
     objects: &Objects,
     slices: &[&EndpointSlice],
     port: &ServicePort,
+    front: Option<IpAddr>,
 ) -> Result<Vec<(NamedEnd, u16)>> {
     let name = |name: &Option<String>| name.clone().unwrap_or_default();
     let mut all = Vec::new();
@@ -159,7 +177,9 @@ fn listed(
         });
         let Some(target) = target.and_then(|it| u16::try_from(it.port?).ok()) else { continue };
         for endpoint in slice.endpoints.iter().flatten() {
-            for address in endpoint.addresses.iter().filter_map(|text| text.parse().ok()) {
+            let own = endpoint.addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+            let family = |it: &IpAddr| front.is_none_or(|front| front.is_ipv4() == it.is_ipv4());
+            for address in own.filter(family) {
                 let mut end = behind(objects, endpoint, address)?;
                 end.name = backend_name(&end, target);
                 all.push((endpoint, (end, target)));

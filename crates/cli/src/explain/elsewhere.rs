@@ -1,0 +1,84 @@
+//! What only the agent of another node knows: it is asked in its pod, with the very same question.
+
+use std::time::Duration;
+
+use anyhow::{Context, Result, bail};
+use k8s_openapi::api::core::v1::Pod;
+use kube::{Api, ResourceExt, api::ListParams};
+use palisade_api::admin::Explanation;
+
+use crate::{
+    cli::{ExplainArgs, Global},
+    cluster,
+    exit::Failure,
+};
+
+const AGENTS: &str = "k8s-app=palisade";
+const TIMEOUT: Duration = Duration::from_secs(30);
+
+/// `why`: what is known on that node only.
+pub(super) fn ask(
+    global: &Global,
+    args: &ExplainArgs,
+    node: &str,
+    why: &str,
+) -> Result<Explanation> {
+    cluster::on_runtime(Some(TIMEOUT), in_its_pod(global, args, node)).map_err(|error| {
+        let command = command(args).join(" ");
+        Failure::refused(
+            format!("{why}, whose agent cannot be asked from here: {error:#}"),
+            format!("Ask on node {node}, or in the container `agent` of its pod:\n  {command}"),
+        )
+        .into()
+    })
+}
+
+async fn in_its_pod(global: &Global, args: &ExplainArgs, node: &str) -> Result<Explanation> {
+    let client = cluster::client(global).await?;
+    let there = ListParams::default().labels(AGENTS).fields(&format!("spec.nodeName={node}"));
+    let pods = Api::<Pod>::all(client.clone()).list(&there).await.context("its pod")?;
+    let Some(pod) = pods.items.into_iter().next() else {
+        bail!("no pod with the label {AGENTS} is on node {node}");
+    };
+    let pods = Api::<Pod>::namespaced(client, &pod.namespace().unwrap_or_default());
+    let (_, said) = cluster::exec(&pods, &pod.name_any(), Some("agent"), command(args)).await?;
+    // That it is denied is an answer too.
+    serde_json::from_str(&said).map_err(|_| anyhow::anyhow!("it said: {said}"))
+}
+
+/// The question as it was asked.
+fn command(args: &ExplainArgs) -> Vec<String> {
+    let ExplainArgs { from, to, port, protocol, http, dns, server_name, file: _ } = args;
+    let ask = ["/palisade", "--output=json", "policy", "explain"].map(str::to_owned);
+    let ends = [format!("--from={from}"), format!("--to={to}"), format!("--port={port}")];
+    let more = [("protocol", protocol), ("http", http), ("dns", dns), ("server-name", server_name)];
+    let more =
+        more.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value.as_ref()?)));
+    ask.into_iter().chain(ends).chain(more).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use clap::Parser;
+
+    use super::*;
+    use crate::cli::{Cli, Command, PolicyCommand};
+
+    #[test]
+    fn the_same_question_is_asked_there() {
+        let asked = |line: &[String]| {
+            let cli = Cli::try_parse_from(line).unwrap();
+            let Command::Policy(PolicyCommand::Explain(args)) = cli.command else { panic!() };
+            args
+        };
+        let words =
+            "palisade policy explain --from a/b --to svc/c --port 53 --protocol udp --dns x.io";
+        let words: Vec<String> = words.split(' ').map(str::to_owned).collect();
+        let once = asked(&words);
+        assert_eq!(format!("{:?}", asked(&command(&once))), format!("{once:?}"));
+        let mut request: Vec<String> = words[..9].to_vec();
+        request.push("--http=GET /a b".to_owned());
+        let once = asked(&request);
+        assert_eq!(asked(&command(&once)).http.as_deref(), Some("GET /a b"));
+    }
+}
