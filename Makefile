@@ -15,6 +15,7 @@ help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 	@echo
 	@echo "  make demo NODES=3 runs the walk-through across three nodes."
+	@echo "  make test-cluster CONNECTIVITY='--external-ip 1.1.1.1' asks for what is outside, too."
 
 setup: ## Install what is missing: toolchain for eBPF, bpf-linker, kubectl (needs root)
 	@scripts/setup.sh
@@ -32,9 +33,9 @@ test: build ## Run every test, those that need root and the kernel included
 	@scripts/setup.sh test
 	@scripts/test.sh
 
-test-cluster: build ## Run the connectivity tests in the cluster that KUBECONFIG leads to
+test-cluster: build ## Run the end-to-end tests in the cluster that KUBECONFIG leads to
 	@test -n "$$KUBECONFIG" || { echo "set KUBECONFIG to the file that leads to the cluster" >&2; exit 2; }
-	@$(TARGET_DIR)/debug/palisade connectivity test
+	@PALISADE=$(TARGET_DIR)/debug/palisade scripts/test-cluster.sh $(CONNECTIVITY)
 
 fuzz: setup ## Fuzz the proxy's readers, each for SECONDS_EACH (needs g++)
 	@scripts/fuzz.sh $(SECONDS_EACH)

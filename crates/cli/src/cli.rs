@@ -366,7 +366,7 @@ fn http_status(text: &str) -> Result<String, String> {
 pub(crate) enum DemoCommand {
     /// The Star Wars walk-through: land on the death star, then see who may not.
     #[command(
-        after_help = "Examples:\n  palisade demo starwars\n  palisade demo starwars --nodes 3 --keep"
+        after_help = "Examples:\n  palisade demo starwars\n  palisade demo starwars --nodes 3 --keep\n  palisade demo starwars --in-cluster --kubeconfig FILE"
     )]
     Starwars(StarwarsArgs),
 }
@@ -385,6 +385,10 @@ pub(crate) struct StarwarsArgs {
     /// Run in the lab that is up, and leave it up.
     #[arg(long)]
     pub(crate) use_running: bool,
+    /// Run in the cluster that the kubeconfig leads to, in the namespace palisade-starwars, which
+    /// must not be there yet and goes at the end.
+    #[arg(long, conflicts_with_all = ["use_running", "nodes", "routing"])]
+    pub(crate) in_cluster: bool,
 }
 
 /// `5m` or `90s`; a mere number is of seconds.

@@ -9,8 +9,11 @@ use std::{
     time::Duration,
 };
 
-use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::{Node, Pod};
+use anyhow::{Context, Result, bail};
+use k8s_openapi::{
+    api::core::v1::{Node, Pod},
+    apimachinery::pkg::apis::meta::v1::Status,
+};
 use kube::{
     Api, Client, Config,
     api::{ApiResource, AttachParams, DynamicObject, GroupVersionKind, ListParams},
@@ -146,7 +149,8 @@ async fn config(global: &Global) -> Result<Config> {
     })
 }
 
-/// Runs a command in a container of a pod; whether it succeeded, and what it said.
+/// Runs a command in a container of a pod; whether it succeeded, and what it said. A command that
+/// was not run, or of whose end nobody knows, is an error.
 pub(crate) async fn exec(
     pods: &Api<Pod>,
     pod: &str,
@@ -165,9 +169,21 @@ pub(crate) async fn exec(
         let (out, err) = tokio::join!(read_all(stdout), read_all(stderr));
         let status = status.await.context("the command ended without a status")?;
         let said = format!("{}{}", out?, err?).trim().to_owned();
-        anyhow::Ok((status.status.as_deref() == Some("Success"), said))
+        Ok((succeeded(&status)?, said))
     };
     tokio::time::timeout(EXEC, run).await.context("no answer in time")?
+}
+
+/// Only a command that ended by itself has an outcome of its own.
+fn succeeded(status: &Status) -> Result<bool> {
+    match (status.status.as_deref(), status.reason.as_deref()) {
+        (Some("Success"), _) => Ok(true),
+        (_, Some("NonZeroExitCode")) => Ok(false),
+        _ => bail!(
+            "the command was not run: {}",
+            status.message.as_deref().unwrap_or("nobody says why")
+        ),
+    }
 }
 
 async fn read_all(stream: Option<impl AsyncRead + Unpin>) -> std::io::Result<String> {
@@ -186,14 +202,14 @@ fn named_but_missing() -> Result<()> {
         match file.metadata() {
             Ok(_) => return Ok(()),
             Err(error) if error.kind() == std::io::ErrorKind::NotFound => {}
-            Err(error) => anyhow::bail!("$KUBECONFIG: {}: {error}", file.display()),
+            Err(error) => bail!("$KUBECONFIG: {}: {error}", file.display()),
         }
     }
-    anyhow::bail!("$KUBECONFIG names {}, which does not exist", Path::new(&named).display())
+    bail!("$KUBECONFIG names {}, which does not exist", Path::new(&named).display())
 }
 
 /// The file given, else none where `KUBECONFIG` is for kube to read, else the lab's.
-fn chosen(given: Option<&Path>) -> Option<PathBuf> {
+pub(crate) fn chosen(given: Option<&Path>) -> Option<PathBuf> {
     if let Some(given) = given {
         return Some(given.to_owned());
     }
@@ -225,4 +241,24 @@ fn pod_name(pod: &Pod) -> String {
 
 fn key(namespace: Option<String>, name: Option<String>) -> String {
     format!("{}/{}", namespace.unwrap_or_default(), name.unwrap_or_default())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn only_a_command_that_ran_has_an_outcome() {
+        let status = |status: &str, reason: &str| Status {
+            status: Some(status.into()),
+            reason: Some(reason.into()),
+            message: Some("no such container".into()),
+            ..Status::default()
+        };
+        assert!(succeeded(&status("Success", "")).unwrap());
+        assert!(!succeeded(&status("Failure", "NonZeroExitCode")).unwrap());
+        let error = succeeded(&status("Failure", "InternalError")).unwrap_err();
+        assert_eq!(error.to_string(), "the command was not run: no such container");
+        assert!(succeeded(&Status::default()).is_err());
+    }
 }

@@ -21,10 +21,10 @@ use anyhow::{Context, Result};
 use clap::{Args, Subcommand};
 use kube::Client;
 use regex::Regex;
-use tokio::task::JoinSet;
+use tokio::{sync::Semaphore, task::JoinSet};
 
 use self::{
-    place::Place,
+    place::{Outside, Place, Plan},
     probe::{Answer, Outcome, Probe},
     report::Verdict,
     suite::Test,
@@ -41,7 +41,7 @@ use crate::{
 pub(crate) enum ConnectivityCommand {
     /// Runs every test and prints what was not as it must be.
     #[command(
-        after_help = "Examples:\n  palisade connectivity test\n  palisade connectivity test --test 'ingress|l7' --junit-file results.xml"
+        after_help = "Examples:\n  palisade connectivity test\n  palisade connectivity test --test 'ingress|l7' --junit-file results.xml\n  palisade connectivity test --external-target one.one.one.one --external-ip 1.1.1.1,2606:4700:4700::1111"
     )]
     Test(TestArgs),
 }
@@ -60,6 +60,8 @@ pub(crate) struct TestArgs {
     /// Beginning of the names of the namespaces.
     #[arg(long, default_value = "palisade-test", value_name = "NAME")]
     test_namespace: String,
+    #[command(flatten)]
+    outside: Outside,
     /// Write the results as JUnit's XML, too.
     #[arg(long, value_name = "FILE")]
     junit_file: Option<PathBuf>,
@@ -146,12 +148,16 @@ async fn run_all(
     dump: Option<Arc<FirstFailure>>,
 ) -> Result<Vec<Verdict>> {
     let quiet = Progress::start("starting clients and servers");
-    let count = usize::from(args.test_concurrency).min(tests.len());
+    let plan = Plan {
+        name: args.test_namespace.clone(),
+        image: args.image.clone(),
+        outside: args.outside.clone(),
+    };
+    let count = u16::try_from(tests.len())
+        .map_or(args.test_concurrency, |it| it.min(args.test_concurrency));
     let mut starts = JoinSet::new();
     for number in 1..=count {
-        let (client, image) = (client.clone(), args.image.clone());
-        let namespace = format!("{}-{number}", args.test_namespace);
-        starts.spawn(async move { Place::start(client, namespace, &image).await });
+        starts.spawn(Place::start(client.clone(), plan.clone(), number));
     }
     let started = starts.join_all().await;
     drop(quiet);
@@ -216,7 +222,7 @@ enum Judgement {
     Asked(Vec<Answer>),
     /// Nothing could be asked.
     Broken(String),
-    /// The policy cannot be had here, and that is allowed.
+    /// The policy or whom to ask cannot be had here, and that is allowed.
     Skipped(String),
 }
 
@@ -231,6 +237,10 @@ impl Judgement {
 }
 
 async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
+    if place.probes(test.kinds).is_empty() {
+        let why: Vec<&str> = test.kinds.iter().map(|kind| kind.absence()).collect();
+        return Ok(Judgement::Skipped(why.join(", ")));
+    }
     let refusal = place.apply(test.policies).await?;
     match refusal {
         Some(why) if test.optional => Ok(Judgement::Skipped(why)),
@@ -241,9 +251,9 @@ async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
 
 /// First until everything is as it must be, then once more: it must stay so.
 async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
-    let all = place.probes(test.kind);
+    let all = place.probes(test.kinds);
     let begun = Instant::now();
-    let mut answers = ask(place, test, all.clone()).await?;
+    let mut answers = ask(place, test, all.clone()).await;
     while answers.iter().any(|it| !it.is_right()) {
         if begun.elapsed() > SETTLE {
             return Ok(Judgement::Asked(answers));
@@ -251,10 +261,10 @@ async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
         let (right, wrong): (Vec<_>, Vec<_>) = answers.into_iter().partition(Answer::is_right);
         let again = wrong.into_iter().map(|answer| answer.probe).collect();
         answers = right;
-        answers.extend(ask(place, test, again).await?);
+        answers.extend(ask(place, test, again).await);
         answers.sort_by_key(|answer| all.iter().position(|probe| *probe == answer.probe));
     }
-    let mut answers = ask(place, test, all).await?;
+    let mut answers = ask(place, test, all).await;
     for answer in &mut answers {
         answer.was_right = true;
     }
@@ -262,26 +272,26 @@ async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
 }
 
 /// Asks every question once; the answers are in the order of the questions.
-async fn ask(place: &Place, test: &Test, probes: Vec<Probe>) -> Result<Vec<Answer>> {
-    let mut results = run_probes(place, probes.clone()).await?;
+async fn ask(place: &Place, test: &Test, probes: Vec<Probe>) -> Vec<Answer> {
+    let mut results = run_probes(place, probes.clone()).await;
     results.sort_by_key(|(asked, _)| probes.iter().position(|probe| probe == asked));
     let answer = |(probe, got)| {
         let must = (test.allows)(&probe);
-        Answer { probe, must, got, was_right: false }
+        Answer { probe, must, refusal: test.refusal, got, was_right: false }
     };
-    Ok(results.into_iter().map(answer).collect())
+    results.into_iter().map(answer).collect()
 }
 
-async fn run_probes(place: &Place, probes: Vec<Probe>) -> Result<Vec<(Probe, Outcome)>> {
+async fn run_probes(place: &Place, probes: Vec<Probe>) -> Vec<(Probe, Outcome)> {
     let mut running = JoinSet::new();
-    let permits = Arc::new(tokio::sync::Semaphore::new(12));
+    let permits = Arc::new(Semaphore::new(12));
     for probe in probes {
         let (place, permits) = (place.clone(), permits.clone());
         running.spawn(async move {
-            let _permit = permits.acquire().await?;
-            let outcome = probe.run(&place).await.with_context(|| probe.to_string())?;
-            anyhow::Ok((probe, outcome))
+            // Nobody closes the semaphore.
+            let _permit = permits.acquire().await;
+            (probe, probe.run(&place).await)
         });
     }
-    running.join_all().await.into_iter().collect()
+    running.join_all().await
 }

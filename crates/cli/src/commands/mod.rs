@@ -47,7 +47,7 @@ pub(crate) fn run(cli: Cli) -> Result<Exit> {
         Command::Node(command) => node::run(command),
         Command::Lab { args } => lab::run(&args, global.output),
         Command::Bench { rounds } => lab::bench(rounds, global.output),
-        Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(&args),
+        Command::Demo(DemoCommand::Starwars(args)) => demo::starwars::run(global, &args),
         Command::Completion { shell } => {
             let mut script = Vec::new();
             clap_complete::generate(shell, &mut Cli::command(), "palisade", &mut script);

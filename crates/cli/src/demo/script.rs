@@ -3,7 +3,7 @@
 use std::{
     ffi::OsString,
     io::Write,
-    path::Path,
+    path::PathBuf,
     process::{Command, Output, Stdio},
     thread,
     time::Duration,
@@ -48,18 +48,48 @@ pub(super) struct Probe<'a> {
     pub(super) expect: Expect<'a>,
 }
 
+/// Where commands go.
+#[derive(Clone)]
+pub(super) struct Destination {
+    /// Where programs are, as `PATH`.
+    pub(super) path: OsString,
+    /// None where `kubectl` finds it by itself.
+    pub(super) kubeconfig: Option<PathBuf>,
+    pub(super) context: Option<String>,
+    /// None for the namespace of the kubeconfig's context.
+    pub(super) namespace: Option<&'static str>,
+}
+
 /// Runs and prints commands, and counts.
 pub(super) struct Script {
-    path: OsString,
-    kubeconfig: OsString,
+    to: Destination,
+    /// Goes before the arguments of every command.
+    flags: Vec<String>,
     pub(super) passed: usize,
     pub(super) failed: usize,
 }
 
 impl Script {
-    /// `kubectl` is taken from `path`, which is as `PATH`.
-    pub(super) fn new(path: OsString, kubeconfig: &Path) -> Self {
-        Self { path, kubeconfig: kubeconfig.into(), passed: 0, failed: 0 }
+    pub(super) fn new(to: Destination) -> Self {
+        let context = to.context.iter().flat_map(|it| ["--context".to_owned(), it.clone()]);
+        let namespace = to.namespace.iter().flat_map(|&it| ["-n".to_owned(), it.to_owned()]);
+        let flags = context.chain(namespace).collect();
+        Self { to, flags, passed: 0, failed: 0 }
+    }
+
+    pub(super) fn namespace(&self) -> &'static str {
+        self.to.namespace.unwrap_or("default")
+    }
+
+    /// A command, for people.
+    fn words(&self, args: &[&str]) -> String {
+        let flags = self.flags.iter().map(String::as_str);
+        ["kubectl"]
+            .into_iter()
+            .chain(flags)
+            .chain(args.iter().copied())
+            .collect::<Vec<_>>()
+            .join(" ")
     }
 
     pub(super) fn title(&self, text: &str) {
@@ -74,7 +104,7 @@ impl Script {
 
     /// One command, its answer and PASS or FAIL.
     pub(super) fn check(&mut self, args: &[&str], expect: Expect<'_>) -> Result<()> {
-        let command = format!("kubectl {}", args.join(" "));
+        let command = self.words(args);
         note!("$ {command}");
         let waiting = Progress::start(&command);
         let output = self.kubectl(args, None)?;
@@ -86,8 +116,10 @@ impl Script {
 
     /// Applies a manifest of this program's own.
     pub(super) fn apply(&mut self, file: &str, manifest: &str) -> Result<()> {
-        note!("$ kubectl apply -f {file}");
-        let output = self.kubectl(&["apply", "-f", "-"], Some(manifest))?;
+        note!("$ {}", self.words(&["apply", "-f", file]));
+        let here = format!("namespace: {}", self.namespace());
+        let manifest = manifest.replace("namespace: default", &here);
+        let output = self.kubectl(&["apply", "-f", "-"], Some(&manifest))?;
         show(&output);
         self.verdict(output.status.success(), "");
         Ok(())
@@ -122,21 +154,30 @@ impl Script {
         Ok(())
     }
 
+    /// Whether a command succeeds; nobody sees it.
+    pub(super) fn succeeds(&self, args: &[&str]) -> Result<bool> {
+        Ok(self.kubectl(args, None)?.status.success())
+    }
+
     /// An object or a list, as JSON.
     pub(super) fn json(&self, args: &[&str]) -> Result<Value> {
         let args = [args, &["-o", "json"]].concat();
         let output = self.kubectl(&args, None)?;
         if !output.status.success() {
-            bail!("kubectl {}: {}", args.join(" "), String::from_utf8_lossy(&output.stderr));
+            bail!("{}: {}", self.words(&args), String::from_utf8_lossy(&output.stderr));
         }
         Ok(serde_json::from_slice(&output.stdout)?)
     }
 
     fn kubectl(&self, args: &[&str], input: Option<&str>) -> Result<Output> {
-        let mut child = Command::new("kubectl")
+        let mut command = Command::new("kubectl");
+        if let Some(kubeconfig) = &self.to.kubeconfig {
+            command.env("KUBECONFIG", kubeconfig);
+        }
+        let mut child = command
+            .args(&self.flags)
             .args(args)
-            .env("PATH", &self.path)
-            .env("KUBECONFIG", &self.kubeconfig)
+            .env("PATH", &self.to.path)
             .stdin(if input.is_some() { Stdio::piped() } else { Stdio::null() })
             .stdout(Stdio::piped())
             .stderr(Stdio::piped())

@@ -1,12 +1,6 @@
 //! The Star Wars walk-through: who may land on the death star, and what else they may do there.
 
-use std::{
-    env,
-    ffi::OsString,
-    path::{Path, PathBuf},
-    thread,
-    time::Duration,
-};
+use std::{env, ffi::OsString, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
@@ -18,10 +12,11 @@ use tokio::{
 use super::{
     lab::Lab,
     machine::Machine,
-    script::{Expect, Probe, Script, eventually},
+    script::{Destination, Expect, Probe, Script, eventually},
 };
 use crate::{
-    cli::StarwarsArgs,
+    cli::{Global, StarwarsArgs},
+    cluster,
     exit::{Exit, Failure},
     output::note,
 };
@@ -40,9 +35,8 @@ const L7: (&str, &str) = (
     "examples/starwars/cilium/networkpolicy-L7.yaml",
     include_str!("../../../../examples/starwars/cilium/networkpolicy-L7.yaml"),
 );
-const SERVICE: &str = "deathstar.default.svc.cluster.local";
-const LAND: &str = "deathstar.default.svc.cluster.local/v1/request-landing";
-const EXHAUST: &str = "deathstar.default.svc.cluster.local/v1/exhaust-port";
+/// The namespace in a cluster that has other things to do.
+const NAMESPACE: &str = "palisade-starwars";
 const LANDED: Expect<'_> = Expect::Answer(&["Ship landed"]);
 /// What the proxy says in place of the death star.
 const FORBIDDEN: Expect<'_> = Expect::Answer(&["Access denied"]);
@@ -52,18 +46,32 @@ const PANIC: Expect<'_> =
 /// So long a container that died may take to run again.
 const RESTART: Duration = Duration::from_secs(30);
 
+/// Where the paths are.
+fn service(script: &Script) -> String {
+    format!("deathstar.{}.svc.cluster.local", script.namespace())
+}
+
 /// Brings a cluster up, runs the steps, takes it down and looks whether the machine is as before.
-pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
+pub(crate) fn run(global: &Global, args: &StarwarsArgs) -> Result<Exit> {
+    if args.in_cluster {
+        return in_cluster(global, args.keep);
+    }
     if !rustix::process::geteuid().is_root() {
         return Err(Failure::refused("the demo needs root", "Run it with sudo.").into());
     }
     let path = path_with_kubectl()?;
+    let in_lab = move |kubeconfig| Destination {
+        path,
+        kubeconfig: Some(kubeconfig),
+        context: None,
+        namespace: None,
+    };
     let lab = Lab::find()?;
     if args.use_running {
         let kubeconfig = lab.kubeconfig()?.ok_or_else(|| {
             Failure::unreachable("no lab is running", "Start one with:  palisade lab up")
         })?;
-        return tell(&walk(path, &kubeconfig)?);
+        return tell(&walk(Script::new(in_lab(kubeconfig)))?);
     }
     if lab.kubeconfig()?.is_some() {
         return Err(Failure::refused(
@@ -76,7 +84,8 @@ pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
     let before = Machine::look();
     lab.up(args.nodes, args.routing)?;
     let kubeconfig = lab.kubeconfig()?.context("the lab went away")?;
-    let walked = until_interrupted(move || walk(path, &kubeconfig));
+    let script = Script::new(in_lab(kubeconfig));
+    let walked = until_interrupted(move || walk(script));
     if args.keep {
         note!("\nThe lab stays up. End it with:  palisade lab down");
         return tell(&walked?);
@@ -90,6 +99,42 @@ pub(crate) fn run(args: &StarwarsArgs) -> Result<Exit> {
     script
         .verdict(differences.is_empty(), "links, routes, rules, firewall, mounts, cgroups, bpffs");
     tell(&script)
+}
+
+/// Runs the steps in a namespace of their own, and takes that away.
+fn in_cluster(global: &Global, keep: bool) -> Result<Exit> {
+    let cluster = Destination {
+        path: path_with_kubectl()?,
+        kubeconfig: cluster::chosen(global.kubeconfig.as_deref()),
+        context: global.context.clone(),
+        namespace: Some(NAMESPACE),
+    };
+    let outside = Script::new(Destination { namespace: None, ..cluster.clone() });
+    outside.json(&["version"])?;
+    if outside.succeeds(&["get", "namespace", NAMESPACE])? {
+        return Err(Failure::refused(
+            format!("there is a namespace {NAMESPACE} already"),
+            format!("If nobody needs it:  kubectl delete namespace {NAMESPACE}"),
+        )
+        .into());
+    }
+    let mut script = Script::new(cluster);
+    script.title("A namespace of their own");
+    script.check(&["create", "namespace", NAMESPACE], Expect::Answer(&["created"]))?;
+    if script.failed > 0 {
+        return tell(&script);
+    }
+    let walked = until_interrupted(move || walk(script));
+    if !keep {
+        let mut outside = outside;
+        outside.title("The namespace goes, and all that is in it");
+        outside.check(&["delete", "namespace", NAMESPACE], Expect::Answer(&["deleted"]))?;
+        let mut script = walked?;
+        script.passed += outside.passed;
+        script.failed += outside.failed;
+        return tell(&script);
+    }
+    tell(&walked?)
 }
 
 fn tell(script: &Script) -> Result<Exit> {
@@ -133,8 +178,7 @@ fn path_with_kubectl() -> Result<OsString> {
     .into())
 }
 
-fn walk(path: OsString, kubeconfig: &Path) -> Result<Script> {
-    let mut script = Script::new(path, kubeconfig);
+fn walk(mut script: Script) -> Result<Script> {
     deploy(&mut script)?;
     without_policy(&mut script)?;
     with_network_policy(&mut script)?;
@@ -147,10 +191,10 @@ fn deploy(script: &mut Script) -> Result<()> {
     script.title("Two death stars behind a Service, an imperial ship, a rebel ship");
     script.apply(APP.0, APP.1)?;
     let ready = Expect::Answer(&["successfully rolled out"]);
-    script.check(&["rollout", "status", "deployment/deathstar", "--timeout=60s"], ready)?;
+    script.check(&["rollout", "status", "deployment/deathstar", "--timeout=180s"], ready)?;
     let met = Expect::Answer(&["tiefighter condition met", "xwing condition met"]);
     let pods = ["pod/tiefighter", "pod/xwing"];
-    let ready = ["wait", "--for=condition=Ready", pods[0], pods[1], "--timeout=60s"];
+    let ready = ["wait", "--for=condition=Ready", pods[0], pods[1], "--timeout=180s"];
     script.check(&ready, met)?;
     script.check(&["get", "pods", "-o", "wide"], Expect::Answer(&["tiefighter", "xwing"]))?;
     script.check(&["get", "svc"], Expect::Answer(&["deathstar"]))
@@ -158,9 +202,9 @@ fn deploy(script: &mut Script) -> Result<()> {
 
 fn without_policy(script: &mut Script) -> Result<()> {
     script.title("Step 1: without a policy the tiefighter may land");
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    land(script, "tiefighter")?;
     script.title("Step 2: and so may the xwing");
-    script.check(&["exec", "xwing", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    land(script, "xwing")?;
     sweep(script, LANDING, LANDED, LANDED)
 }
 
@@ -168,18 +212,19 @@ fn with_network_policy(script: &mut Script) -> Result<()> {
     script.title("Step 3: a NetworkPolicy admits the empire's ships");
     script.apply(NATIVE.0, NATIVE.1)?;
     script.check(&["get", "netpol"], Expect::Answer(&["policy"]))?;
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
+    land(script, "tiefighter")?;
     script.title("Step 4: and no others");
-    script.check(&rebel(), Expect::NoAnswer)?;
+    rebel(script)?;
     sweep(script, LANDING, LANDED, Expect::NoAnswer)?;
 
     script.title("Step 5: L4 does not see what an imperial ship asks for");
     let before = restarts(script)?;
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", EXHAUST], PANIC)?;
+    let exhaust = format!("{}/v1/exhaust-port", service(script));
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", &exhaust], PANIC)?;
     let restarted = eventually(RESTART, || Ok(restarts(script)? > before))?;
     script.verdict(restarted, "the death star died, and its container was started again");
     let ready = Expect::Answer(&["condition met"]);
-    let pods = ["wait", "--for=condition=Ready", "pod", "-l", "class=deathstar", "--timeout=60s"];
+    let pods = ["wait", "--for=condition=Ready", "pod", "-l", "class=deathstar", "--timeout=180s"];
     script.check(&pods, ready)
 }
 
@@ -189,8 +234,8 @@ fn with_cilium_policy(script: &mut Script) -> Result<()> {
     script.apply(L4.0, L4.1)?;
     script.check(&["get", "cnp"], Expect::Answer(&["rule1"]))?;
     script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["Valid"]))?;
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
-    script.check(&rebel(), Expect::NoAnswer)?;
+    land(script, "tiefighter")?;
+    rebel(script)?;
     sweep(script, LANDING, LANDED, Expect::NoAnswer)
 }
 
@@ -199,18 +244,26 @@ fn with_http_policy(script: &mut Script) -> Result<()> {
     script.apply(L7.0, L7.1)?;
     script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["request-landing", "Valid"]))?;
     let before = restarts(script)?;
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", EXHAUST], FORBIDDEN)?;
+    let exhaust = format!("{}/v1/exhaust-port", service(script));
+    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPUT", &exhaust], FORBIDDEN)?;
     sweep(script, SABOTAGE, FORBIDDEN, Expect::NoAnswer)?;
     script.verdict(restarts(script)? == before, "the death star lives on");
 
     script.title("Step 8: they still land, and rebels still do not");
-    script.check(&["exec", "tiefighter", "--", "curl", "-s", "-XPOST", LAND], LANDED)?;
-    script.check(&rebel(), Expect::NoAnswer)?;
+    land(script, "tiefighter")?;
+    rebel(script)?;
     sweep(script, LANDING, LANDED, Expect::NoAnswer)
 }
 
-fn rebel() -> [&'static str; 9] {
-    ["exec", "xwing", "--", "curl", "-s", "--connect-timeout", "2", "-XPOST", LAND]
+fn land(script: &mut Script, ship: &str) -> Result<()> {
+    let url = format!("{}/v1/request-landing", service(script));
+    script.check(&["exec", ship, "--", "curl", "-s", "-XPOST", &url], LANDED)
+}
+
+fn rebel(script: &mut Script) -> Result<()> {
+    let url = format!("{}/v1/request-landing", service(script));
+    let curl = ["curl", "-s", "--connect-timeout", "2", "-XPOST", &url];
+    script.check(&[&["exec", "xwing", "--"], &curl[..]].concat(), Expect::NoAnswer)
 }
 
 /// How often the death stars' containers were started again, all together.
@@ -258,20 +311,21 @@ fn curl(family: &str, host: &str, (method, path): Request) -> Vec<String> {
 /// Where to land: for people, the family's flag of `curl`, and the host of the URL.
 fn targets(script: &Script) -> Result<Vec<(String, &'static str, String)>> {
     let pods = script.json(&["get", "pods", "-l", "class=deathstar"])?;
-    let service = script.json(&["get", "service", "deathstar"])?;
+    let cluster_ips = script.json(&["get", "service", "deathstar"])?;
     let pods = items(&pods).flat_map(|pod| {
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         let addresses = array(&pod["status"]["podIPs"]).filter_map(|ip| ip["ip"].as_str());
         addresses.map(move |ip| (format!("{name} {ip}"), ip))
     });
-    let cluster_ips = array(&service["spec"]["clusterIPs"]).filter_map(Value::as_str);
+    let cluster_ips = array(&cluster_ips["spec"]["clusterIPs"]).filter_map(Value::as_str);
     let cluster_ips = cluster_ips.map(|ip| (format!("ClusterIP {ip}"), ip));
     let addresses = pods.chain(cluster_ips).map(|(to, ip)| match ip.contains(':') {
         true => (to, "-6", format!("[{ip}]")),
         false => (to, "-4", ip.to_owned()),
     });
+    let name = service(script);
     let names = [("-4", "IPv4"), ("-6", "IPv6")]
-        .map(|(flag, family)| (format!("{SERVICE} {family}"), flag, SERVICE.to_owned()));
+        .map(|(flag, family)| (format!("{name} {family}"), flag, name.clone()));
     Ok(addresses.chain(names).collect())
 }
 

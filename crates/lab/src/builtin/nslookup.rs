@@ -16,21 +16,33 @@ struct Resolver {
     server: IpAddr,
     search: Vec<String>,
     ndots: usize,
+    timeout: Duration,
+    attempts: usize,
 }
 
 pub(super) fn run(arguments: &[String]) -> anyhow::Result<ExitCode> {
     let (options, names): (Vec<_>, Vec<_>) =
         arguments.iter().partition(|argument| argument.starts_with('-'));
     let Some(name) = names.first() else {
-        bail!("usage: nslookup [-type=A|AAAA|SRV|PTR|TXT|CNAME|SOA] NAME [SERVER]")
+        bail!(
+            "usage: nslookup [-type=A|AAAA|SRV|PTR|TXT|CNAME|SOA] [-timeout=SECONDS] [-retry=COUNT] NAME [SERVER]"
+        )
     };
     let mut resolver = Resolver::read(&std::fs::read_to_string("/etc/resolv.conf")?)?;
     if let Some(server) = names.get(1) {
         resolver.server =
             server.parse().with_context(|| format!("{server:?} is not the address of a server"))?;
     }
-    let kinds = match options.iter().find_map(|option| option.split_once('=')) {
-        Some((_, kind)) => vec![kind_number(kind)?],
+    let value =
+        |name| options.iter().find_map(|option| option.trim_start_matches('-').strip_prefix(name));
+    if let Some(seconds) = value("timeout=") {
+        resolver.timeout = Duration::from_secs(seconds.parse().context("-timeout")?);
+    }
+    if let Some(attempts) = value("retry=") {
+        resolver.attempts = attempts.parse().context("-retry")?;
+    }
+    let kinds = match ["type=", "querytype=", "q="].into_iter().find_map(value) {
+        Some(kind) => vec![kind_number(kind)?],
         None if name.parse::<IpAddr>().is_ok() => vec![number::PTR],
         None => vec![number::A, number::AAAA],
     };
@@ -86,7 +98,13 @@ fn code_name(code: u8) -> String {
 
 impl Resolver {
     fn read(configuration: &str) -> anyhow::Result<Self> {
-        let mut resolver = Self { server: [127, 0, 0, 1].into(), search: Vec::new(), ndots: 1 };
+        let mut resolver = Self {
+            server: [127, 0, 0, 1].into(),
+            search: Vec::new(),
+            ndots: 1,
+            timeout: TIMEOUT,
+            attempts: ATTEMPTS,
+        };
         let mut server = None;
         for line in configuration.lines() {
             let mut words = line.split_whitespace();
@@ -143,9 +161,9 @@ impl Resolver {
         let local = if self.server.is_ipv4() { "0.0.0.0:0" } else { "[::]:0" };
         let socket = UdpSocket::bind(local)?;
         socket.connect(SocketAddr::new(self.server, 53))?;
-        socket.set_read_timeout(Some(TIMEOUT))?;
+        socket.set_read_timeout(Some(self.timeout))?;
         let mut buffer = [0; 4096];
-        for _ in 0..ATTEMPTS {
+        for _ in 0..self.attempts {
             socket.send(&query.message())?;
             if let Ok(length) = socket.recv(&mut buffer)
                 && let Some(answer) = query.read_answer(&buffer[..length])

@@ -8,36 +8,89 @@ use std::{
 
 use serde_json::Value;
 
-use crate::harness::Lab;
+use crate::{
+    harness::{Lab, Outside},
+    traffic::serve_echo,
+};
+
+fn program() -> PathBuf {
+    Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade")
+}
 
 pub(crate) fn palisade(lab: &Lab, args: &[&str]) -> (i32, String) {
     palisade_in(Path::new("."), lab, args)
 }
 
 fn palisade_in(directory: &Path, lab: &Lab, args: &[&str]) -> (i32, String) {
-    let program = Path::new(env!("CARGO_BIN_EXE_palisade-lab")).with_file_name("palisade");
-    let mut command = Command::new(program);
+    let mut command = Command::new(program());
     command.args(args).current_dir(directory).env("KUBECONFIG", lab.kubeconfig());
     let Output { status, stdout, stderr } = command.output().unwrap();
     (status.code().unwrap(), String::from_utf8([stdout, stderr].concat()).unwrap())
 }
 
+/// Somebody outside the cluster, for the cluster's DNS.
+const OUTSIDE: &str = "
+apiVersion: v1
+kind: Service
+metadata: {name: outside}
+spec:
+  clusterIP: None
+  ipFamilyPolicy: PreferDualStack
+  ports: [{port: 80}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: outside-v4, labels: {kubernetes.io/service-name: outside}}
+addressType: IPv4
+ports: [{port: 80}]
+endpoints: [{addresses: [172.31.255.200]}]
+---
+apiVersion: discovery.k8s.io/v1
+kind: EndpointSlice
+metadata: {name: outside-v6, labels: {kubernetes.io/service-name: outside}}
+addressType: IPv6
+ports: [{port: 80}]
+endpoints: [{addresses: ['fd31::200']}]
+";
+
 fn scratch(name: &str) -> PathBuf {
     std::env::temp_dir().join(format!("palisade-{name}-{}", std::process::id()))
 }
 
+/// What `make test-cluster` runs: the lab is a cluster that a kubeconfig leads to.
 #[test]
-fn connectivity_is_as_policies_say_and_a_policy_too_many_is_noticed() {
+fn the_tests_of_a_cluster_pass_on_a_lab() {
     let lab = Lab::up(2);
+    let outside = Outside::new(&lab);
+    serve_echo(&outside.pod);
+    lab.apply(OUTSIDE);
     let results = scratch("results");
-    let junit = results.to_str().unwrap();
-    let (code, text) = palisade(&lab, &["connectivity", "test", "--junit-file", junit]);
-    assert_eq!(code, 0, "{text}");
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../..");
+    let path = std::env::var_os("PATH").unwrap_or_default();
+    let path = std::iter::once(root.join(".tools/bin")).chain(std::env::split_paths(&path));
+    let mut tests = Command::new(root.join("scripts/test-cluster.sh"));
+    tests
+        .args(["--external-target", "outside.default.svc.cluster.local", "--external-port", "80"])
+        .args(["--external-ip", "172.31.255.200,fd31::200", "--junit-file"])
+        .arg(&results)
+        .env("PATH", std::env::join_paths(path).unwrap())
+        .env("PALISADE", program())
+        .env("KUBECONFIG", lab.kubeconfig());
+    let Output { status, stdout, stderr } = tests.output().unwrap();
+    let text = String::from_utf8([stdout, stderr].concat()).unwrap();
+    assert!(status.success(), "{text}");
+    assert!(text.contains("skipped: nobody bound the role"), "{text}");
     let xml = fs::read_to_string(&results).unwrap();
-    assert!(xml.contains("failures=\"0\""), "{xml}");
+    assert!(xml.contains("failures=\"0\" skipped=\"0\""), "{xml}\n{text}");
     fs::remove_file(&results).unwrap();
-    assert!(lab.try_kubectl(&["get", "namespace", "palisade-test-1"]).is_none());
+    for namespace in ["palisade-test-1", "palisade-starwars"] {
+        assert!(lab.try_kubectl(&["get", "namespace", namespace]).is_none(), "{text}");
+    }
+}
 
+#[test]
+fn a_policy_too_many_is_noticed() {
+    let lab = Lab::up(2);
     // Somebody's policy closes what the tests take for open.
     lab.apply_cilium_policy(
         "",
@@ -68,6 +121,12 @@ fn connectivity_is_as_policies_say_and_a_policy_too_many_is_noticed() {
     fs::remove_dir_all(dumps).unwrap();
     let (code, text) = palisade(&lab, &["connectivity", "test", "--test", "nothing"]);
     assert_eq!(code, 4, "{text}");
+    // Without somebody outside nobody is asked there, and it is said.
+    let world = ["connectivity", "test", "--test", "^to-(cidr-external|fqdns)$"];
+    let (code, text) = palisade(&lab, &world);
+    assert_eq!(code, 0, "{text}");
+    assert!(text.contains("to-cidr-external: no address outside the cluster is given"), "{text}");
+    assert!(text.contains("to-fqdns: no name outside the cluster is given"), "{text}");
 
     // A dump holds what one looks for, and no secret.
     lab.kubectl(&["create", "secret", "generic", "mine", "--from-literal=key=do-not-tell"]);

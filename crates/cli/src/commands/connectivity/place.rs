@@ -3,7 +3,8 @@
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result};
-use k8s_openapi::api::core::v1::{Namespace, Node, Pod, Service};
+use clap::Args;
+use k8s_openapi::api::core::v1::{self, Namespace, Pod, Service};
 use kube::{
     Api, Client, ResourceExt,
     api::{DeleteParams, DynamicObject, ListParams},
@@ -14,14 +15,33 @@ use kube::{
 };
 use serde_json::{Value, json};
 
-use super::probe::{From, Kind, Probe, To};
+use super::{
+    probe::{From, HTTP, Name, Node, OTHER, Probe, To, UDP, What},
+    suite::Kind,
+};
 use crate::{cluster, commands::install::apply};
 
 /// Pods must run after so long; images may have to be pulled.
 const START: Duration = Duration::from_secs(180);
 /// A policy must be judged after so long.
 const JUDGED: Duration = Duration::from_secs(15);
-const SERVERS: [&str; 2] = ["echo-same-node", "echo-other-node"];
+/// Servers on a node's own network have two ports each from here on, other ones in each place.
+const NODE_PORTS: u16 = 18080;
+
+/// Whom to ask outside the cluster.
+#[derive(Clone, Debug, Default, Args)]
+pub(super) struct Outside {
+    /// Name of somebody outside the cluster who accepts TCP connections; without one, nobody is
+    /// asked for by name there.
+    #[arg(long = "external-target", value_name = "NAME")]
+    name: Option<String>,
+    /// Addresses outside the cluster that accept TCP connections; without them, none is asked.
+    #[arg(long = "external-ip", value_name = "ADDRESS", value_delimiter = ',')]
+    addresses: Vec<IpAddr>,
+    /// Port of these.
+    #[arg(long = "external-port", value_name = "PORT", default_value_t = 443)]
+    port: u16,
+}
 
 /// The namespace and what is in it.
 #[derive(Clone)]
@@ -30,55 +50,134 @@ pub(super) struct Place(Arc<Inner>);
 struct Inner {
     client: Client,
     namespace: String,
-    targets: Vec<To>,
+    /// Of the servers on nodes' own networks.
+    node_port: u16,
+    outside: Outside,
+    /// Servers and their Service.
+    cluster: Vec<To>,
+    /// Nodes, by their addresses.
+    nodes: Vec<To>,
+}
+
+/// What a place is made from.
+#[derive(Clone)]
+pub(super) struct Plan {
+    /// Beginning of the namespace's name.
+    pub(super) name: String,
+    pub(super) image: String,
+    pub(super) outside: Outside,
 }
 
 impl Place {
-    /// Starts clients and servers and waits until they run.
-    pub(super) async fn start(client: Client, namespace: String, image: &str) -> Result<Self> {
-        let nodes = nodes(&client).await?;
-        let first = nodes.first().context("the cluster has no node that pods can be put on")?;
-        let second = nodes.get(1).unwrap_or(first);
-        for object in objects(&namespace, image, first, second) {
+    /// Starts clients and servers and waits until they run. Places have different numbers.
+    pub(super) async fn start(client: Client, plan: Plan, number: u16) -> Result<Self> {
+        let namespace = format!("{}-{number}", plan.name);
+        let node_port = NODE_PORTS + 2 * number;
+        let names = nodes(&client).await?;
+        let first = names.first().context("the cluster has no node that pods can be put on")?;
+        let second = names.get(1);
+        for object in objects(&namespace, &plan.image, node_port, first, second) {
             apply::quietly(&client, &object).await?;
         }
-        let pods: Api<Pod> = Api::namespaced(client.clone(), &namespace);
-        let mut targets = Vec::new();
-        for name in ["client1", "client2"].into_iter().chain(SERVERS) {
-            let running = await_condition(pods.clone(), name, is_ready);
-            let pod = tokio::time::timeout(START, running)
-                .await
-                .with_context(|| format!("pod {namespace}/{name} is not ready in time"))??;
-            let addresses = pod.iter().flat_map(|it| &it.status).flat_map(|it| it.pod_ips.iter());
-            let addresses = addresses.flatten().filter_map(|it| it.ip.parse().ok());
-            if let Some(name) = SERVERS.into_iter().find(|server| *server == name) {
-                targets.extend(addresses.map(|address| To::Pod(name, address)));
+        let mut place = Inner {
+            client,
+            namespace,
+            node_port,
+            outside: plan.outside,
+            cluster: Vec::new(),
+            nodes: Vec::new(),
+        };
+        for client in [From::Client1, From::Client2] {
+            place.ready(client.pod()).await?;
+        }
+        for node in [Node::Own, Node::Other] {
+            let addresses = place.ready(node.server()).await?;
+            place.cluster.extend(addresses.into_iter().map(|it| To::Pod(node, it)));
+            // Where there is no other node, its server is on the only one.
+            if node == Node::Own || second.is_some() {
+                let addresses = place.ready(node.pod()).await?;
+                place.nodes.extend(addresses.into_iter().map(|it| To::Node(node, it)));
             }
         }
-        let service: Api<Service> = Api::namespaced(client.clone(), &namespace);
+        let service: Api<Service> = Api::namespaced(place.client.clone(), &place.namespace);
         let service = service.get("echo").await?;
         let addresses = service.spec.and_then(|spec| spec.cluster_ips).unwrap_or_default();
         let addresses = addresses.iter().filter_map(|address| address.parse::<IpAddr>().ok());
-        targets.extend(addresses.map(To::Service));
-        targets.push(To::Name);
-        Ok(Self(Arc::new(Inner { client, namespace, targets })))
+        place.cluster.extend(addresses.map(To::Service));
+        place.cluster.push(To::Name(Name::Echo));
+        Ok(Self(Arc::new(place)))
     }
 
     pub(super) fn namespace(&self) -> &str {
         &self.0.namespace
     }
 
-    /// Every question of a kind.
-    pub(super) fn probes(&self, kind: Kind) -> Vec<Probe> {
+    /// What a name is. The dot at the end keeps resolvers from asking for longer names first.
+    pub(super) fn name(&self, name: Name) -> String {
+        match name {
+            Name::Echo => format!("echo.{}.svc.cluster.local.", self.namespace()),
+            Name::Kubernetes => "kubernetes.default.svc.cluster.local.".to_owned(),
+            Name::Outside => format!("{}.", self.0.outside.plain_name().unwrap_or_default()),
+        }
+    }
+
+    /// Every question of these kinds.
+    pub(super) fn probes(&self, kinds: &[Kind]) -> Vec<Probe> {
+        kinds.iter().flat_map(|kind| self.questions(*kind)).collect()
+    }
+
+    fn questions(&self, kind: Kind) -> Vec<Probe> {
+        let Inner { cluster, nodes, node_port, outside, .. } = &*self.0;
+        let clients = || vec![From::Client1, From::Client2];
+        let pods = || cluster.iter().copied().filter(|to| matches!(to, To::Pod(..)));
+        let named = |name| vec![To::Name(name)];
+        let (from, to, what) = match kind {
+            Kind::Connect => (clients(), cluster.clone(), vec![HTTP, OTHER, UDP]),
+            Kind::Http => {
+                (clients(), cluster.clone(), vec![What::Get("/hostname"), What::Get("/clientip")])
+            }
+            Kind::Ping => {
+                (clients(), pods().chain(nodes.iter().copied()).collect(), vec![What::Ping])
+            }
+            Kind::Lookup => {
+                let names = [Name::Echo, Name::Kubernetes].map(To::Name).to_vec();
+                (clients(), names, vec![What::Lookup])
+            }
+            Kind::Node => (clients(), nodes.clone(), vec![What::Tcp(*node_port)]),
+            Kind::FromNode => {
+                let hosts = self.hosts();
+                let on = |to: &To| {
+                    hosts.iter().any(
+                        |host| matches!((host, to), (From::Node(it), To::Pod(on, _)) if it == on),
+                    )
+                };
+                let to = pods().filter(on).collect();
+                (hosts, to, vec![HTTP, UDP])
+            }
+            Kind::World => {
+                let addresses = outside.addresses.iter().copied().map(To::Outside);
+                (clients(), addresses.collect(), vec![What::Tcp(outside.port)])
+            }
+            Kind::WorldByName => {
+                let to = outside.name.as_ref().map_or_else(Vec::new, |_| named(Name::Outside));
+                (clients(), to, vec![What::Tcp(outside.port)])
+            }
+        };
         let mut probes = Vec::new();
-        for from in [From::Client1, From::Client2] {
-            for to in &self.0.targets {
-                for &port in kind.ports() {
-                    probes.push(Probe { from, to: to.clone(), port });
-                }
+        for from in from {
+            for &to in &to {
+                probes.extend(what.iter().map(|&what| Probe { from, to, what }));
             }
         }
         probes
+    }
+
+    /// The nodes, as askers.
+    fn hosts(&self) -> Vec<From> {
+        let among = |node: &Node| {
+            self.0.nodes.iter().any(|to| matches!(to, To::Node(which, _) if which == node))
+        };
+        [Node::Own, Node::Other].into_iter().filter(among).map(From::Node).collect()
     }
 
     /// Applies policies; why one is refused, if one is.
@@ -116,7 +215,7 @@ impl Place {
     }
 
     fn policies(&self, policies: &str) -> Result<Vec<Value>> {
-        let text = policies.replace("NAMESPACE", self.namespace());
+        let text = self.0.outside.fill_in(policies).replace("NAMESPACE", self.namespace());
         let mut policies: Vec<Value> = serde_saphyr::from_multiple(&text)?;
         for policy in &mut policies {
             if policy["kind"] != "CiliumClusterwideNetworkPolicy" {
@@ -150,6 +249,39 @@ impl Place {
     }
 }
 
+impl Inner {
+    /// Waits until a pod is ready; its addresses.
+    async fn ready(&self, name: &str) -> Result<Vec<IpAddr>> {
+        let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
+        let pod = tokio::time::timeout(START, await_condition(pods, name, is_ready))
+            .await
+            .with_context(|| format!("pod {}/{name} is not ready in time", self.namespace))??;
+        let addresses = pod.iter().flat_map(|it| &it.status).flat_map(|it| it.pod_ips.iter());
+        Ok(addresses.flatten().filter_map(|it| it.ip.parse().ok()).collect())
+    }
+}
+
+impl Outside {
+    /// The name, without a dot at the end.
+    fn plain_name(&self) -> Option<&str> {
+        self.name.as_deref().map(|name| name.trim_end_matches('.'))
+    }
+
+    /// Puts what is outside into policies.
+    pub(super) fn fill_in(&self, policies: &str) -> String {
+        let cidrs = |v4: bool| {
+            let family = self.addresses.iter().filter(move |it| it.is_ipv4() == v4);
+            family.map(move |it| format!("\"{it}/{}\"", if v4 { 32 } else { 128 }))
+        };
+        let list = |cidrs: Vec<String>| format!("[{}]", cidrs.join(", "));
+        policies
+            .replace("WORLD-IPV4-CIDRS", &list(cidrs(true).collect()))
+            .replace("WORLD-IPV6-CIDRS", &list(cidrs(false).collect()))
+            .replace("WORLD-CIDRS", &list(cidrs(true).chain(cidrs(false)).collect()))
+            .replace("WORLD-NAME", self.plain_name().unwrap_or_default())
+    }
+}
+
 fn is_ready(pod: Option<&Pod>) -> bool {
     use kube::runtime::wait::Condition as _;
     let conditions = pod.iter().flat_map(|pod| &pod.status).flat_map(|it| it.conditions.iter());
@@ -172,8 +304,8 @@ fn valid(policy: &DynamicObject) -> Option<(bool, String)> {
 
 /// Nodes that take pods, by name.
 async fn nodes(client: &Client) -> Result<Vec<String>> {
-    let nodes = Api::<Node>::all(client.clone()).list(&ListParams::default()).await?;
-    let takes_pods = |node: &Node| {
+    let nodes = Api::<v1::Node>::all(client.clone()).list(&ListParams::default()).await?;
+    let takes_pods = |node: &v1::Node| {
         let spec = node.spec.as_ref();
         let taints = spec.and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
         spec.is_none_or(|spec| spec.unschedulable != Some(true))
@@ -185,7 +317,13 @@ async fn nodes(client: &Client) -> Result<Vec<String>> {
     Ok(names)
 }
 
-fn objects(namespace: &str, image: &str, first: &str, second: &str) -> Vec<Value> {
+fn objects(
+    namespace: &str,
+    image: &str,
+    node_port: u16,
+    first: &str,
+    second: Option<&String>,
+) -> Vec<Value> {
     let pod = |name: &str, node: &str, labels: Value, account: &str, containers: Value| {
         json!({
             "apiVersion": "v1",
@@ -206,23 +344,27 @@ fn objects(namespace: &str, image: &str, first: &str, second: &str) -> Vec<Value
         })
     };
     let client = json!([{ "name": "client", "image": image, "args": ["pause"] }]);
-    let servers = json!([
-        {
-            "name": "http",
-            "image": image,
-            "args": ["netexec", "--http-port=8080", "--udp-port=8081"],
-            "ports": [
-                { "name": "http", "containerPort": 8080, "protocol": "TCP" },
-                { "name": "udp", "containerPort": 8081, "protocol": "UDP" },
-            ],
-        },
-        {
-            "name": "other",
-            "image": image,
-            "args": ["netexec", "--http-port=8082", "--udp-port=8083"],
-            "ports": [{ "name": "other", "containerPort": 8082, "protocol": "TCP" }],
-        },
+    let server = |name: &str, port: u16| {
+        let (http, udp) = (format!("--http-port={port}"), format!("--udp-port={}", port + 1));
+        json!({ "name": name, "image": image, "args": ["netexec", http, udp] })
+    };
+    let mut servers = [server("http", 8080), server("other", 8082)];
+    servers[0]["ports"] = json!([
+        { "name": "http", "containerPort": 8080, "protocol": "TCP" },
+        { "name": "udp", "containerPort": 8081, "protocol": "UDP" },
     ]);
+    servers[1]["ports"] = json!([{ "name": "other", "containerPort": 8082, "protocol": "TCP" }]);
+    let host = |which: Node, node: &str| {
+        let mut server = server("http", node_port);
+        // So that whoever has the port already is named.
+        server["ports"] = json!([
+            { "containerPort": node_port, "protocol": "TCP" },
+            { "containerPort": node_port + 1, "protocol": "UDP" },
+        ]);
+        let mut pod = pod(which.pod(), node, json!({}), "default", json!([server]));
+        pod["spec"]["hostNetwork"] = true.into();
+        pod
+    };
     let account = |name: &str| {
         json!({
             "apiVersion": "v1",
@@ -230,8 +372,17 @@ fn objects(namespace: &str, image: &str, first: &str, second: &str) -> Vec<Value
             "metadata": { "name": name, "namespace": namespace },
         })
     };
-    vec![
-        json!({ "apiVersion": "v1", "kind": "Namespace", "metadata": { "name": namespace } }),
+    let echo = || json!({ "kind": "echo" });
+    let mut objects = vec![
+        json!({
+            "apiVersion": "v1",
+            "kind": "Namespace",
+            "metadata": {
+                "name": namespace,
+                // For the pods on the nodes' network.
+                "labels": { "pod-security.kubernetes.io/enforce": "privileged" },
+            },
+        }),
         account("client1"),
         account("client2"),
         json!({
@@ -240,7 +391,7 @@ fn objects(namespace: &str, image: &str, first: &str, second: &str) -> Vec<Value
             "metadata": { "name": "echo", "namespace": namespace },
             "spec": {
                 "ipFamilyPolicy": "PreferDualStack",
-                "selector": { "kind": "echo" },
+                "selector": echo(),
                 "ports": [
                     { "name": "http", "port": 8080, "protocol": "TCP" },
                     { "name": "udp", "port": 8081, "protocol": "UDP" },
@@ -250,7 +401,16 @@ fn objects(namespace: &str, image: &str, first: &str, second: &str) -> Vec<Value
         }),
         pod("client1", first, json!({ "kind": "client" }), "client1", client.clone()),
         pod("client2", first, json!({ "kind": "client", "other": "client" }), "client2", client),
-        pod(SERVERS[0], first, json!({ "kind": "echo" }), "default", servers.clone()),
-        pod(SERVERS[1], second, json!({ "kind": "echo" }), "default", servers),
-    ]
+        pod(Node::Own.server(), first, echo(), "default", json!(servers)),
+        pod(
+            Node::Other.server(),
+            second.map_or(first, String::as_str),
+            echo(),
+            "default",
+            json!(servers),
+        ),
+        host(Node::Own, first),
+    ];
+    objects.extend(second.map(|second| host(Node::Other, second)));
+    objects
 }

@@ -5,7 +5,10 @@ use std::{fmt::Write, time::Duration};
 use anyhow::Result;
 use serde_json::{Value, json};
 
-use super::{Judgement, probe::Answer};
+use super::{
+    Judgement,
+    probe::{Answer, Finding, Outcome},
+};
 use crate::output;
 
 /// What one test came to.
@@ -24,17 +27,20 @@ struct Tally {
     leaked: usize,
     /// Did not get through, and must.
     lost: usize,
+    /// Could not be asked, or was denied in another way than it must be.
+    errors: usize,
 }
 
 impl Tally {
     fn of(answers: &[Answer]) -> Self {
         let mut tally = Self::default();
         for answer in answers {
-            *match (answer.must, answer.reached()) {
-                (true, true) => &mut tally.allowed,
-                (false, false) => &mut tally.denied,
-                (false, true) => &mut tally.leaked,
-                (true, false) => &mut tally.lost,
+            *match answer.finding() {
+                Finding::Allowed => &mut tally.allowed,
+                Finding::Denied => &mut tally.denied,
+                Finding::Leaked => &mut tally.leaked,
+                Finding::Lost => &mut tally.lost,
+                Finding::Error => &mut tally.errors,
             } += 1;
         }
         tally
@@ -97,20 +103,21 @@ pub(super) fn text(verdicts: &[Verdict]) -> String {
         }
     }
     let rows = verdicts.iter().map(|verdict| {
-        let Tally { allowed, denied, leaked, lost } = Tally::of(verdict.answers());
-        let counts = [allowed, denied, leaked, lost].map(|count| match verdict.answers() {
+        let Tally { allowed, denied, leaked, lost, errors } = Tally::of(verdict.answers());
+        let counts = [allowed, denied, leaked, lost, errors].map(|count| match verdict.answers() {
             [] => "-".to_owned(),
             _ => count.to_string(),
         });
         [verdict.name.to_owned(), verdict.result().0.to_owned()].into_iter().chain(counts)
     });
-    let titles = ["TEST", "RESULT", "ALLOWED", "DENIED", "LEAKED", "LOST"];
+    let titles = ["TEST", "RESULT", "ALLOWED", "DENIED", "LEAKED", "LOST", "ERRORS"];
     let _ = writeln!(text, "\n{}", output::render(&titles, rows));
     let count = |result| verdicts.iter().filter(|it| it.result().0 == result).count();
     let (passed, failed, skipped) = (count("passed"), count("failed"), count("skipped"));
     if failed > 0 {
         text.push_str(
-            "\nLEAKED: got through, and must not. LOST: did not get through, and must.\n",
+            "\nLEAKED: got through, and must not. LOST: did not get through, and must.\n\
+             ERROR: could not be asked, or was denied in another way than it must be.\n",
         );
     }
     let _ = writeln!(text, "\n{passed} passed, {failed} failed, {skipped} skipped");
@@ -121,7 +128,7 @@ pub(super) fn text(verdicts: &[Verdict]) -> String {
 fn pairs(answers: &[Answer]) -> String {
     let (mut titles, mut rows) = (Vec::new(), Vec::new());
     for Answer { probe, .. } in answers {
-        let (title, row) = (probe.port.to_string(), (probe.from, &probe.to));
+        let (title, row) = (probe.what.to_string(), (probe.from, probe.to));
         if !titles.contains(&title) {
             titles.push(title);
         }
@@ -131,14 +138,15 @@ fn pairs(answers: &[Answer]) -> String {
     }
     let mark = |row, title: &str| {
         let of = |it: &&Answer| {
-            (it.probe.from, &it.probe.to) == row && it.probe.port.to_string() == title
+            (it.probe.from, it.probe.to) == row && it.probe.what.to_string() == title
         };
         let Some(answer) = answers.iter().find(of) else { return String::new() };
-        match (answer.is_right(), answer.reached()) {
-            (true, true) => "+",
-            (true, false) => "-",
-            (false, true) => "LEAKED",
-            (false, false) => "LOST",
+        match answer.finding() {
+            Finding::Allowed => "+",
+            Finding::Denied => "-",
+            Finding::Leaked => "LEAKED",
+            Finding::Lost => "LOST",
+            Finding::Error => "ERROR",
         }
         .to_owned()
     };
@@ -154,14 +162,18 @@ fn pairs(answers: &[Answer]) -> String {
 pub(super) fn json(verdicts: &[Verdict]) -> Value {
     let results = verdicts.iter().map(|verdict| {
         let (result, why) = verdict.result();
-        let Tally { allowed, denied, leaked, lost } = Tally::of(verdict.answers());
+        let Tally { allowed, denied, leaked, lost, errors } = Tally::of(verdict.answers());
         let probes = verdict.answers().iter().map(|answer| {
             json!({
                 "from": answer.probe.from.pod(),
                 "to": answer.probe.to.to_string(),
-                "what": answer.probe.port.to_string(),
+                "what": answer.probe.what.to_string(),
                 "must": answer.must,
-                "got": answer.reached(),
+                "got": match answer.got {
+                    Outcome::Reached => Some(true),
+                    Outcome::Missed(_) => Some(false),
+                    Outcome::Unasked(_) => None,
+                },
             })
         });
         json!({
@@ -169,7 +181,7 @@ pub(super) fn json(verdicts: &[Verdict]) -> Value {
             "result": result,
             "seconds": verdict.took.as_secs_f64(),
             "messages": why,
-            "counts": { "allowed": allowed, "denied": denied, "leaked": leaked, "lost": lost },
+            "counts": { "allowed": allowed, "denied": denied, "leaked": leaked, "lost": lost, "errors": errors },
             "probes": probes.collect::<Vec<_>>(),
         })
     });
@@ -220,12 +232,13 @@ fn escape(text: &str) -> String {
 #[cfg(test)]
 mod tests {
     use super::{
-        super::probe::{From, Outcome, Port, Probe, To},
+        super::probe::{From, HTTP, Name, OTHER, Outcome, Probe, To, UDP, What},
         *,
     };
 
-    fn answer(from: From, port: Port, must: bool, got: Outcome) -> Answer {
-        Answer { probe: Probe { from, to: To::Name, port }, must, got, was_right: false }
+    fn answer(from: From, what: What, must: bool, got: Outcome) -> Answer {
+        let probe = Probe { from, to: To::Name(Name::Echo), what };
+        Answer { probe, must, refusal: None, got, was_right: false }
     }
 
     #[test]
@@ -233,14 +246,15 @@ mod tests {
         let took = Duration::from_millis(1500);
         let missed = || Outcome::Missed("<got> \"in\"\u{1}".into());
         let good = vec![
-            answer(From::Client1, Port::Http, true, Outcome::Reached),
-            answer(From::Client1, Port::Udp, false, missed()),
+            answer(From::Client1, HTTP, true, Outcome::Reached),
+            answer(From::Client1, UDP, false, missed()),
         ];
         let bad = vec![
-            answer(From::Client1, Port::Http, false, Outcome::Reached),
-            answer(From::Client1, Port::Udp, false, missed()),
-            answer(From::Client2, Port::Http, true, missed()),
-            answer(From::Client2, Port::Udp, true, Outcome::Reached),
+            answer(From::Client1, HTTP, false, Outcome::Reached),
+            answer(From::Client1, UDP, false, missed()),
+            answer(From::Client2, HTTP, true, missed()),
+            answer(From::Client2, UDP, true, Outcome::Reached),
+            answer(From::Client2, OTHER, false, Outcome::Unasked("away".into())),
         ];
         let verdicts = [
             Verdict::new("good", took, Ok(Judgement::Asked(good))),
@@ -252,23 +266,25 @@ mod tests {
             text(&verdicts),
             "
 bad:
-FROM      TO                       TCP 8080   UDP 8081
-client1   service echo (by name)   LEAKED     -
-client2   service echo (by name)   LOST       +
+FROM      TO                       TCP 8080   UDP 8081   TCP 8082
+client1   service echo (by name)   LEAKED     -          
+client2   service echo (by name)   LOST       +          ERROR
 
   client1 → service echo (by name), TCP 8080: got through, and must not
   client2 → service echo (by name), TCP 8080: did not get through (<got> \"in\"\u{1}), and must
+  client2 → service echo (by name), TCP 8082: could not be asked (away)
 
 broken:
   away
 
-TEST     RESULT    ALLOWED   DENIED   LEAKED   LOST
-good     passed    1         1        0        0
-bad      failed    1         1        1        1
-other    skipped   -         -        -        -
-broken   failed    -         -        -        -
+TEST     RESULT    ALLOWED   DENIED   LEAKED   LOST   ERRORS
+good     passed    1         1        0        0      0
+bad      failed    1         1        1        1      1
+other    skipped   -         -        -        -      -
+broken   failed    -         -        -        -      -
 
 LEAKED: got through, and must not. LOST: did not get through, and must.
+ERROR: could not be asked, or was denied in another way than it must be.
 
 1 passed, 2 failed, 1 skipped
 "
@@ -281,7 +297,10 @@ LEAKED: got through, and must not. LOST: did not get through, and must.
         );
         let told = &json(&verdicts)["tests"][1];
         assert_eq!(told["result"], "failed");
-        assert_eq!(told["counts"], json!({"allowed": 1, "denied": 1, "leaked": 1, "lost": 1}));
+        assert_eq!(
+            told["counts"],
+            json!({"allowed": 1, "denied": 1, "leaked": 1, "lost": 1, "errors": 1})
+        );
         assert_eq!(
             told["probes"][2],
             json!({
@@ -292,6 +311,7 @@ LEAKED: got through, and must not. LOST: did not get through, and must.
                 "got": false,
             })
         );
+        assert_eq!(told["probes"][4]["got"], Value::Null);
         assert!(verdicts[2].passed() && !verdicts[3].passed());
     }
 }
