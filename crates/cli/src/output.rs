@@ -9,7 +9,7 @@ use clap::ValueEnum;
 use comfy_table::{ContentArrangement, Table, presets};
 use serde::Serialize;
 
-use crate::exit::Exit;
+use crate::exit::{Exit, Failure};
 
 /// The `-o` flag.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
@@ -52,6 +52,18 @@ pub(crate) fn aside(text: fmt::Arguments<'_>) {
 /// Prints a line on standard error, if anybody reads there.
 pub(crate) fn warn(text: fmt::Arguments<'_>) {
     let _ = writeln!(io::stderr().lock(), "{text}");
+}
+
+/// For commands that tell people what they do, and have nothing to say to programs but their exit
+/// code.
+pub(crate) fn for_people_only(format: Format, advice: &str) -> anyhow::Result<()> {
+    match format {
+        Format::Table => Ok(()),
+        Format::Json => {
+            let message = "this command has no JSON to print; its exit code says how it went";
+            Err(Failure::refused(message, advice).into())
+        }
+    }
 }
 
 /// Writes `value` as indented JSON.

@@ -16,7 +16,7 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 9] = [
+    let cases: [(&[&str], i32, &str); 12] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
         (&["nosuch"], 2, "unrecognized subcommand"),
@@ -30,6 +30,9 @@ fn exit_codes_mean_what_the_help_says() {
             1,
             "cannot write /nonexistent/x",
         ),
+        (&["install", "-o", "json"], 1, "add --dry-run, which prints the objects"),
+        (&["uninstall", "-o", "json"], 1, "this command has no JSON to print"),
+        (&["demo", "starwars", "--in-cluster", "-o", "json"], 1, "no JSON to print"),
         (&["get", "pods"], 3, "/nonexistent/admin.sock"),
     ];
     for (arguments, code, says) in cases {

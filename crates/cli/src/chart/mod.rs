@@ -1,6 +1,8 @@
 //! The chart in `install/helm/palisade`, rendered without Helm to the very objects that `helm
 //! template` gives.
 
+#[cfg(test)]
+mod rights;
 mod schema;
 mod template;
 mod values;

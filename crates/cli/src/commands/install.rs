@@ -91,6 +91,8 @@ pub(crate) enum ConfigCommand {
     },
 }
 
+const WITHOUT_JSON: &str = "Leave -o json away, or add --dry-run, which prints the objects; then ask: palisade status -o json";
+
 /// For the first time.
 pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
     let chosen = chosen(args)?;
@@ -98,6 +100,7 @@ pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
     if args.dry_run {
         return dry_run(global, &chart);
     }
+    output::for_people_only(global.output, WITHOUT_JSON)?;
     cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         if Record::read(&client, &args.place.namespace).await?.is_some() {
@@ -122,6 +125,9 @@ pub(crate) fn upgrade(global: &Global, args: &InstallArgs) -> Result<Exit> {
 }
 
 fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
+    if !args.dry_run {
+        output::for_people_only(global.output, WITHOUT_JSON)?;
+    }
     cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let record = Record::require(&client, &args.place.namespace).await?;

@@ -2,7 +2,7 @@
 //! fault. No Secret is read, and values of environment variables are left out.
 
 use std::{
-    fs,
+    fmt, fs,
     path::{Path, PathBuf},
 };
 
@@ -24,7 +24,7 @@ use crate::{
     cluster,
     commands::observe,
     exit::Exit,
-    output::note,
+    output::{self, Format, note},
     progress::Progress,
 };
 
@@ -62,19 +62,36 @@ const LOG_BYTES: i64 = 8 << 20;
 const FLOWS: usize = 2000;
 
 pub(crate) fn run(global: &Global, args: SysdumpArgs) -> Result<Exit> {
-    note!("{}", collect(global, args.output_directory)?);
+    let collected = collect(global, args.output_directory)?;
+    match global.output {
+        Format::Json => output::json(&collected)?,
+        Format::Table => note!("{collected}"),
+    }
     Ok(Exit::Ok)
 }
 
-/// Writes everything that can be had; what cannot is in `errors.txt`. Says where all of it is.
-pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<String> {
+/// What was collected, where.
+#[derive(Serialize)]
+pub(crate) struct Collected {
+    directory: PathBuf,
+    errors: Vec<String>,
+}
+
+impl fmt::Display for Collected {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "Collected in {} ({} errors)", self.directory.display(), self.errors.len())
+    }
+}
+
+/// Writes everything that can be had; what cannot is in `errors.txt`.
+pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<Collected> {
     let directory = directory.unwrap_or_else(|| {
         let now = jiff::Zoned::now().strftime("%Y%m%d-%H%M%S");
         PathBuf::from(format!("palisade-sysdump-{now}"))
     });
     fs::create_dir_all(&directory).with_context(|| directory.display().to_string())?;
     let _progress = Progress::start("collecting");
-    let mut dump = Dump { directory, errors: Vec::new() };
+    let mut dump = Collected { directory, errors: Vec::new() };
     for agent in agents::discover(&global.socket) {
         let name = format!("agent-{}.json", agent.name.replace('/', "-"));
         dump.write(&name, agent_state(&agent));
@@ -89,15 +106,10 @@ pub(crate) fn collect(global: &Global, directory: Option<PathBuf>) -> Result<Str
     }
     let errors = dump.errors.join("\n");
     fs::write(dump.directory.join("errors.txt"), format!("{errors}\n"))?;
-    Ok(format!("Collected in {} ({} errors)", dump.directory.display(), dump.errors.len()))
+    Ok(dump)
 }
 
-struct Dump {
-    directory: PathBuf,
-    errors: Vec<String>,
-}
-
-impl Dump {
+impl Collected {
     fn write(&mut self, name: &str, content: Result<impl Serialize>) {
         let path = self.directory.join(name);
         let written =
@@ -227,7 +239,7 @@ pub(crate) fn dump(run_dir: &Path) -> Result<Exit> {
     let socket = run_dir.join(palisade_api::admin::SOCKET);
     let agents = agents::discover(&[socket]);
     let agent = agents.first().context("no socket")?;
-    crate::output::json(&agent_state(agent)?)?;
+    output::json(&agent_state(agent)?)?;
     Ok(Exit::Ok)
 }
 

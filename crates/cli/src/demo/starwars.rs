@@ -18,7 +18,7 @@ use crate::{
     cli::{Global, StarwarsArgs},
     cluster,
     exit::{Exit, Failure},
-    output::note,
+    output::{self, note},
 };
 
 const APP: (&str, &str) =
@@ -53,6 +53,7 @@ fn service(script: &Script) -> String {
 
 /// Brings a cluster up, runs the steps, takes it down and looks whether the machine is as before.
 pub(crate) fn run(global: &Global, args: &StarwarsArgs) -> Result<Exit> {
+    output::for_people_only(global.output, "Leave -o json away.")?;
     if args.in_cluster {
         return in_cluster(global, args.keep);
     }

@@ -6,7 +6,7 @@ use std::{
     process::{Command, Output},
 };
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use crate::{
     harness::{Lab, Outside},
@@ -131,9 +131,13 @@ fn a_policy_too_many_is_noticed() {
     // A dump holds what one looks for, and no secret.
     lab.kubectl(&["create", "secret", "generic", "mine", "--from-literal=key=do-not-tell"]);
     let directory = scratch("sysdump");
-    let (code, text) =
-        palisade(&lab, &["sysdump", "--output-directory", directory.to_str().unwrap()]);
+    let (code, text) = palisade(
+        &lab,
+        &["sysdump", "-o", "json", "--output-directory", directory.to_str().unwrap()],
+    );
     assert_eq!(code, 0, "{text}");
+    let told: Value = serde_json::from_str(&text).unwrap();
+    assert_eq!(told, json!({ "directory": directory, "errors": [] }));
     let read = |name: &str| fs::read_to_string(directory.join(name)).unwrap();
     assert_eq!(read("errors.txt").trim(), "");
     assert!(read("ciliumclusterwidenetworkpolicies.json").contains("stranger"));

@@ -31,7 +31,7 @@ use crate::{
     cli::{Global, duration},
     cluster,
     exit::{Exit, Failure},
-    output::note,
+    output::{self, note},
     progress::Progress,
 };
 
@@ -59,6 +59,7 @@ pub(crate) struct UninstallArgs {
 }
 
 pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
+    output::for_people_only(global.output, "Leave -o json away.")?;
     cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let record = Record::require(&client, &args.place.namespace).await?;
