@@ -9,6 +9,8 @@ use std::{
     thread,
 };
 
+use socket2::SockRef;
+
 use crate::world::{Namespace, SERVER4, SERVER6, WAIT};
 
 /// A question that came.
@@ -82,6 +84,8 @@ impl NameServer {
         namespace.run(move || {
             for address in [SERVER4, SERVER6] {
                 let udp = UdpSocket::bind((address, 53)).unwrap();
+                // It does not always run when it is asked a lot.
+                SockRef::from(&udp).set_recv_buffer_size(1 << 20).unwrap();
                 let (state, script) = (Arc::clone(&shared), Arc::clone(&script));
                 thread::spawn(move || serve_udp(udp, &state, &script));
             }
