@@ -72,7 +72,7 @@ impl Services {
         }
         let mut all = self.services.iter();
         let found = all.find(|it| {
-            namespace_of(&it.metadata.namespace) == namespace
+            namespace_of(it.metadata.namespace.as_ref()) == namespace
                 && it.metadata.name.as_deref() == Some(name)
         });
         match (named, found) {
@@ -110,7 +110,7 @@ impl Services {
         let backends = match (slices.is_empty(), &selector) {
             (false, _) => listed(objects, &slices, port, address)?,
             (true, Some(selector)) => {
-                let namespace = namespace_of(&service.metadata.namespace);
+                let namespace = namespace_of(service.metadata.namespace.as_ref());
                 let pods = objects.pods.iter().filter(|pod| {
                     let has = |(key, value)| pod.labels.get(key) == Some(value);
                     pod.namespace == namespace && selector.iter().all(has)
@@ -137,11 +137,11 @@ impl Services {
     }
 
     fn slices_of(&self, service: &Service) -> impl Iterator<Item = &EndpointSlice> {
-        let namespace = namespace_of(&service.metadata.namespace).to_owned();
+        let namespace = namespace_of(service.metadata.namespace.as_ref()).to_owned();
         let name = service.metadata.name.clone();
         self.slices.iter().filter(move |slice| {
             let labels = slice.metadata.labels.as_ref();
-            namespace_of(&slice.metadata.namespace) == namespace
+            namespace_of(slice.metadata.namespace.as_ref()) == namespace
                 && labels.and_then(|labels| labels.get(SERVICE_NAME)) == name.as_ref()
         })
     }
@@ -208,7 +208,7 @@ fn behind(objects: &Objects, endpoint: &Endpoint, address: IpAddr) -> Result<Nam
         pod.addresses.contains(&address)
             || named.is_some_and(|it| {
                 it.name.as_deref() == Some(&pod.name)
-                    && namespace_of(&it.namespace) == pod.namespace
+                    && namespace_of(it.namespace.as_ref()) == pod.namespace
                     && !pod.is_made
             })
     };
@@ -259,12 +259,12 @@ fn addresses(service: &Service) -> Vec<IpAddr> {
 
 pub(super) fn full_name(service: &Service) -> String {
     let name = service.metadata.name.as_deref().unwrap_or_default();
-    format!("{}/{name}", namespace_of(&service.metadata.namespace))
+    format!("{}/{name}", namespace_of(service.metadata.namespace.as_ref()))
 }
 
 /// The API server would put it there.
-fn namespace_of(namespace: &Option<String>) -> &str {
-    namespace.as_deref().unwrap_or("default")
+fn namespace_of(namespace: Option<&String>) -> &str {
+    namespace.map_or("default", String::as_str)
 }
 
 fn written(port: &ServicePort) -> String {
