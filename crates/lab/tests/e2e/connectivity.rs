@@ -96,6 +96,7 @@ fn a_policy_too_many_is_noticed() {
         "",
         "stranger",
         "spec:\n  endpointSelector: {matchLabels: {other: client}}\n  \
+         enableDefaultDeny: {egress: false}\n  \
          egressDeny: [{toEndpoints: [{matchLabels: {kind: echo}}]}]",
     );
     let only = "^(all-ingress-deny-knp|echo-ingress|cluster-entity)$";
