@@ -17,4 +17,7 @@ pub mod mark {
     pub const CLIENT_AGAIN: u32 = 0x0600;
     /// As [`CLIENT_AGAIN`], a server's.
     pub const SERVER_AGAIN: u32 = 0x0700;
+    /// Of sockets only: what they connect to is left as it is, be it a Service. A pod may set this
+    /// too; its packets are translated then, in place of its socket.
+    pub const PAST_SERVICES: u32 = 0x0800;
 }

@@ -3,27 +3,34 @@
 
 use std::{
     error::Error,
+    io,
+    net::SocketAddr,
     path::Path,
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering::Relaxed},
     },
+    task::{Context as Waker, Poll},
     time::Duration,
 };
 
 use anyhow::Context;
-use http::Request;
+use http::{Request, Uri};
 use hyper_timeout::TimeoutConnector;
 use hyper_util::{
-    client::legacy::{self, connect::HttpConnector},
-    rt::TokioExecutor,
+    client::legacy,
+    rt::{TokioExecutor, TokioIo},
 };
 use kube::{
     Client, Config,
     client::{Body, ConfigExt},
     config::{KubeConfigOptions, Kubeconfig},
 };
-use tower::{BoxError, ServiceBuilder, service_fn};
+use palisade_abi::mark;
+use socket2::{SockRef, TcpKeepalive};
+use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use tower::{BoxError, Service, ServiceBuilder, service_fn};
 
 /// Seconds after which a quiet watch is renewed: a server that hangs, though its machine answers,
 /// is noticed within this time.
@@ -66,17 +73,13 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
 /// As `Client::try_from` does it, which has no way to say something about the sockets. Who asks in vain
 /// asks again by himself, and is to hear of it first.
 fn connect(config: &Config, advice: String) -> kube::Result<Client> {
-    let mut tcp = HttpConnector::new();
-    // What is below TLS.
-    tcp.enforce_http(false);
-    tcp.set_keepalive(Some(PROBE));
-    tcp.set_keepalive_interval(Some(PROBE));
-    tcp.set_tcp_user_timeout(Some(DEAD));
-    let tls = config.rustls_https_connector_with_connector(tcp)?;
+    let ways = Arc::<Ways>::default();
+    let tls = config.rustls_https_connector_with_connector(Tcp(ways.clone()))?;
     let mut connector = TimeoutConnector::new(tls);
     connector.set_connect_timeout(Some(CONNECT));
     connector.set_read_timeout(Some(ANSWER));
     connector.set_reset_reader_on_write(true);
+    let connector = Turning { connector, ways };
     let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
     let address = config.cluster_url.to_string();
     let service = ServiceBuilder::new()
@@ -86,6 +89,107 @@ fn connect(config: &Config, advice: String) -> kube::Result<Client> {
         .map_err(move |error| unreachable(error, &address, &advice))
         .service(http);
     Ok(Client::new(service, config.default_namespace.clone()))
+}
+
+/// The way that connections take: to the Service of the API server as to any other, or past
+/// what the agent knows of Services. A server that ends takes its address from its Service, and one
+/// that begins elsewhere has another: whoever hears of the next address only through this Service
+/// would never hear of it. Where this process may not choose, both ways are the first.
+#[derive(Debug, Default)]
+struct Ways {
+    past_services: AtomicBool,
+}
+
+impl Ways {
+    fn past_services(&self) -> bool {
+        self.past_services.load(Relaxed)
+    }
+
+    /// A connection did not come about by a way: the next takes the other one, however many were
+    /// tried at once.
+    fn failed(&self, past_services: bool) {
+        // Somebody turned already.
+        let _ =
+            self.past_services.compare_exchange(past_services, !past_services, Relaxed, Relaxed);
+    }
+}
+
+/// Turns to the other way where no server answers, as one that speaks TLS, on this one.
+#[derive(Clone)]
+struct Turning<C> {
+    connector: C,
+    ways: Arc<Ways>,
+}
+
+impl<C: Service<Uri>> Service<Uri> for Turning<C>
+where
+    C::Future: Send + 'static,
+{
+    type Response = C::Response;
+    type Error = C::Error;
+    type Future = Pin<Box<dyn Future<Output = Result<C::Response, C::Error>> + Send>>;
+
+    fn poll_ready(&mut self, waker: &mut Waker<'_>) -> Poll<Result<(), C::Error>> {
+        self.connector.poll_ready(waker)
+    }
+
+    fn call(&mut self, server: Uri) -> Self::Future {
+        let (ways, way) = (Arc::clone(&self.ways), self.ways.past_services());
+        let connecting = self.connector.call(server);
+        Box::pin(async move {
+            let connected = connecting.await;
+            if connected.is_err() {
+                ways.failed(way);
+            }
+            connected
+        })
+    }
+}
+
+/// What is below TLS.
+#[derive(Clone, Debug)]
+struct Tcp(Arc<Ways>);
+
+impl Service<Uri> for Tcp {
+    type Response = TokioIo<TcpStream>;
+    type Error = io::Error;
+    type Future = Pin<Box<dyn Future<Output = io::Result<Self::Response>> + Send>>;
+
+    fn poll_ready(&mut self, _: &mut Waker<'_>) -> Poll<io::Result<()>> {
+        Poll::Ready(Ok(()))
+    }
+
+    fn call(&mut self, server: Uri) -> Self::Future {
+        let past_services = self.0.past_services();
+        Box::pin(async move { Ok(TokioIo::new(dial(&server, past_services).await?)) })
+    }
+}
+
+/// Tries every address of the server.
+async fn dial(server: &Uri, past_services: bool) -> io::Result<TcpStream> {
+    let host = server.host().unwrap_or_default().trim_matches(['[', ']']);
+    let default = if server.scheme_str() == Some("http") { 80 } else { 443 };
+    let mut failure = io::Error::new(io::ErrorKind::NotFound, "its name has no address");
+    for address in lookup_host((host, server.port_u16().unwrap_or(default))).await? {
+        match reach(address, past_services).await {
+            Ok(stream) => return Ok(stream),
+            Err(error) => failure = error,
+        }
+    }
+    Err(failure)
+}
+
+async fn reach(address: SocketAddr, past_services: bool) -> io::Result<TcpStream> {
+    let socket = if address.is_ipv4() { TcpSocket::new_v4() } else { TcpSocket::new_v6() }?;
+    let options = SockRef::from(&socket);
+    let keepalive = TcpKeepalive::new().with_time(PROBE).with_interval(PROBE);
+    options.set_tcp_keepalive(&keepalive)?;
+    options.set_tcp_user_timeout(Some(DEAD))?;
+    if past_services {
+        // It takes a capability that the operator has not; the agent beside it has.
+        let _ = options.set_mark(mark::PAST_SERVICES);
+    }
+    socket.connect(address).await
 }
 
 /// The same client, and a flag that is raised whenever the server begins a watch for it. Nothing else
@@ -165,6 +269,32 @@ mod tests {
     #[derive(Debug, thiserror::Error)]
     #[error("cannot connect")]
     struct Silent(#[source] io::Error);
+
+    #[tokio::test]
+    async fn the_other_way_is_taken_after_one_that_failed_and_kept_while_it_works() {
+        let ways = Arc::<Ways>::default();
+        let (works, taken) = (Arc::<AtomicBool>::default(), Arc::clone(&ways));
+        let server = works.clone();
+        let connector = service_fn(move |_: Uri| {
+            let (now, works) = (taken.past_services(), server.load(Relaxed));
+            async move { works.then_some(now).ok_or(io::ErrorKind::InvalidData) }
+        });
+        let turning = Turning { connector, ways: ways.clone() };
+        let connect = || turning.clone().call(Uri::from_static("https://10.96.0.1"));
+        // A TLS handshake that fails counts, and many at once are one failure.
+        let many = [connect(), connect(), connect()];
+        for one in many {
+            one.await.unwrap_err();
+        }
+        assert!(ways.past_services());
+        works.store(true, Relaxed);
+        for _ in 0..3 {
+            assert_eq!(connect().await, Ok(true), "what works is kept");
+        }
+        works.store(false, Relaxed);
+        connect().await.unwrap_err();
+        assert!(!ways.past_services());
+    }
 
     #[test]
     fn every_cause_is_told_once_and_an_answer_in_the_servers_words() {

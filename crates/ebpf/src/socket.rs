@@ -6,7 +6,10 @@ use aya_ebpf::{
     helpers::generated::{bpf_get_socket_cookie, bpf_set_retval},
     programs::SockAddrContext,
 };
-use palisade_abi::{Address, SocketKey, SocketValue};
+use palisade_abi::{
+    Address, SocketKey, SocketValue,
+    mark::{MASK, PAST_SERVICES},
+};
 
 use crate::{
     maps::SOCKETS,
@@ -63,9 +66,18 @@ fn set_address(context: &SockAddrContext, layout: Layout, address: &Address, por
     }
 }
 
+#[inline(always)]
+fn mark(context: &SockAddrContext) -> u32 {
+    // SAFETY: a live context, and there is no such call without a socket.
+    unsafe { (*(*context.sock_addr).__bindgen_anon_1.sk).mark & MASK }
+}
+
 /// `connect` and `sendmsg`: Service address → backend.
 #[inline(always)]
 pub fn forward(context: &SockAddrContext, layout: Layout) -> i32 {
+    if mark(context) == PAST_SERVICES {
+        return PROCEED;
+    }
     // SAFETY: a live context.
     let (port, protocol) =
         unsafe { ((*context.sock_addr).user_port as u16, (*context.sock_addr).protocol as u8) };

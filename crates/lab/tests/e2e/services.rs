@@ -13,6 +13,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use palisade_abi::mark;
 use socket2::{Domain, Socket, Type};
 
 use super::{
@@ -339,6 +340,30 @@ impl World {
         assert!(begun.elapsed() < AT_ONCE, "{:?}", begun.elapsed());
     }
 
+    /// Who hears of backends only through a Service must reach it when he knows of none, or of
+    /// those of before. On the node nobody else translates here, so nobody answers either.
+    fn a_socket_may_pass_services(&self) {
+        let node = self.client.within(&self.lab.node(1));
+        let connect = |service: &str, mark| {
+            addresses(&self.lab, service)
+                .into_iter()
+                .map(|address| {
+                    let to = SocketAddr::new(address, HTTP.1);
+                    let kind = vec![(Domain::for_address(to), Type::STREAM)];
+                    let socket = node.sockets(Level::Socket, kind).pop().unwrap();
+                    socket.set_mark(mark).unwrap();
+                    said(socket.connect_timeout(&to.into(), AT_ONCE).map(|()| String::new()))
+                })
+                .collect::<BTreeSet<_>>()
+        };
+        assert_eq!(connect("written", 0), [Said::name("")].into());
+        assert_eq!(connect("empty", 0), [Said::Refused].into());
+        for service in ["written", "empty"] {
+            let said = connect(service, mark::PAST_SERVICES);
+            assert!(!said.contains(&Said::name("")) && !said.contains(&Said::Refused), "{said:?}");
+        }
+    }
+
     /// A port of the client that leads to a backend already does not lead there by another name
     /// too: the answers could not be told apart. The new connection fails, the old one lives.
     fn one_port_has_one_use(&self) {
@@ -459,6 +484,7 @@ fn services_lead_where_they_should() {
     step("ways", &|| world.every_way_reaches_every_backend());
     step("unconnected", &|| world.unconnected_sockets_get_answers_from_whom_they_asked());
     step("empty", &|| world.no_backends_no_waiting());
+    step("past services", &|| world.a_socket_may_pass_services());
     step("collisions", &|| world.one_port_has_one_use());
     step("hairpin", &|| world.a_pod_reaches_itself());
     step("policies", &|| world.policies_hold_for_services());
