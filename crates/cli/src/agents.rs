@@ -90,7 +90,8 @@ pub(crate) fn require(given: &[PathBuf]) -> Result<Vec<Agent>> {
     Err(Failure::unreachable(
         format!("no agent found: no socket in {LAB_NODES}/*/ and none at {RUN_DIR}/admin.sock"),
         "Start a cluster on this machine with:  palisade lab up\n\
-         or name an agent's socket with:       --socket PATH",
+         or name an agent's socket with:       --socket PATH\n\
+         or ask in a cluster's agent:          kubectl -n kube-system exec ds/palisade -- /palisade …",
     )
     .into())
 }

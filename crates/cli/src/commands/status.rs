@@ -38,7 +38,8 @@ pub(crate) fn run(global: &Global, args: &StatusArgs) -> Result<Exit> {
         return Err(Failure::unreachable(
             format!("nothing to tell the status of: {}", report.collection_errors().join("; ")),
             "Start a cluster on this machine with:  palisade lab up\n\
-             or make Palisade a cluster's network:  palisade install",
+             or make Palisade a cluster's network:  palisade install\n\
+             or, while an API server is away, ask on a node of its cluster",
         )
         .into());
     }

@@ -89,11 +89,7 @@ impl Pod {
 
     /// What the node sees of this pod's sockets, but in the network of `other`.
     pub(crate) fn within(&self, other: &Self) -> Self {
-        Self {
-            addresses: other.addresses,
-            netns: other.netns.clone(),
-            group: self.group.clone(),
-        }
+        Self { addresses: other.addresses, netns: other.netns.clone(), group: self.group.clone() }
     }
 
     /// Starts `work` on a thread inside the pod's network.

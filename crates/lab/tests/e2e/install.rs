@@ -207,9 +207,17 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     lab.kubectl(&[&secret[..], &["elsewhere"]].concat());
     let lost = "1 secrets would be lost with the namespace elsewhere";
     fails(&lab, &["uninstall", "--delete-policies"], 1, lost);
+    let both = "palisade uninstall --delete-policies --delete-secrets";
+    fails(&lab, &["uninstall", "--delete-policies"], 1, both);
+    fails(&lab, &["uninstall", "--delete-secrets"], 1, both);
     assert!(everything_of_ours(&lab).contains("daemonset.apps/palisade"));
 
     lab.kubectl(&["taint", "node", "node1", "node.cilium.io/agent-not-ready=true:NoSchedule"]);
+    // As the operator says it. What others say stays.
+    let conditions = r#"{"status": {"conditions": [
+        {"type": "NetworkUnavailable", "status": "False", "reason": "PalisadeIsUp"},
+        {"type": "Other", "status": "False", "reason": "Somebody"}]}}"#;
+    lab.kubectl(&["patch", "node", "node1", "--subresource=status", "-p", conditions]);
     let uninstall = palisade(&lab, &["uninstall", "--delete-policies", "--delete-secrets"])
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -227,6 +235,10 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     eventually("nothing is left", || everything_of_ours(&lab).is_empty());
     let taints = lab.kubectl(&["get", "node", "node1", "-o", "jsonpath={.spec.taints}"]);
     assert!(!taints.contains("cilium"), "{taints}");
+    let conditions = ["get", "node", "node1", "-o", "jsonpath={.status.conditions[*].reason}"];
+    let conditions = lab.kubectl(&conditions);
+    assert!(conditions.contains("Somebody"), "{conditions}");
+    assert!(!conditions.contains("PalisadeIsUp"), "{conditions}");
 }
 
 #[test]

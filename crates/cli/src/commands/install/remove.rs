@@ -69,10 +69,14 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
         let mut ours = record.objects.clone();
         ours.retain(|it| other.is_none() || own(it));
         if !args.delete_policies && other.is_none() {
-            refuse_to_lose_policies(&client).await?;
+            let secrets = if args.delete_secrets { " --delete-secrets" } else { "" };
+            let then = format!("palisade uninstall --delete-policies{secrets}");
+            refuse_to_lose_policies(&client, &then).await?;
         }
         if !args.delete_secrets {
-            refuse_to_lose_secrets(&client, &ours, "palisade uninstall --delete-secrets").await?;
+            let policies = if args.delete_policies { " --delete-policies" } else { "" };
+            let then = format!("palisade uninstall{policies} --delete-secrets");
+            refuse_to_lose_secrets(&client, &ours, &then).await?;
         }
         // The operator first: it would put back what goes.
         for object in ours.iter().rev() {
@@ -93,7 +97,7 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
             let chart = Chart::of_record(&record.values, &args.place.namespace)?;
             clean_nodes(&client, &chart, &args.place.namespace, limit).await?;
         }
-        untaint(&client).await?;
+        restore_nodes(&client).await?;
         delete_definitions(&client, limit).await?;
         forget(&client, &args.place.namespace).await?;
         note!("\nPalisade is gone. Pods that it connected need another network, and a new start.");
@@ -145,7 +149,7 @@ async fn bounded(
 }
 
 /// Policies are somebody's work: they do not go without a word.
-async fn refuse_to_lose_policies(client: &Client) -> Result<()> {
+async fn refuse_to_lose_policies(client: &Client, then: &str) -> Result<()> {
     let mut found = Vec::new();
     for (kind, plural) in [
         ("CiliumNetworkPolicy", "ciliumnetworkpolicies"),
@@ -166,8 +170,10 @@ async fn refuse_to_lose_policies(client: &Client) -> Result<()> {
     }
     Err(Failure::refused(
         format!("{} would be lost with their definitions", found.join(" and ")),
-        "Nothing was changed. Keep a copy with:  kubectl get cnp,ccnp -A -o yaml\n\
-         and then:                             palisade uninstall --delete-policies",
+        format!(
+            "Nothing was changed. Keep a copy with:  kubectl get cnp,ccnp -A -o yaml\n\
+             and then:                             {then}"
+        ),
     )
     .into())
 }
@@ -229,22 +235,41 @@ async fn clean_nodes(
     delete(client, &Reference::of(&cleaner)).await
 }
 
-async fn untaint(client: &Client) -> Result<()> {
+/// What the operator wrote into nodes: its taint, and that there is a network.
+async fn restore_nodes(client: &Client) -> Result<()> {
     let api: Api<Node> = Api::all(client.clone());
     for node in api.list(&ListParams::default()).await?.items {
-        let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
-        if taints.iter().all(|taint| taint.key != TAINT) {
-            continue;
+        untaint(&api, &node).await?;
+        if says_available(&node) {
+            let gone = json!({ "$patch": "delete", "type": "NetworkUnavailable" });
+            let patch = Patch::Strategic(json!({ "status": { "conditions": [gone] } }));
+            let params = PatchParams::default();
+            gone_is_done(api.patch_status(&node.name_any(), &params, &patch).await)?;
         }
-        let others: Vec<_> = taints.into_iter().filter(|taint| taint.key != TAINT).collect();
-        let patch = json!({
-            "metadata": { "resourceVersion": node.metadata.resource_version },
-            "spec": { "taints": others },
-        });
-        let params = PatchParams::default();
-        gone_is_done(api.patch(&node.name_any(), &params, &Patch::Merge(&patch)).await)?;
     }
     Ok(())
+}
+
+async fn untaint(api: &Api<Node>, node: &Node) -> Result<()> {
+    let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
+    if taints.iter().all(|taint| taint.key != TAINT) {
+        return Ok(());
+    }
+    let others: Vec<_> = taints.into_iter().filter(|taint| taint.key != TAINT).collect();
+    let patch = json!({
+        "metadata": { "resourceVersion": node.metadata.resource_version },
+        "spec": { "taints": others },
+    });
+    let params = PatchParams::default();
+    Ok(gone_is_done(api.patch(&node.name_any(), &params, &Patch::Merge(&patch)).await)?)
+}
+
+/// The operator said so, not a cloud's controller.
+fn says_available(node: &Node) -> bool {
+    let conditions = node.status.iter().flat_map(|status| status.conditions.iter().flatten());
+    conditions
+        .into_iter()
+        .any(|it| it.type_ == "NetworkUnavailable" && it.reason.as_deref() == Some("PalisadeIsUp"))
 }
 
 /// They go once their objects are gone, which takes the API server a moment.
