@@ -74,6 +74,8 @@ pub(crate) struct TestArgs {
     collect_sysdump_on_failure: bool,
 }
 
+/// So many questions of a test are under way at once; most of those that are denied only wait.
+const AT_ONCE: usize = 16;
 /// A policy must be in force after so long, and stay so.
 const SETTLE: Duration = Duration::from_secs(15);
 
@@ -284,7 +286,7 @@ async fn ask(place: &Place, test: &Test, probes: Vec<Probe>) -> Vec<Answer> {
 
 async fn run_probes(place: &Place, probes: Vec<Probe>) -> Vec<(Probe, Outcome)> {
     let mut running = JoinSet::new();
-    let permits = Arc::new(Semaphore::new(12));
+    let permits = Arc::new(Semaphore::new(AT_ONCE));
     for probe in probes {
         let (place, permits) = (place.clone(), permits.clone());
         running.spawn(async move {

@@ -192,8 +192,15 @@ fn words(words: &[&str]) -> Vec<String> {
 }
 
 impl Probe {
-    /// Asks once.
+    /// Asks, and tries once more where it could not be asked.
     pub(super) async fn run(&self, place: &Place) -> Outcome {
+        match self.ask(place).await {
+            Outcome::Unasked(_) => self.ask(place).await,
+            outcome => outcome,
+        }
+    }
+
+    async fn ask(&self, place: &Place) -> Outcome {
         let command = self.what.command(self.to, place);
         match place.exec(self.from.pod(), command).await {
             Ok((true, _)) => Outcome::Reached,

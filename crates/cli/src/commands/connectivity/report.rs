@@ -267,7 +267,7 @@ mod tests {
             "
 bad:
 FROM      TO                       TCP 8080   UDP 8081   TCP 8082
-client1   service echo (by name)   LEAKED     -          
+client1   service echo (by name)   LEAKED     -
 client2   service echo (by name)   LOST       +          ERROR
 
   client1 → service echo (by name), TCP 8080: got through, and must not
