@@ -43,6 +43,8 @@ const FORBIDDEN: Expect<'_> = Expect::Answer(&["Access denied"]);
 /// What the death star says when it dies.
 const PANIC: Expect<'_> =
     Expect::Answer(&["Panic: deathstar exploded", "goroutine 1 [running]:", "main.go"]);
+/// An agent says that the newest version of the policy is in force.
+const VALID: [&str; 4] = ["wait", "--for=condition=Valid", "cnp/rule1", "--timeout=30s"];
 /// So long a container that died may take to run again.
 const RESTART: Duration = Duration::from_secs(30);
 
@@ -125,6 +127,8 @@ fn in_cluster(global: &Global, keep: bool) -> Result<Exit> {
     if script.failed > 0 {
         return tell(&script);
     }
+    let label = ["label", "namespace", NAMESPACE, "pod-security.kubernetes.io/enforce=baseline"];
+    script.check(&label, Expect::Answer(&["labeled"]))?;
     let walked = until_interrupted(move || walk(script));
     if !keep {
         let mut outside = outside;
@@ -181,6 +185,10 @@ fn path_with_kubectl() -> Result<OsString> {
 
 fn walk(mut script: Script) -> Result<Script> {
     deploy(&mut script)?;
+    // Whatever follows would fail, and say nothing.
+    if script.failed > 0 {
+        return Ok(script);
+    }
     without_policy(&mut script)?;
     with_network_policy(&mut script)?;
     with_cilium_policy(&mut script)?;
@@ -234,6 +242,7 @@ fn with_cilium_policy(script: &mut Script) -> Result<()> {
     script.check(&["delete", "networkpolicy", "policy"], Expect::Answer(&["deleted"]))?;
     script.apply(L4.0, L4.1)?;
     script.check(&["get", "cnp"], Expect::Answer(&["rule1"]))?;
+    script.check(&VALID, Expect::Answer(&["condition met"]))?;
     script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["Valid"]))?;
     land(script, "tiefighter")?;
     rebel(script)?;
@@ -243,6 +252,7 @@ fn with_cilium_policy(script: &mut Script) -> Result<()> {
 fn with_http_policy(script: &mut Script) -> Result<()> {
     script.title("Step 7: a policy on HTTP keeps the empire's ships away from the exhaust port");
     script.apply(L7.0, L7.1)?;
+    script.check(&VALID, Expect::Answer(&["condition met"]))?;
     script.check(&["describe", "cnp", "rule1"], Expect::Answer(&["request-landing", "Valid"]))?;
     let before = restarts(script)?;
     let exhaust = format!("{}/v1/exhaust-port", service(script));
@@ -312,21 +322,24 @@ fn curl(family: &str, host: &str, (method, path): Request) -> Vec<String> {
 /// Where to land: for people, the family's flag of `curl`, and the host of the URL.
 fn targets(script: &Script) -> Result<Vec<(String, &'static str, String)>> {
     let pods = script.json(&["get", "pods", "-l", "class=deathstar"])?;
-    let cluster_ips = script.json(&["get", "service", "deathstar"])?;
+    let service_object = script.json(&["get", "service", "deathstar"])?;
     let pods = items(&pods).flat_map(|pod| {
         let name = pod["metadata"]["name"].as_str().unwrap_or_default();
         let addresses = array(&pod["status"]["podIPs"]).filter_map(|ip| ip["ip"].as_str());
         addresses.map(move |ip| (format!("{name} {ip}"), ip))
     });
-    let cluster_ips = array(&cluster_ips["spec"]["clusterIPs"]).filter_map(Value::as_str);
-    let cluster_ips = cluster_ips.map(|ip| (format!("ClusterIP {ip}"), ip));
-    let addresses = pods.chain(cluster_ips).map(|(to, ip)| match ip.contains(':') {
+    let cluster_ips: Vec<&str> =
+        array(&service_object["spec"]["clusterIPs"]).filter_map(Value::as_str).collect();
+    let services = cluster_ips.iter().map(|ip| (format!("ClusterIP {ip}"), *ip));
+    let addresses = pods.chain(services).map(|(to, ip)| match ip.contains(':') {
         true => (to, "-6", format!("[{ip}]")),
         false => (to, "-4", ip.to_owned()),
     });
     let name = service(script);
-    let names = [("-4", "IPv4"), ("-6", "IPv6")]
-        .map(|(flag, family)| (format!("{name} {family}"), flag, name.clone()));
+    let names = cluster_ips.iter().map(|ip| {
+        let (flag, family) = if ip.contains(':') { ("-6", "IPv6") } else { ("-4", "IPv4") };
+        (format!("{name} {family}"), flag, name.clone())
+    });
     Ok(addresses.chain(names).collect())
 }
 

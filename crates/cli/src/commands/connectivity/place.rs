@@ -19,8 +19,10 @@ use super::{
     probe::{From, HTTP, Name, Node, OTHER, Probe, To, UDP, What},
     suite::Kind,
 };
-use crate::{cluster, commands::install::apply};
+use crate::{cluster, commands::install::apply, exit::Failure};
 
+/// Label of the namespaces that may be deleted.
+const OURS: &str = "palisade.io/connectivity-test";
 /// Pods must run after so long; images may have to be pulled.
 const START: Duration = Duration::from_secs(180);
 /// A policy must be judged after so long.
@@ -76,6 +78,7 @@ impl Place {
         let names = nodes(&client).await?;
         let first = names.first().context("the cluster has no node that pods can be put on")?;
         let second = names.get(1);
+        clear(&client, &namespace).await?;
         for object in objects(&namespace, &plan.image, node_port, first, second) {
             apply::quietly(&client, &object).await?;
         }
@@ -88,7 +91,10 @@ impl Place {
             nodes: Vec::new(),
         };
         for client in [From::Client1, From::Client2] {
-            place.ready(client.pod()).await?;
+            let own = place.ready(client.pod()).await?;
+            // Who has no address of a family reaches nobody there.
+            let has = |it: &IpAddr| own.iter().any(|own| own.is_ipv4() == it.is_ipv4());
+            place.outside.addresses.retain(has);
         }
         for node in [Node::Own, Node::Other] {
             let addresses = place.ready(node.server()).await?;
@@ -237,16 +243,29 @@ impl Place {
 
     /// Deletes the namespace and waits until it is gone.
     pub(super) async fn remove(&self) -> Result<()> {
-        let api: Api<Namespace> = Api::all(self.0.client.clone());
-        let Some(namespace) = api.get_opt(self.namespace()).await? else { return Ok(()) };
-        api.delete(self.namespace(), &DeleteParams::default()).await?;
-        let uid = namespace.metadata.uid.unwrap_or_default();
-        let gone = await_condition(api, self.namespace(), is_deleted(&uid));
-        tokio::time::timeout(START, gone)
-            .await
-            .with_context(|| format!("the namespace {} does not go", self.namespace()))??;
-        Ok(())
+        clear(&self.0.client, self.namespace()).await
     }
+}
+
+/// Deletes a namespace of these tests, where there is one, and waits until it is gone: what an
+/// interrupted run left in it would make the next one's answers wrong.
+async fn clear(client: &Client, name: &str) -> Result<()> {
+    let api: Api<Namespace> = Api::all(client.clone());
+    let Some(namespace) = api.get_opt(name).await? else { return Ok(()) };
+    if !namespace.labels().contains_key(OURS) {
+        return Err(Failure::refused(
+            format!("there is a namespace {name} already, and not one of these tests"),
+            "Let theirs have another name with --test-namespace NAME.",
+        )
+        .into());
+    }
+    api.delete(name, &DeleteParams::default()).await?;
+    let uid = namespace.uid().unwrap_or_default();
+    let gone = await_condition(api, name, is_deleted(&uid));
+    tokio::time::timeout(START, gone)
+        .await
+        .with_context(|| format!("the namespace {name} does not go"))??;
+    Ok(())
 }
 
 impl Inner {
@@ -379,8 +398,11 @@ fn objects(
             "kind": "Namespace",
             "metadata": {
                 "name": namespace,
-                // For the pods on the nodes' network.
-                "labels": { "pod-security.kubernetes.io/enforce": "privileged" },
+                "labels": {
+                    OURS: "",
+                    // For the pods on the nodes' network.
+                    "pod-security.kubernetes.io/enforce": "privileged",
+                },
             },
         }),
         account("client1"),

@@ -187,6 +187,21 @@ impl What {
     }
 }
 
+impl What {
+    /// Whether what is said of a failure is that nobody answered, which is how policies deny. That
+    /// somebody refused means that the question arrived.
+    fn is_silence(self, said: &str) -> bool {
+        let begins = |starts: &[&str]| starts.iter().any(|start| said.starts_with(start));
+        match self {
+            // A name cannot be looked up where that is denied.
+            Self::Tcp(_) | Self::Udp(_) => begins(&["TIMEOUT", "DNS"]),
+            Self::Get(_) => begins(&["curl: (6)", "curl: (28)"]),
+            Self::Ping => said.contains("packet loss"),
+            Self::Lookup => said.contains("no servers could be reached"),
+        }
+    }
+}
+
 fn words(words: &[&str]) -> Vec<String> {
     words.iter().map(|&word| word.to_owned()).collect()
 }
@@ -242,10 +257,15 @@ impl Answer {
             Outcome::Reached if self.must => Finding::Allowed,
             Outcome::Reached => Finding::Leaked,
             Outcome::Missed(_) if self.must => Finding::Lost,
-            Outcome::Missed(said) if self.refusal.is_none_or(|it| said.contains(it)) => {
-                Finding::Denied
-            }
+            Outcome::Missed(said) if self.is_denial(said) => Finding::Denied,
             Outcome::Missed(_) | Outcome::Unasked(_) => Finding::Error,
+        }
+    }
+
+    fn is_denial(&self, said: &str) -> bool {
+        match self.refusal {
+            Some(refusal) => said.contains(refusal),
+            None => self.probe.what.is_silence(said),
         }
     }
 
@@ -263,7 +283,7 @@ impl Answer {
                 format!("{probe}: did not get through ({why}), and must{late}")
             }
             Outcome::Missed(why) => {
-                let refusal = self.refusal.unwrap_or_default();
+                let refusal = self.refusal.unwrap_or("silence");
                 format!("{probe}: was denied ({why}), and must be with {refusal}{late}")
             }
             Outcome::Unasked(why) => format!("{probe}: could not be asked ({why}){late}"),
@@ -344,6 +364,7 @@ mod tests {
             was_right: false,
         };
         let missed = || Outcome::Missed("can't find it: REFUSED".into());
+        let silent = || Outcome::Missed("no servers could be reached".into());
         let unasked = || Outcome::Unasked("no answer in time".into());
         for (must, refusal, got, finding) in [
             (true, Some("REFUSED"), Outcome::Reached, Finding::Allowed),
@@ -351,7 +372,8 @@ mod tests {
             (true, Some("REFUSED"), missed(), Finding::Lost),
             (false, Some("REFUSED"), missed(), Finding::Denied),
             (false, Some("403"), missed(), Finding::Error),
-            (false, None, missed(), Finding::Denied),
+            (false, None, missed(), Finding::Error),
+            (false, None, silent(), Finding::Denied),
             (false, None, unasked(), Finding::Error),
             (true, None, unasked(), Finding::Error),
         ] {

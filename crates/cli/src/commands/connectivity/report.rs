@@ -244,7 +244,7 @@ mod tests {
     #[test]
     fn results_are_told_in_every_form() {
         let took = Duration::from_millis(1500);
-        let missed = || Outcome::Missed("<got> \"in\"\u{1}".into());
+        let missed = || Outcome::Missed("TIMEOUT <got> \"in\"\u{1}".into());
         let good = vec![
             answer(From::Client1, HTTP, true, Outcome::Reached),
             answer(From::Client1, UDP, false, missed()),
@@ -271,7 +271,7 @@ client1   service echo (by name)   LEAKED     -
 client2   service echo (by name)   LOST       +          ERROR
 
   client1 → service echo (by name), TCP 8080: got through, and must not
-  client2 → service echo (by name), TCP 8080: did not get through (<got> \"in\"\u{1}), and must
+  client2 → service echo (by name), TCP 8080: did not get through (TIMEOUT <got> \"in\"\u{1}), and must
   client2 → service echo (by name), TCP 8082: could not be asked (away)
 
 broken:
@@ -291,7 +291,10 @@ ERROR: could not be asked, or was denied in another way than it must be.
         );
         let xml = junit(&verdicts);
         assert!(xml.contains("tests=\"4\" failures=\"2\" skipped=\"1\""), "{xml}");
-        assert!(xml.contains("through (&lt;got&gt; &quot;in&quot;\u{fffd}), and must\n"), "{xml}");
+        assert!(
+            xml.contains("through (TIMEOUT &lt;got&gt; &quot;in&quot;\u{fffd}), and must\n"),
+            "{xml}"
+        );
         assert!(xml.contains("could not be asked (away)</failure>"), "{xml}");
         let told = &json(&verdicts)["tests"][1];
         assert_eq!(told["result"], "failed");
