@@ -185,9 +185,7 @@ impl What {
             Self::Lookup => contains(&["an't find", "no servers could be reached"]),
         }
     }
-}
 
-impl What {
     /// Whether what is said of a failure is that nobody answered, which is how policies deny. That
     /// somebody refused means that the question arrived.
     fn is_silence(self, said: &str) -> bool {
