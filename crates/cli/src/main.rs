@@ -12,6 +12,7 @@ mod commands;
 mod demo;
 mod exit;
 mod explain;
+mod interrupt;
 mod output;
 mod progress;
 

@@ -33,6 +33,7 @@ use crate::{
     cli::Global,
     cluster,
     exit::{Exit, Failure},
+    interrupt::Interrupt,
     output::{Format, note, warn},
     progress::Progress,
 };
@@ -102,7 +103,19 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
     let verdicts = cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
-        run_all(&client, &args, tests, dump.map(Arc::new)).await
+        let mut interrupt = Interrupt::new()?;
+        let mut interrupted = true;
+        let all = async {
+            let verdicts = run_all(&client, &args, tests, dump.map(Arc::new)).await;
+            interrupted = false;
+            verdicts
+        };
+        let verdicts = interrupt.or(all).await;
+        if interrupted && !args.keep {
+            warn(format_args!("interrupted; taking away clients, servers and policies"));
+            interrupt.or(remove_all(&client, &args)).await?;
+        }
+        verdicts
     })?;
     if let Some(mut file) = junit {
         file.set_len(0).context("--junit-file")?;
@@ -163,6 +176,13 @@ async fn run_all(
     }
     let started = starts.join_all().await;
     drop(quiet);
+    if let Some(Ok(place)) = started.first() {
+        for address in place.out_of_reach() {
+            warn(format_args!(
+                "warning: {address}: pods have no address of its family to ask from"
+            ));
+        }
+    }
     let queue = Arc::new(Mutex::new(VecDeque::from(tests)));
     let mut workers = JoinSet::new();
     let mut problem = None;
@@ -186,6 +206,14 @@ async fn run_all(
     let place = |verdict: &Verdict| suite::TESTS.iter().position(|it| it.name == verdict.name);
     verdicts.sort_by_key(place);
     Ok(verdicts)
+}
+
+/// Takes away what was begun, whatever has become of it.
+async fn remove_all(client: &Client, args: &TestArgs) -> Result<()> {
+    for number in 1..=args.test_concurrency {
+        place::clear(client, &place::namespace(&args.test_namespace, number)).await?;
+    }
+    Ok(())
 }
 
 async fn work(
@@ -240,7 +268,7 @@ impl Judgement {
 
 async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
     if place.probes(test.kinds).is_empty() {
-        let why: Vec<&str> = test.kinds.iter().map(|kind| kind.absence()).collect();
+        let why: Vec<String> = test.kinds.iter().map(|kind| place.absence(*kind)).collect();
         return Ok(Judgement::Skipped(why.join(", ")));
     }
     let refusal = place.apply(test.policies).await?;

@@ -4,10 +4,7 @@ use std::{env, ffi::OsString, path::PathBuf, thread, time::Duration};
 
 use anyhow::{Context, Result, anyhow};
 use serde_json::Value;
-use tokio::{
-    signal::unix::{SignalKind, signal},
-    sync::oneshot,
-};
+use tokio::sync::oneshot;
 
 use super::{
     lab::Lab,
@@ -18,6 +15,7 @@ use crate::{
     cli::{Global, StarwarsArgs},
     cluster,
     exit::{Exit, Failure},
+    interrupt::Interrupt,
     output::{self, note},
 };
 
@@ -155,16 +153,11 @@ fn until_interrupted<T: Send + 'static>(
 ) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
     runtime.block_on(async {
-        let mut interrupt = signal(SignalKind::interrupt())?;
-        let mut terminate = signal(SignalKind::terminate())?;
         let (sender, done) = oneshot::channel();
         // Nobody waits for the result of work that was interrupted.
         thread::spawn(move || drop(sender.send(work())));
-        tokio::select! {
-            result = done => result.map_err(|_| anyhow!("the walk-through panicked"))?,
-            _ = interrupt.recv() => Err(anyhow!("interrupted")),
-            _ = terminate.recv() => Err(anyhow!("told to stop")),
-        }
+        let done = async { done.await.map_err(|_| anyhow!("the walk-through panicked"))? };
+        Interrupt::new()?.or(done).await
     })
 }
 

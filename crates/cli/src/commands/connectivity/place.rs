@@ -2,7 +2,7 @@
 
 use std::{net::IpAddr, sync::Arc, time::Duration};
 
-use anyhow::{Context, Result};
+use anyhow::{Context, Result, bail};
 use clap::Args;
 use k8s_openapi::api::core::v1::{self, Namespace, Pod, Service};
 use kube::{
@@ -21,8 +21,10 @@ use super::{
 };
 use crate::{cluster, commands::install::apply, exit::Failure};
 
-/// Label of the namespaces that may be deleted.
+/// Label of the namespaces that may be deleted, and, with the namespace's name, of policies that are
+/// in none.
 const OURS: &str = "palisade.io/connectivity-test";
+const CLUSTERWIDE: &str = "CiliumClusterwideNetworkPolicy";
 /// Pods must run after so long; images may have to be pulled.
 const START: Duration = Duration::from_secs(180);
 /// A policy must be judged after so long.
@@ -55,6 +57,8 @@ struct Inner {
     /// Of the servers on nodes' own networks.
     node_port: u16,
     outside: Outside,
+    /// Addresses outside, of families that pods have none of.
+    out_of_reach: Vec<IpAddr>,
     /// Servers and their Service.
     cluster: Vec<To>,
     /// Nodes, by their addresses.
@@ -73,7 +77,7 @@ pub(super) struct Plan {
 impl Place {
     /// Starts clients and servers and waits until they run. Places have different numbers.
     pub(super) async fn start(client: Client, plan: Plan, number: u16) -> Result<Self> {
-        let namespace = format!("{}-{number}", plan.name);
+        let namespace = namespace(&plan.name, number);
         let node_port = NODE_PORTS + 2 * number;
         let names = nodes(&client).await?;
         let first = names.first().context("the cluster has no node that pods can be put on")?;
@@ -87,6 +91,7 @@ impl Place {
             namespace,
             node_port,
             outside: plan.outside,
+            out_of_reach: Vec::new(),
             cluster: Vec::new(),
             nodes: Vec::new(),
         };
@@ -94,7 +99,9 @@ impl Place {
             let own = place.ready(client.pod()).await?;
             // Who has no address of a family reaches nobody there.
             let has = |it: &IpAddr| own.iter().any(|own| own.is_ipv4() == it.is_ipv4());
-            place.outside.addresses.retain(has);
+            let (asked, others) = place.outside.addresses.into_iter().partition(has);
+            place.outside.addresses = asked;
+            place.out_of_reach.extend::<Vec<_>>(others);
         }
         for node in [Node::Own, Node::Other] {
             let addresses = place.ready(node.server()).await?;
@@ -178,6 +185,26 @@ impl Place {
         probes
     }
 
+    /// Why there may be no question of a kind.
+    pub(super) fn absence(&self, kind: Kind) -> String {
+        let why = match kind {
+            Kind::World if !self.0.out_of_reach.is_empty() => {
+                let addresses: Vec<String> =
+                    self.0.out_of_reach.iter().map(ToString::to_string).collect();
+                return format!("pods have no address of the family of {}", addresses.join(", "));
+            }
+            Kind::World => "no address outside the cluster is given with --external-ip",
+            Kind::WorldByName => "no name outside the cluster is given with --external-target",
+            _ => "there is nobody to ask",
+        };
+        why.to_owned()
+    }
+
+    /// Addresses outside that nobody asks, as pods have none of their family.
+    pub(super) fn out_of_reach(&self) -> &[IpAddr] {
+        &self.0.out_of_reach
+    }
+
     /// The nodes, as askers.
     fn hosts(&self) -> Vec<From> {
         let among = |node: &Node| {
@@ -224,7 +251,9 @@ impl Place {
         let text = self.0.outside.fill_in(policies).replace("NAMESPACE", self.namespace());
         let mut policies: Vec<Value> = serde_saphyr::from_multiple(&text)?;
         for policy in &mut policies {
-            if policy["kind"] != "CiliumClusterwideNetworkPolicy" {
+            if policy["kind"] == CLUSTERWIDE {
+                policy["metadata"]["labels"][OURS] = self.namespace().into();
+            } else {
                 policy["metadata"]["namespace"] = self.namespace().into();
             }
         }
@@ -247,9 +276,21 @@ impl Place {
     }
 }
 
+/// The name of a place's namespace.
+pub(super) fn namespace(beginning: &str, number: u16) -> String {
+    format!("{beginning}-{number}")
+}
+
 /// Deletes a namespace of these tests, where there is one, and waits until it is gone: what an
 /// interrupted run left in it would make the next one's answers wrong.
-async fn clear(client: &Client, name: &str) -> Result<()> {
+pub(super) async fn clear(client: &Client, name: &str) -> Result<()> {
+    let kind = json!({ "apiVersion": "cilium.io/v2", "kind": CLUSTERWIDE });
+    let policies = ListParams::default().labels(&format!("{OURS}={name}"));
+    let policies =
+        apply::api_of(client, &kind)?.delete_collection(&DeleteParams::default(), &policies).await;
+    if !matches!(&policies, Err(kube::Error::Api(status)) if status.code == 404) {
+        policies?;
+    }
     let api: Api<Namespace> = Api::all(client.clone());
     let Some(namespace) = api.get_opt(name).await? else { return Ok(()) };
     if !namespace.labels().contains_key(OURS) {
@@ -272,9 +313,18 @@ impl Inner {
     /// Waits until a pod is ready; its addresses.
     async fn ready(&self, name: &str) -> Result<Vec<IpAddr>> {
         let pods: Api<Pod> = Api::namespaced(self.client.clone(), &self.namespace);
-        let pod = tokio::time::timeout(START, await_condition(pods, name, is_ready))
-            .await
-            .with_context(|| format!("pod {}/{name} is not ready in time", self.namespace))??;
+        let decided = await_condition(pods.clone(), name, |pod: Option<&Pod>| {
+            is_ready(pod) || pod.and_then(trouble).is_some_and(|trouble| trouble.lasting)
+        });
+        let pod = match tokio::time::timeout(START, decided).await {
+            Ok(pod) => pod?,
+            Err(_) => pods.get_opt(name).await?,
+        };
+        if !is_ready(pod.as_ref()) {
+            let trouble = pod.as_ref().and_then(trouble);
+            let why = trouble.map_or_else(|| "nobody says why".to_owned(), |it| it.what);
+            bail!("pod {}/{name} is not ready: {why}", self.namespace);
+        }
         let addresses = pod.iter().flat_map(|it| &it.status).flat_map(|it| it.pod_ips.iter());
         Ok(addresses.flatten().filter_map(|it| it.ip.parse().ok()).collect())
     }
@@ -299,6 +349,30 @@ impl Outside {
             .replace("WORLD-CIDRS", &list(cidrs(true).chain(cidrs(false)).collect()))
             .replace("WORLD-NAME", self.plain_name().unwrap_or_default())
     }
+}
+
+/// Why a pod does not run.
+struct Trouble {
+    what: String,
+    /// Waiting does not help.
+    lasting: bool,
+}
+
+fn trouble(pod: &Pod) -> Option<Trouble> {
+    let status = pod.status.as_ref()?;
+    let told = |reason: Option<&String>, message: Option<&String>| {
+        let said = [reason, message].into_iter().flatten().map(String::as_str);
+        said.collect::<Vec<_>>().join(": ")
+    };
+    if status.phase.as_deref() == Some("Failed") {
+        let what = told(status.reason.as_ref(), status.message.as_ref());
+        return Some(Trouble { what, lasting: true });
+    }
+    let containers = status.container_statuses.iter().flatten();
+    let mut waiting = containers.filter_map(|it| it.state.as_ref()?.waiting.as_ref());
+    let waiting = waiting.find(|it| it.message.is_some())?;
+    let lasting = waiting.reason.as_deref() == Some("CrashLoopBackOff");
+    Some(Trouble { what: told(waiting.reason.as_ref(), waiting.message.as_ref()), lasting })
 }
 
 fn is_ready(pod: Option<&Pod>) -> bool {
@@ -435,4 +509,34 @@ fn objects(
     ];
     objects.extend(second.map(|second| host(Node::Other, second)));
     objects
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_pod_that_will_not_run_is_told_from_one_that_may() {
+        let pod =
+            |status: Value| serde_json::from_value::<Pod>(json!({ "status": status })).unwrap();
+        let waiting = |reason: &str| {
+            let waiting = json!({ "reason": reason, "message": "why" });
+            pod(json!({ "phase": "Pending", "containerStatuses": [{
+                "name": "c", "image": "", "imageID": "", "ready": false, "restartCount": 0,
+                "state": { "waiting": waiting },
+            }]}))
+        };
+        let told = |pod: &Pod| trouble(pod).map(|it| (it.what, it.lasting));
+        let taken = pod(json!({ "phase": "Failed", "reason": "NodePorts", "message": "no port" }));
+        assert_eq!(told(&taken), Some(("NodePorts: no port".to_owned(), true)));
+        assert_eq!(
+            told(&waiting("CrashLoopBackOff")),
+            Some(("CrashLoopBackOff: why".to_owned(), true))
+        );
+        assert_eq!(
+            told(&waiting("ImagePullBackOff")),
+            Some(("ImagePullBackOff: why".to_owned(), false))
+        );
+        assert_eq!(told(&pod(json!({ "phase": "Running" }))), None);
+    }
 }

@@ -24,17 +24,6 @@ pub(super) enum Kind {
     WorldByName,
 }
 
-impl Kind {
-    /// Why there may be no question of a kind.
-    pub(super) const fn absence(self) -> &'static str {
-        match self {
-            Self::World => "no address outside the cluster is given with --external-ip",
-            Self::WorldByName => "no name outside the cluster is given with --external-target",
-            _ => "there is nobody to ask",
-        }
-    }
-}
-
 /// One test. In the policies `NAMESPACE` is the namespace in which the test runs, `WORLD-NAME` the
 /// name of somebody outside the cluster, and `WORLD-CIDRS` the list of addresses there, which is
 /// also there for each family alone.
