@@ -5,6 +5,7 @@ use std::{collections::BTreeSet, net::IpAddr};
 use ipnet::IpNet;
 use palisade_policy::{
     is_ipv4_mapped,
+    label::NAMESPACE_LABELS,
     model::{Cidr, PortSpec},
     selector::Operator,
 };
@@ -228,8 +229,9 @@ impl Reader {
             for (key, value) in labels {
                 let path = format!("{path}.{key}");
                 let Some(value) = self.label_value(value, &path) else { continue };
+                let Some(key) = self.label_key(key, &path) else { continue };
                 let operator = Operator::In(BTreeSet::from([value.to_owned()]));
-                found.push(Written { key: key.clone(), operator, path });
+                found.push(Written { key: key.to_owned(), operator, path });
             }
         }
         for (item, path) in self.list(map, "matchExpressions", path).unwrap_or_default() {
@@ -238,14 +240,29 @@ impl Reader {
         found
     }
 
+    /// What a label can be called: no pod has a label of another name, so that a selector which
+    /// wants its absence would select all.
+    fn label_key<'a>(&mut self, key: &'a str, path: &str) -> Option<&'a str> {
+        let (_, bare) = key.split_once(':').unwrap_or(("", key));
+        // The longest name of a namespace's label is longer with what comes before it.
+        let bare = bare.strip_prefix(NAMESPACE_LABELS).unwrap_or(bare);
+        let (prefix, name) =
+            bare.split_once('/').map_or((None, bare), |(it, name)| (Some(it), name));
+        let valid = is_label_text(name)
+            && !name.is_empty()
+            && prefix.is_none_or(|prefix| prefix.len() <= 253 && is_subdomain(prefix));
+        if !valid {
+            let suggestion = "a key is a name of up to 63 letters, digits, `-`, `_` and `.`, such as \
+                              `app`, perhaps with a domain before it, such as `example.org/app`";
+            self.problem(path, format!("`{key}` is the key of no label"), suggestion);
+        }
+        valid.then_some(key)
+    }
+
     /// What a label can say: a selector with anything else in it selects nothing.
     fn label_value<'a>(&mut self, value: &'a Value, path: &str) -> Option<&'a str> {
         let text = self.text(value, path)?;
-        let known = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
-        let ends = [text.bytes().next(), text.bytes().next_back()];
-        let valid = text.len() <= 63
-            && text.bytes().all(known)
-            && ends.into_iter().flatten().all(|byte| byte.is_ascii_alphanumeric());
+        let valid = is_label_text(text);
         if !valid {
             let suggestion = "a value has up to 63 letters, digits, `-`, `_` and `.`, and begins and \
                               ends with a letter or a digit";
@@ -268,7 +285,9 @@ impl Reader {
             self.problem(format!("{path}.key"), "is missing", "");
             return None;
         };
-        let key = self.text(key, &format!("{path}.key"))?.to_owned();
+        let written = format!("{path}.key");
+        let key = self.text(key, &written)?;
+        let key = self.label_key(key, &written)?.to_owned();
         let Some(operator) = present(map, "operator") else {
             let suggestion = "write one of In, NotIn, Exists, DoesNotExist";
             self.problem(format!("{path}.operator"), "is missing", suggestion);
@@ -294,4 +313,24 @@ impl Reader {
         };
         Some(Written { key, operator, path })
     }
+}
+
+/// The name in a label's key, which must not be empty, or its value.
+fn is_label_text(text: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"-_.".contains(&byte);
+    let ends = [text.bytes().next(), text.bytes().next_back()];
+    text.len() <= 63
+        && text.bytes().all(known)
+        && ends.into_iter().flatten().all(|byte| byte.is_ascii_alphanumeric())
+}
+
+/// RFC 1123: small letters, digits and `-` between dots.
+fn is_subdomain(text: &str) -> bool {
+    let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    text.split('.').all(|part| {
+        !part.is_empty()
+            && part.bytes().all(known)
+            && !part.starts_with('-')
+            && !part.ends_with('-')
+    })
 }

@@ -354,6 +354,31 @@ fn what_the_api_server_refuses_is_refused() {
 }
 
 #[test]
+fn keys_that_no_label_has_are_refused_and_open_nothing() {
+    let absent = |key: &str| {
+        let peer = json!({ "matchExpressions": [{ "key": key, "operator": "DoesNotExist" }] });
+        json!({ "endpointSelector": {}, "ingress": [{ "fromEndpoints": [peer] }] })
+    };
+    let with =
+        |key: &str| json!({ "endpointSelector": { "matchLabels": { key: "a" } }, "ingress": [{}] });
+    let (long, longest) = ("a".repeat(64), "a".repeat(63));
+    for key in ["", "app role", "-app", "a/b/c", "Example.org/app", "/app", "app/", &long, "k8s:"] {
+        for spec in [absent(key), with(key)] {
+            let refusal = refuse(CNP, &spec);
+            let text = refusal.to_string();
+            assert!(text.contains(&format!("`{key}` is the key of no label")), "{key}: {text}");
+            assert!(!takes(&refusal.lockdown(), &pod("x", "a"), 80), "{key}");
+        }
+    }
+    for key in ["app", "any:app", "k8s:example.org/app.kubernetes_io", &longest] {
+        accept(CNP, &with(key));
+    }
+    assert!(takes(&accept(CNP, &absent("other")), &pod("x", "a"), 80));
+    accept(CCNP, &with(&format!("k8s:io.cilium.k8s.namespace.labels.{longest}")));
+    accept(CCNP, &with("io.cilium.k8s.namespace.labels.kubernetes.io/metadata.name"));
+}
+
+#[test]
 fn what_is_not_supported_is_refused_with_its_field_and_closes_its_subject() {
     let rows = [
         ("egress", json!({ "toServices": [{}] }), "toServices"),
