@@ -23,27 +23,56 @@ pub(super) fn ask(
     node: &str,
     why: &str,
 ) -> Result<Explanation> {
-    cluster::on_runtime(Some(TIMEOUT), in_its_pod(global, args, node)).map_err(|error| {
-        let command = command(args).join(" ");
-        Failure::refused(
-            format!("{why}, whose agent cannot be asked from here: {error:#}"),
-            format!("Ask on node {node}, or in the container `agent` of its pod:\n  {command}"),
-        )
-        .into()
-    })
+    let mut there = None;
+    cluster::on_runtime(Some(TIMEOUT), in_its_pod(global, args, node, &mut there)).map_err(
+        |error| {
+            let question =
+                command(args).iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+            let advice = there.map_or_else(
+                || {
+                    format!(
+                        "Ask on node {node}, in the container `agent` of its pod:\n  {question}"
+                    )
+                },
+                |(namespace, pod)| {
+                    format!(
+                        "Ask there:\n  kubectl -n {namespace} exec {pod} -c agent -- {question}"
+                    )
+                },
+            );
+            let failure = format!("{why}, whose agent cannot be asked from here: {error:#}");
+            Failure::refused(failure, advice).into()
+        },
+    )
 }
 
-async fn in_its_pod(global: &Global, args: &ExplainArgs, node: &str) -> Result<Explanation> {
+/// `there`: the pod, as soon as it is known.
+async fn in_its_pod(
+    global: &Global,
+    args: &ExplainArgs,
+    node: &str,
+    there: &mut Option<(String, String)>,
+) -> Result<Explanation> {
     let client = cluster::client(global).await?;
-    let there = ListParams::default().labels(AGENTS).fields(&format!("spec.nodeName={node}"));
-    let pods = Api::<Pod>::all(client.clone()).list(&there).await.context("its pod")?;
+    let of_node = ListParams::default().labels(AGENTS).fields(&format!("spec.nodeName={node}"));
+    let pods = Api::<Pod>::all(client.clone()).list(&of_node).await.context("its pod")?;
     let Some(pod) = pods.items.into_iter().next() else {
         bail!("no pod with the label {AGENTS} is on node {node}");
     };
-    let pods = Api::<Pod>::namespaced(client, &pod.namespace().unwrap_or_default());
-    let (_, said) = cluster::exec(&pods, &pod.name_any(), Some("agent"), command(args)).await?;
+    let (namespace, name) = there.insert((pod.namespace().unwrap_or_default(), pod.name_any()));
+    let pods = Api::<Pod>::namespaced(client, namespace);
+    let (_, said) = cluster::exec(&pods, name, Some("agent"), command(args)).await?;
     // That it is denied is an answer too.
     serde_json::from_str(&said).map_err(|_| anyhow::anyhow!("it said: {said}"))
+}
+
+/// As a shell reads it.
+fn quoted(word: &str) -> String {
+    let plain = |byte: u8| byte.is_ascii_alphanumeric() || b"-_./:=,@%+".contains(&byte);
+    match word.bytes().all(plain) {
+        true => word.to_owned(),
+        false => format!("'{}'", word.replace('\'', r"'\''")),
+    }
 }
 
 /// The question as it was asked.
@@ -63,6 +92,12 @@ mod tests {
 
     use super::*;
     use crate::cli::{Cli, Command, PolicyCommand};
+
+    #[test]
+    fn a_shell_reads_what_was_meant() {
+        assert_eq!(quoted("--from=a/b"), "--from=a/b");
+        assert_eq!(quoted("--http=GET /a'b"), r"'--http=GET /a'\''b'");
+    }
 
     #[test]
     fn the_same_question_is_asked_there() {
