@@ -1,5 +1,6 @@
 //! What the Kubernetes API says, where one can be reached.
 
+pub(crate) mod agents;
 mod installation;
 
 use std::{

@@ -17,6 +17,8 @@ const BEGINNING: [&str; 2] = ["ContainerCreating", "PodInitializing"];
 /// An installation.
 #[derive(Debug, Default)]
 pub(crate) struct Installation {
+    /// Where it is.
+    pub(crate) namespace: String,
     /// Version of the chart.
     pub(crate) version: String,
     /// The DaemonSet `palisade`.
@@ -87,6 +89,7 @@ impl Installation {
     fn new(agents: &DaemonSet, operators: Option<&Deployment>, pods: &[Pod]) -> Self {
         let mut containers = agents.spec.template.spec.iter().flat_map(|spec| &spec.containers);
         Self {
+            namespace: agents.namespace().unwrap_or_default(),
             version: agents.labels().get("app.kubernetes.io/version").cloned().unwrap_or_default(),
             agents: of_daemon_set(agents),
             operators: operators.map(of_deployment),

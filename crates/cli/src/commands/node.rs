@@ -14,7 +14,7 @@ use clap::{Args, Subcommand};
 use futures::TryStreamExt;
 use palisade_abi::{OVERLAY, ROUTE_PROTOCOL};
 use palisade_api::{
-    admin::{self, Client, Request, Response},
+    admin::{self, Client, Request, Response, Status},
     settings,
 };
 use rtnetlink::packet_route::{
@@ -30,7 +30,7 @@ use rustix::{
 
 use crate::{
     exit::{Exit, Failure},
-    output::note,
+    output::{self, note},
 };
 
 const PLUGIN: &str = "palisade-cni";
@@ -67,6 +67,12 @@ pub(crate) enum NodeCommand {
         /// Only whether it answers.
         #[arg(long)]
         alive: bool,
+        /// The agent's directory.
+        #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
+        run_dir: PathBuf,
+    },
+    /// Prints what this node's agent says of itself.
+    Status {
         /// The agent's directory.
         #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
         run_dir: PathBuf,
@@ -121,6 +127,10 @@ pub(crate) fn run(command: NodeCommand) -> Result<Exit> {
             Ok(Exit::Ok)
         }
         NodeCommand::Probe { alive, run_dir } => probe(&run_dir, alive),
+        NodeCommand::Status { run_dir } => {
+            output::json(&ask(&run_dir)?)?;
+            Ok(Exit::Ok)
+        }
         NodeCommand::Clean { cni, run_dir, state_dir, bpffs } => {
             restore_settings(Path::new(SETTINGS), &state_dir.join(AGENT).join(settings::FILE))?;
             clean(&cni, &[bpffs, run_dir, state_dir])?;
@@ -241,19 +251,23 @@ fn put_aside(others: &[PathBuf]) -> Result<()> {
 // ---------------------------------------------------------------- probe
 
 fn probe(run_dir: &Path, alive: bool) -> Result<Exit> {
+    let status = ask(run_dir)?;
+    if alive || status.ready {
+        return Ok(Exit::Ok);
+    }
+    let waiting = status.inputs.iter().filter(|input| !input.complete);
+    let mut reasons: Vec<String> = waiting.map(|input| format!("no {} yet", input.kind)).collect();
+    reasons.extend(status.problems);
+    note!("not ready: {}", reasons.join("; "));
+    Ok(Exit::No)
+}
+
+fn ask(run_dir: &Path) -> Result<Status> {
     let socket = run_dir.join(admin::SOCKET);
     let mut client = Client::connect(&socket).with_context(|| socket.display().to_string())?;
     client.set_timeout(Some(TIMEOUT))?;
     match client.request(&Request::Status).context("the agent does not answer")? {
-        Response::Status(status) if alive || status.ready => Ok(Exit::Ok),
-        Response::Status(status) => {
-            let waiting = status.inputs.iter().filter(|input| !input.complete);
-            let mut reasons: Vec<String> =
-                waiting.map(|input| format!("no {} yet", input.kind)).collect();
-            reasons.extend(status.problems);
-            note!("not ready: {}", reasons.join("; "));
-            Ok(Exit::No)
-        }
+        Response::Status(status) => Ok(*status),
         Response::Error(error) => bail!("the agent: {error}"),
         _ => bail!("the agent gave an answer of another kind"),
     }

@@ -1,5 +1,6 @@
 //! `palisade status`.
 
+mod health;
 mod installed;
 mod report;
 
@@ -30,7 +31,9 @@ pub(crate) fn run(global: &Global, args: &StatusArgs) -> Result<Exit> {
         wait(global, args.wait_duration)
     } else {
         let _progress = Progress::start("asking the agents and the API server");
-        collect(global)
+        let mut report = collect(global);
+        report.ask_agents(global);
+        report
     };
     if let Summary::Agents(report) = &report
         && report.nothing_there()
@@ -63,6 +66,15 @@ enum Summary {
 }
 
 impl Summary {
+    /// Adds what the agents of an installation say of themselves. Those of this machine have been
+    /// asked.
+    fn ask_agents(&mut self, global: &Global) {
+        if let Self::Installed(installed) = self {
+            let answers = cluster::agents::ask(global, installed.installation());
+            installed.hear(answers);
+        }
+    }
+
     fn ok(&self) -> bool {
         match self {
             Self::Installed(installed) => installed.ok(),
@@ -92,8 +104,13 @@ impl Summary {
 fn wait(global: &Global, at_most: Duration) -> Summary {
     let begun = Instant::now();
     loop {
-        let report = collect(global);
-        if report.ok() || begun.elapsed() >= at_most {
+        let mut report = collect(global);
+        let late = begun.elapsed() >= at_most;
+        // Every agent is asked only where nothing else is missing, or will be told.
+        if report.ok() || late {
+            report.ask_agents(global);
+        }
+        if report.ok() || late {
             return report;
         }
         thread::sleep(PAUSE);

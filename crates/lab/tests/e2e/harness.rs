@@ -483,6 +483,11 @@ impl Lab {
         }
     }
 
+    /// Where the agent of a node has its sockets.
+    pub(crate) fn run_dir(&self, number: usize) -> PathBuf {
+        self.layout.admin_socket(&self.nodes[number - 1]).parent().unwrap().to_owned()
+    }
+
     /// What the agent of each node says; nothing from one that does not answer.
     pub(crate) fn statuses(&self) -> Vec<Option<Status>> {
         let answers = self.answers(&Request::Status).into_iter();

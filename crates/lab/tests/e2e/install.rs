@@ -21,14 +21,14 @@ fn palisade(lab: &Lab, args: &[&str]) -> Command {
     command
 }
 
-fn run(lab: &Lab, args: &[&str]) -> (i32, String) {
+pub(crate) fn run(lab: &Lab, args: &[&str]) -> (i32, String) {
     let Output { status, stdout, stderr } = palisade(lab, args).output().unwrap();
     let text = [stdout, stderr].concat();
     (status.code().unwrap(), String::from_utf8(text).unwrap())
 }
 
 #[track_caller]
-fn succeeds(lab: &Lab, args: &[&str]) -> String {
+pub(crate) fn succeeds(lab: &Lab, args: &[&str]) -> String {
     let (code, text) = run(lab, args);
     assert_eq!(code, 0, "palisade {}: {text}", args.join(" "));
     text
@@ -42,7 +42,7 @@ fn fails(lab: &Lab, args: &[&str], code: i32, why: &str) {
 }
 
 /// What the controller of DaemonSets would say.
-fn pretend(lab: &Lab, name: &str, desired: u32, ready: u32) {
+pub(crate) fn pretend(lab: &Lab, name: &str, desired: u32, ready: u32) {
     let path = "jsonpath={.metadata.generation}";
     let generation = lab.kubectl(&["-n", "kube-system", "get", "ds", name, "-o", path]);
     let status = format!(

@@ -26,6 +26,7 @@ mod probe;
 mod restart;
 mod services;
 mod silence;
+mod status;
 mod storm;
 mod tls;
 mod traffic;

@@ -13,15 +13,15 @@ use super::{
 };
 
 /// By then it is clear that nobody is at the other end.
-const NOTICED: Duration = Duration::from_secs(20);
+pub(crate) const NOTICED: Duration = Duration::from_secs(20);
 /// By then it is clear that all is well again.
-const CALM: Duration = Duration::from_secs(30);
+pub(crate) const CALM: Duration = Duration::from_secs(30);
 
 /// The cable of the first node, pulled out until this value goes.
-struct Pulled;
+pub(crate) struct Pulled;
 
 impl Pulled {
-    fn out() -> Self {
+    pub(crate) fn out() -> Self {
         ip(&format!("-n {FABRIC_NETNS} link set node1 nomaster"));
         Self
     }

@@ -1,11 +1,23 @@
-//! The status of an installation, from what the API server says of its pods.
+//! The status of an installation, from what the API server says of its pods, and its agents of
+//! themselves.
 
-use std::{collections::BTreeMap, fmt::Write};
+use std::{
+    collections::{BTreeMap, BTreeSet},
+    fmt::Write,
+};
 
+use anyhow::Result;
+use palisade_api::admin::Status;
 use serde_json::{Value, json};
 
-use super::report::{DISABLED, LOGO};
-use crate::cluster::{Cluster, Container, Installation, PodState, Replicas};
+use super::{
+    health,
+    report::{DISABLED, LOGO},
+};
+use crate::cluster::{
+    Cluster, Container, Installation, PodState, Replicas,
+    agents::{Answer, Asked},
+};
 
 const AGENTS: &str = "palisade";
 const OPERATORS: &str = "palisade-operator";
@@ -22,8 +34,12 @@ struct Remark {
 pub(super) struct Installed {
     cluster: Box<Cluster>,
     installation: Installation,
+    /// What agents said of themselves, as far as they were asked.
+    agents: Vec<Status>,
     errors: Vec<Remark>,
     warnings: Vec<Remark>,
+    /// Why agents could not be asked.
+    not_collected: BTreeSet<String>,
 }
 
 impl Installed {
@@ -34,7 +50,42 @@ impl Installed {
         };
         let errors = errors(&cluster, &installation);
         let warnings = warnings(&cluster, &installation);
-        Ok(Self { cluster: Box::new(cluster), installation, errors, warnings })
+        Ok(Self {
+            cluster: Box::new(cluster),
+            installation,
+            agents: Vec::new(),
+            errors,
+            warnings,
+            not_collected: BTreeSet::new(),
+        })
+    }
+
+    pub(super) const fn installation(&self) -> &Installation {
+        &self.installation
+    }
+
+    /// Takes over what the agents said.
+    pub(super) fn hear(&mut self, asked: Result<Vec<Asked>>) {
+        let asked = asked.unwrap_or_else(|error| {
+            self.not_collected.insert(format!("agents: {error:#}"));
+            Vec::new()
+        });
+        for Asked { pod, answer } in asked {
+            let remark = |text| Remark { component: AGENTS, from: pod.clone(), text };
+            match answer {
+                Answer::Status(status) => {
+                    self.errors.extend(health::problems(&status).into_iter().map(remark));
+                    self.warnings.extend(health::concerns(&status).into_iter().map(remark));
+                    self.agents.push(*status);
+                }
+                Answer::None(said) => {
+                    self.errors.push(remark(format!("does not say how it is: {said}")));
+                }
+                Answer::Unasked(why) => {
+                    self.not_collected.insert(format!("what agents say of themselves: {why}"));
+                }
+            }
+        }
     }
 
     /// Agents on every node of the newest version, an operator, and no errors.
@@ -68,10 +119,12 @@ impl Installed {
         let containers = self.installation.pods.iter().flat_map(|pod| &pod.containers);
         let running = containers.filter(|it| it.name == "proxy" && it.running).count();
         let desired = self.installation.agents.desired;
-        match desired - i32::try_from(running).unwrap_or_default() {
-            ..=0 if desired > 0 => "OK".to_owned(),
-            ..=0 => "on no node".to_owned(),
-            missing => format!("{missing} not running"),
+        let lonely = self.agents.iter().filter(|status| !status.l7_proxy).count();
+        match (desired - i32::try_from(running).unwrap_or_default(), lonely) {
+            (..=0, 0) if desired > 0 => "OK".to_owned(),
+            (..=0, 0) => "on no node".to_owned(),
+            (..=0, lonely) => format!("not connected on {lonely} of {} nodes", self.agents.len()),
+            (missing, _) => format!("{missing} not running"),
         }
     }
 
@@ -118,9 +171,25 @@ impl Installed {
             .map(|(component, (image, count))| (component.as_str(), format!("{image}: {count}")))
             .collect();
         lines(out, "Image versions", images.iter().map(|(name, text)| (*name, text.as_str())))?;
-        remarks(out, "Errors:", &self.errors)?;
-        remarks(out, "Warnings:", &self.warnings)?;
+        self.remarks(out, "Errors:", &self.errors)?;
+        self.remarks(out, "Warnings:", &self.warnings)?;
+        for why in &self.not_collected {
+            writeln!(out, "{:<23}{why}", "Not collected:")?;
+        }
         if verbose { self.pods(out) } else { Ok(()) }
+    }
+
+    fn remarks(&self, out: &mut String, title: &str, remarks: &[Remark]) -> std::fmt::Result {
+        let mut title = title;
+        for name in [AGENTS, OPERATORS] {
+            let of_component = remarks.iter().filter(|remark| remark.component == name);
+            let said = of_component.map(|it| (it.from.clone(), it.text.clone())).collect();
+            for (from, text) in health::at_once(said, self.agents.len()) {
+                writeln!(out, "{title:<23}{name:<21}{from}    {text}")?;
+                title = "";
+            }
+        }
+        Ok(())
     }
 
     fn pods(&self, out: &mut String) -> std::fmt::Result {
@@ -178,10 +247,12 @@ impl Installed {
             "phase_count": phases,
             "pod_state": state,
             "pods_count": { "all": self.cluster.pods.len(), "by_cilium": self.managed() },
-            "cilium_status": {},
+            "cilium_status": self.agents.iter()
+                .map(|status| (status.node.as_str(), status))
+                .collect::<BTreeMap<_, _>>(),
             "cilium_endpoints": {},
             "errors": errors,
-            "collection_errors": [],
+            "collection_errors": self.not_collected,
             "config_errors": [],
             "helm_chart_version": self.installation.version,
             "kubernetes_version": self.cluster.version,
@@ -302,11 +373,5 @@ fn lines<'a>(
     Ok(())
 }
 
-fn remarks(out: &mut String, title: &str, remarks: &[Remark]) -> std::fmt::Result {
-    let mut title = title;
-    for Remark { component, from, text } in remarks {
-        writeln!(out, "{title:<23}{component:<21}{from}    {text}")?;
-        title = "";
-    }
-    Ok(())
-}
+#[cfg(test)]
+mod tests;

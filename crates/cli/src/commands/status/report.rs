@@ -8,6 +8,7 @@ use std::{
 use palisade_api::admin::{Endpoint, Status};
 use serde_json::{Value, json};
 
+use super::health;
 use crate::cluster::Cluster;
 
 /// A fence; the component summary stands beside it.
@@ -113,7 +114,9 @@ impl Report {
             match &agent.answer {
                 Err(error) => errors.push((agent.name.clone(), error.clone())),
                 Ok((status, _)) => errors.extend(
-                    problems(status).into_iter().map(|problem| (status.node.clone(), problem)),
+                    health::problems(status)
+                        .into_iter()
+                        .map(|problem| (status.node.clone(), problem)),
                 ),
             }
         }
@@ -135,47 +138,14 @@ impl Report {
     fn warnings(&self) -> Vec<(String, String)> {
         let mut warnings = Vec::new();
         for (status, _) in self.statuses() {
-            let mut warn = |text: String| warnings.push((status.node.clone(), text));
-            let stand = status.policies_last_good;
-            let closed = status.policies_refused.saturating_sub(stand);
-            if closed > 0 {
-                warn(format!(
-                    "{closed} policies are refused and their subjects locked down: \
-                     palisade policy get"
-                ));
-            }
-            if stand > 0 {
-                warn(format!(
-                    "{stand} policies are refused, with their last good versions in force: \
-                     palisade policy get"
-                ));
-            }
-            if status.endpoints_not_ready > 0 {
-                warn(format!(
-                    "{} endpoints are not ready: palisade endpoint list",
-                    status.endpoints_not_ready
-                ));
-            }
+            let concerns = health::concerns(status).into_iter();
+            warnings.extend(concerns.map(|text| (status.node.clone(), text)));
         }
         warnings
     }
 
-    /// The warnings for people: what every agent says is said once.
     fn warnings_at_once(&self) -> Vec<(String, String)> {
-        let mut warnings = self.warnings();
-        let all = self.available();
-        let mut told: BTreeMap<String, usize> = BTreeMap::new();
-        for (_, text) in &warnings {
-            *told.entry(text.clone()).or_default() += 1;
-        }
-        for (node, text) in &mut warnings {
-            if all > 1 && told[text.as_str()] == all {
-                *node = format!("all {all} nodes");
-            }
-        }
-        let mut seen = BTreeSet::new();
-        warnings.retain(|warning| seen.insert(warning.clone()));
-        warnings
+        health::at_once(self.warnings(), self.available())
     }
 
     /// What could not be asked.
@@ -309,33 +279,6 @@ impl Report {
     }
 }
 
-fn problems(status: &Status) -> Vec<String> {
-    let mut problems = status.problems.clone();
-    // An API server that cannot be reached is one problem, not one of each kind.
-    let mut errors: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
-    for input in &status.inputs {
-        if let Some(error) = &input.error {
-            errors.entry(error).or_default().push(&input.kind);
-        }
-    }
-    problems.extend(errors.into_iter().map(|(error, kinds)| match kinds.len() {
-        few @ ..=3 => format!("{}: {error}", kinds[..few].join(", ")),
-        many => format!("{many} kinds of objects ({}, …): {error}", kinds[..2].join(", ")),
-    }));
-    if !status.ready {
-        let waiting: Vec<&str> = status
-            .inputs
-            .iter()
-            .filter(|input| !input.complete)
-            .map(|input| input.kind.as_str())
-            .collect();
-        let why =
-            if waiting.is_empty() { String::new() } else { format!(": {}", waiting.join(", ")) };
-        problems.push(format!("not ready{why}"));
-    }
-    problems
-}
-
 fn list(out: &mut String, title: &str, entries: &[(String, String)]) -> std::fmt::Result {
     let mut title = title;
     for (name, text) in entries {
@@ -346,4 +289,4 @@ fn list(out: &mut String, title: &str, entries: &[(String, String)]) -> std::fmt
 }
 
 #[cfg(test)]
-mod tests;
+pub(super) mod tests;

@@ -1,6 +1,6 @@
 use super::*;
 
-fn status(node: &str) -> Status {
+pub(in super::super) fn status(node: &str) -> Status {
     Status {
         version: "0.1.0".to_owned(),
         node: node.to_owned(),

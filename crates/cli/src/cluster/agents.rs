@@ -1,0 +1,56 @@
+//! What the agents of an installation say of themselves, each in its own pod. The API server does
+//! not know: an agent that it cannot reach is ready all the same, as its pods are connected.
+
+use anyhow::Result;
+use futures::{StreamExt, stream};
+use k8s_openapi::api::core::v1::Pod;
+use kube::Api;
+use palisade_api::admin::Status;
+
+use super::{Installation, client, exec, on_runtime};
+use crate::cli::Global;
+
+const CONTAINER: &str = "agent";
+/// So many are asked at once.
+const AT_ONCE: usize = 16;
+
+/// One agent's answer.
+pub(crate) struct Asked {
+    pub(crate) pod: String,
+    pub(crate) answer: Answer,
+}
+
+/// What came of the question.
+pub(crate) enum Answer {
+    Status(Box<Status>),
+    /// It was asked, and did not say.
+    None(String),
+    /// It could not be asked, which says nothing about it.
+    Unasked(String),
+}
+
+/// Asks each agent that runs.
+pub(crate) fn ask(global: &Global, installation: &Installation) -> Result<Vec<Asked>> {
+    on_runtime(None, async {
+        let pods = Api::<Pod>::namespaced(client(global).await?, &installation.namespace);
+        let running = installation.pods.iter().filter(|pod| {
+            pod.containers.iter().any(|container| container.name == CONTAINER && container.running)
+        });
+        let questions = running.map(|pod| async {
+            Asked { pod: pod.name.clone(), answer: answer(&pods, &pod.name).await }
+        });
+        Ok(stream::iter(questions).buffered(AT_ONCE).collect().await)
+    })
+}
+
+async fn answer(pods: &Api<Pod>, pod: &str) -> Answer {
+    let command = ["/palisade", "node", "status"].map(str::to_owned).to_vec();
+    match exec(pods, pod, Some(CONTAINER), command).await {
+        Ok((true, said)) => serde_json::from_str(&said).map_or_else(
+            |error| Answer::None(format!("unreadable answer: {error}")),
+            |status| Answer::Status(Box::new(status)),
+        ),
+        Ok((false, said)) => Answer::None(said),
+        Err(error) => Answer::Unasked(format!("{error:#}")),
+    }
+}

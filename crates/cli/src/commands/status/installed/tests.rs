@@ -1,0 +1,102 @@
+use palisade_api::admin::Input;
+
+use super::{super::report::tests::status, *};
+
+const EVERYWHERE: Replicas = Replicas { desired: 2, ready: 2, available: 2, current: true };
+
+/// Two nodes, of which the API server has nothing but good to tell.
+fn installed() -> Installed {
+    let installation =
+        Installation { agents: EVERYWHERE, operators: Some(EVERYWHERE), ..Installation::default() };
+    let cluster = Cluster {
+        version: "v1.37.1".to_owned(),
+        nodes: vec!["node1".to_owned(), "node2".to_owned()],
+        pods: BTreeSet::new(),
+        running: BTreeSet::new(),
+        endpoints: BTreeSet::new(),
+        without_network: Vec::new(),
+        installation: Some(installation),
+    };
+    Installed::of(cluster).unwrap_or_else(|_| panic!("there is an installation"))
+}
+
+fn hear(answers: [Answer; 2]) -> Installed {
+    let mut installed = installed();
+    let pods = ["palisade-1", "palisade-2"].map(str::to_owned);
+    let asked = pods.into_iter().zip(answers).map(|(pod, answer)| Asked { pod, answer });
+    installed.hear(Ok(asked.collect()));
+    installed
+}
+
+fn says(status: Status) -> Answer {
+    Answer::Status(Box::new(status))
+}
+
+#[test]
+fn agents_that_are_well_add_nothing() {
+    let installed = hear(["node1", "node2"].map(|node| says(status(node))));
+    assert!(installed.ok());
+    let text = installed.text(false);
+    assert!(text.contains("Palisade:           OK"), "{text}");
+    assert!(!text.contains("Errors") && !text.contains("Not collected"), "{text}");
+    let status = &installed.json()["cilium_status"];
+    assert_eq!(status["node2"]["ready"], true, "{status}");
+}
+
+#[test]
+fn an_agent_that_cannot_follow_the_api_server_is_an_error_of_its_pod() {
+    let mut deaf = status("node2");
+    deaf.inputs = ["Pod", "Node"]
+        .map(|kind| Input {
+            kind: kind.to_owned(),
+            complete: true,
+            objects: 1,
+            error: Some("timed out".to_owned()),
+        })
+        .to_vec();
+    let installed = hear([says(status("node1")), says(deaf)]);
+    assert!(!installed.ok());
+    let text = installed.text(false);
+    assert!(text.contains("palisade-2    Pod, Node: timed out"), "{text}");
+    assert!(!text.contains("palisade-1"), "{text}");
+    let error = &installed.json()["errors"]["palisade"]["palisade-2"]["Errors"];
+    assert_eq!(error[0], "Pod, Node: timed out");
+}
+
+#[test]
+fn what_all_agents_say_is_said_once() {
+    let refused = |node| says(Status { policies_refused: 1, ..status(node) });
+    let installed = hear(["node1", "node2"].map(refused));
+    assert!(installed.ok());
+    let text = installed.text(false);
+    assert_eq!(text.matches("locked down").count(), 1, "{text}");
+    assert!(text.contains("all 2 nodes    1 policies are refused"), "{text}");
+}
+
+#[test]
+fn a_proxy_that_its_agent_does_not_hear_is_told() {
+    let mut installed = installed();
+    installed.installation.proxy = true;
+    installed.installation.agents.desired = 0;
+    installed.agents = vec![Status { l7_proxy: false, ..status("node1") }];
+    assert_eq!(installed.proxy(), "not connected on 1 of 1 nodes");
+}
+
+#[test]
+fn an_answer_that_does_not_come_is_no_good_one() {
+    let silent = || Answer::None("the agent does not answer".to_owned());
+    let installed = hear([says(status("node1")), silent()]);
+    assert!(!installed.ok());
+    let text = installed.text(false);
+    assert!(text.contains("palisade-2    does not say how it is: the agent does"), "{text}");
+}
+
+#[test]
+fn agents_that_nobody_may_ask_are_not_ill() {
+    let forbidden = || Answer::Unasked("403 Forbidden".to_owned());
+    let installed = hear([forbidden(), forbidden()]);
+    assert!(installed.ok());
+    let text = installed.text(false);
+    assert_eq!(text.matches("Not collected:").count(), 1, "{text}");
+    assert_eq!(installed.json()["collection_errors"].as_array().map(Vec::len), Some(1));
+}
