@@ -2,14 +2,16 @@
 
 use std::{
     fs,
+    io::Read,
     path::{Path, PathBuf},
-    process::{Command, Output},
+    process::{Command, Output, Stdio},
 };
 
+use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{Lab, Outside},
+    harness::{Lab, Outside, eventually},
     traffic::serve_echo,
 };
 
@@ -86,6 +88,27 @@ fn the_tests_of_a_cluster_pass_on_a_lab() {
     for namespace in ["palisade-test-1", "palisade-starwars"] {
         assert!(lab.try_kubectl(&["get", "namespace", namespace]).is_none(), "{text}");
     }
+}
+
+#[test]
+fn interrupted_tests_take_away_what_they_made() {
+    let lab = Lab::up(1);
+    let mut tests = Command::new(program())
+        .args(["connectivity", "test", "--test", "^clusterwide-ingress$"])
+        .env("KUBECONFIG", lab.kubeconfig())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let policy = ["get", "ciliumclusterwidenetworkpolicy", "palisade-test-1-ingress"];
+    eventually("the policy is there", || lab.try_kubectl(&policy).is_some());
+    let process = Pid::from_raw(tests.id().try_into().unwrap()).unwrap();
+    rustix::process::kill_process(process, Signal::INT).unwrap();
+    let mut said = String::new();
+    tests.stderr.take().unwrap().read_to_string(&mut said).unwrap();
+    assert_eq!(tests.wait().unwrap().code(), Some(1), "{said}");
+    assert!(said.contains("error: interrupted"), "{said}");
+    assert!(lab.try_kubectl(&policy).is_none(), "{said}");
+    assert!(lab.try_kubectl(&["get", "namespace", "palisade-test-1"]).is_none(), "{said}");
 }
 
 #[test]
