@@ -92,7 +92,8 @@ fn attachment() -> Result<Attachment, Failure> {
     Ok(Attachment { container_id, ifname })
 }
 
-fn netns() -> Result<PathBuf, Failure> {
+/// The network namespace, which has to be one.
+pub(crate) fn netns() -> Result<PathBuf, Failure> {
     let path = PathBuf::from(required("CNI_NETNS")?);
     match rustix::fs::statfs(&path) {
         Ok(fs) if u64::try_from(fs.f_type).is_ok_and(|magic| magic == NSFS_MAGIC) => Ok(path),

@@ -1,11 +1,13 @@
 //! The CNI plugin: standard input to the agent's socket and back.
 //!
 //! It decides nothing and changes nothing but the queue of deletions: it checks its input, asks
-//! the agent, and prints the answer in the form of the runtime's CNI version.
+//! the agent, and prints the answer in the form of the runtime's CNI version. Under the name of
+//! `loopback` it is the plugin of that name.
 
 mod agent;
 mod environment;
 mod input;
+mod loopback;
 mod output;
 
 use std::io::{self, Write};
@@ -43,6 +45,11 @@ fn run(version: &mut String) -> Result<Option<Value>, Failure> {
     if command == Command::Version {
         Version::parse(version)?;
         return Ok(Some(output::versions(version)));
+    }
+    if loopback::is_meant() {
+        let version = Version::parse(version)?;
+        version.allows(command)?;
+        return loopback::perform(command, version, &document);
     }
     let config = Config::parse(&document)?;
     config.version.allows(command)?;

@@ -82,7 +82,11 @@ const GOOD: [(&str, &str); 5] = [
 ];
 
 fn run(verb: &str, changes: &[(&str, Option<&str>)], input: &[u8]) -> Answer {
-    let mut command = Command::new(env!("CARGO_BIN_EXE_palisade-cni"));
+    run_as(Path::new(env!("CARGO_BIN_EXE_palisade-cni")), verb, changes, input)
+}
+
+fn run_as(program: &Path, verb: &str, changes: &[(&str, Option<&str>)], input: &[u8]) -> Answer {
+    let mut command = Command::new(program);
     command.env_clear().env("CNI_COMMAND", verb).envs(GOOD);
     for (name, value) in changes {
         match value {
@@ -229,4 +233,62 @@ fn deletions_wait_for_the_agent_and_may_be_repeated() {
     run("DEL", &[("CNI_IFNAME", Some("net1"))], config.as_bytes()).silent_success();
     assert_eq!(home.queued().len(), 2, "the second interface is another attachment");
     assert!(!Path::new(&home.0).join("cni.sock").exists());
+}
+
+/// A network namespace that goes with this value.
+struct Netns(String);
+
+impl Netns {
+    fn new() -> Self {
+        let name = format!("plsd-lo-{}", std::process::id());
+        ip(&["netns", "add", &name]);
+        Self(name)
+    }
+
+    fn lo_is_up(&self) -> bool {
+        ip(&["-n", &self.0, "-o", "link", "show", "lo"]).contains("<LOOPBACK,UP")
+    }
+}
+
+impl Drop for Netns {
+    fn drop(&mut self) {
+        ip(&["netns", "del", &self.0]);
+    }
+}
+
+fn ip(args: &[&str]) -> String {
+    let output = Command::new("ip").args(args).output().expect("ip");
+    assert!(output.status.success(), "{output:?}");
+    String::from_utf8(output.stdout).expect("text")
+}
+
+#[test]
+fn under_another_name_it_is_the_loopback_plugin() {
+    let home = Home::new();
+    let program = home.0.join("loopback");
+    std::os::unix::fs::symlink(env!("CARGO_BIN_EXE_palisade-cni"), &program).expect("link");
+    let netns = Netns::new();
+    let path = format!("/run/netns/{}", netns.0);
+    let place = [("CNI_NETNS", Some(path.as_str())), ("CNI_IFNAME", Some("lo"))];
+    let config = json!({ "cniVersion": "0.4.0", "name": "cni-loopback", "type": "loopback" });
+    let ask = |verb, config: &Value| run_as(&program, verb, &place, config.to_string().as_bytes());
+
+    ask("CHECK", &config).refused(102, "lo is down");
+    assert!(!netns.lo_is_up());
+    let added = ask("ADD", &config);
+    assert!(added.success && netns.lo_is_up(), "{}", added.stdout);
+    let result = added.json();
+    assert_eq!(result["cniVersion"], "0.4.0");
+    assert_eq!(result["interfaces"][0]["sandbox"], path);
+    assert_eq!(result["ips"][1], json!({ "address": "::1/128", "interface": 0, "version": "6" }));
+    ask("CHECK", &config).silent_success();
+
+    let mut second = config.clone();
+    second["prevResult"] = json!({ "cniVersion": "0.4.0", "ips": [{ "address": "10.0.0.1/8" }] });
+    assert_eq!(ask("ADD", &second).json()["ips"], second["prevResult"]["ips"]);
+    ask("DEL", &config).silent_success();
+    let gone = [("CNI_NETNS", None)];
+    run_as(&program, "DEL", &gone, config.to_string().as_bytes()).silent_success();
+    run_as(&program, "ADD", &gone, config.to_string().as_bytes()).refused(4, "CNI_NETNS");
+    ask("VERSION", &json!({ "cniVersion": "9.9.9" })).refused(1, "9.9.9");
 }

@@ -4,7 +4,7 @@
 use std::{
     ffi::OsStr,
     fs, io,
-    os::unix::fs::PermissionsExt,
+    os::unix::fs::{PermissionsExt, symlink},
     path::{Path, PathBuf},
     time::Duration,
 };
@@ -34,6 +34,8 @@ use crate::{
 };
 
 const PLUGIN: &str = "palisade-cni";
+/// Most runtimes ask for this plugin beside the network's; it may come with none of them.
+const LOOPBACK: &str = "loopback";
 /// Runtimes take the first by name.
 const CONFLIST: &str = "05-palisade.conflist";
 /// What other networks' files are called while they are put aside.
@@ -71,7 +73,7 @@ pub(crate) enum NodeCommand {
         #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
         run_dir: PathBuf,
     },
-    /// Prints what this node's agent says of itself.
+    /// Prints what this node's agent says of itself, as `Ok`, or as `Err` why it says nothing.
     Status {
         /// The agent's directory.
         #[arg(long, default_value = "/run/palisade", value_name = "DIR")]
@@ -128,7 +130,7 @@ pub(crate) fn run(command: NodeCommand) -> Result<Exit> {
         }
         NodeCommand::Probe { alive, run_dir } => probe(&run_dir, alive),
         NodeCommand::Status { run_dir } => {
-            output::json(&ask(&run_dir)?)?;
+            output::json(&ask(&run_dir).map_err(|error| format!("{error:#}")))?;
             Ok(Exit::Ok)
         }
         NodeCommand::Clean { cni, run_dir, state_dir, bpffs } => {
@@ -221,6 +223,11 @@ fn mount_bpffs() -> Result<()> {
 /// The plugin before the configuration that names it; each is whole or not there.
 fn install(cni: &CniDirectories, plugin: &Path, conflist: &Path) -> Result<()> {
     replace(plugin, &cni.cni_bin_dir.join(PLUGIN), 0o755)?;
+    match symlink(PLUGIN, cni.cni_bin_dir.join(LOOPBACK)) {
+        // Whoever it is from, it does the same.
+        Err(error) if error.kind() == io::ErrorKind::AlreadyExists => {}
+        outcome => outcome.with_context(|| format!("cannot install the plugin {LOOPBACK}"))?,
+    }
     replace(conflist, &cni.cni_conf_dir.join(CONFLIST), 0o644)
 }
 
@@ -284,6 +291,10 @@ fn clean(cni: &CniDirectories, directories: &[PathBuf]) -> Result<()> {
             fs::rename(&path, path.with_extension(""))
                 .with_context(|| format!("cannot put {} back", path.display()))?;
         }
+    }
+    let loopback = cni.cni_bin_dir.join(LOOPBACK);
+    if fs::read_link(&loopback).is_ok_and(|target| target == Path::new(PLUGIN)) {
+        remove(fs::remove_file(loopback), LOOPBACK)?;
     }
     remove(fs::remove_file(cni.cni_bin_dir.join(PLUGIN)), PLUGIN)?;
     for directory in directories {
@@ -469,9 +480,15 @@ mod tests {
             put_aside(&others).unwrap();
             assert_eq!(
                 directory.files(),
-                ["05-palisade.conflist", "10-flannel.conflist.palisade-aside", "palisade-cni"]
+                [
+                    "05-palisade.conflist",
+                    "10-flannel.conflist.palisade-aside",
+                    "loopback",
+                    "palisade-cni"
+                ]
             );
         }
+        assert!(cni.cni_bin_dir.join(LOOPBACK).exists());
         let plugin = fs::metadata(cni.cni_bin_dir.join(PLUGIN)).unwrap();
         assert_eq!(plugin.permissions().mode() & 0o777, 0o755);
         let state = directory.0.join("state");
@@ -481,5 +498,16 @@ mod tests {
             assert_eq!(directory.files(), ["10-flannel.conflist"]);
             assert!(!state.exists());
         }
+    }
+
+    #[test]
+    fn a_loopback_plugin_that_is_there_stays() {
+        let directory = Directory::new("loopback");
+        let cni = directory.cni();
+        let theirs = cni.cni_bin_dir.join(LOOPBACK);
+        fs::write(&theirs, "theirs").unwrap();
+        install(&cni, &directory.0.join("plugin"), &directory.0.join("conflist")).unwrap();
+        clean(&cni, &[]).unwrap();
+        assert_eq!(fs::read_to_string(theirs).unwrap(), "theirs");
     }
 }
