@@ -28,7 +28,7 @@ use tracing::{info, warn};
 use crate::{
     admin::{self, Admin, Readiness},
     cni::{self, Attachments, Endpoints, NewEndpoint, Phase, Server, Settings},
-    endpoints::{self, Lifecycle, NodeLinks, ProgramHealth, Succession},
+    endpoints::{self, Health, Lifecycle, NodeLinks, Succession},
     engine::{Engine, Outputs, Progress, Rounds},
     fqdn::Names,
     ipam::Ipam,
@@ -150,7 +150,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let (progress_sender, progress) = watch::channel(Progress::default());
     let (surroundings_sender, surroundings) = watch::channel(Surroundings::default());
     let (publications, publication_queue) = mpsc::unbounded_channel();
-    let health = Arc::new(ProgramHealth::default());
+    let health = Arc::new(Health::default());
     let proxy = Arc::new(ProxyLink::default());
     let rounds = Arc::new(Rounds::default());
     let outputs = Outputs {
@@ -297,7 +297,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 Ways::overlay(netlink.clone(), overlay)
             }
         };
-        keeping.spawn(keep_ways(ways, surroundings));
+        keeping.spawn(keep_ways(ways, surroundings, health));
         let settings = Settings { node: options.node_name.clone(), socket, records, mtu };
         let (attachments, restored) = Attachments::restore(settings, ipam, netlink)
             .await
@@ -339,7 +339,7 @@ async fn answers_come_in_by(
     datapath: Arc<Datapath>,
     netlink: Netlink,
     uplink: String,
-    health: Arc<ProgramHealth>,
+    health: Arc<Health>,
 ) {
     // The programs read Ethernet headers; tunnels have none.
     if !matches!(netlink.link(&uplink).await, Ok(Some(link)) if link.mac.is_some()) {
@@ -428,7 +428,12 @@ fn new_endpoint(record: &cni::Record) -> NewEndpoint {
 }
 
 /// Follows what is wanted, and looks from time to time whether somebody undid it.
-async fn keep_ways(ways: Ways, mut surroundings: watch::Receiver<Surroundings>) {
+async fn keep_ways(
+    ways: Ways,
+    mut surroundings: watch::Receiver<Surroundings>,
+    health: Arc<Health>,
+) {
+    const WAYS: &str = "the ways to other nodes";
     const LOOK: Duration = Duration::from_secs(5);
     const RETRY: Duration = Duration::from_secs(1);
     if surroundings.changed().await.is_err() {
@@ -437,8 +442,9 @@ async fn keep_ways(ways: Ways, mut surroundings: watch::Receiver<Surroundings>) 
     loop {
         let wanted = surroundings.borrow_and_update().clone();
         let applied = ways.apply(&wanted).await;
-        if let Err(error) = &applied {
-            warn!("cannot set the ways to other nodes yet: {error:#}");
+        match &applied {
+            Ok(()) => health.clear(WAYS),
+            Err(error) => health.set(WAYS, format!("{WAYS} cannot be set: {error:#}")),
         }
         let pause = if applied.is_ok() { LOOK } else { RETRY };
         tokio::select! {

@@ -101,12 +101,15 @@ pub(crate) fn on_runtime<T>(
     work: impl Future<Output = Result<T>>,
 ) -> Result<T> {
     let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build()?;
-    runtime.block_on(async {
+    let result = runtime.block_on(async {
         let Some(limit) = limit else { return work.await };
         tokio::time::timeout(limit, work)
             .await
             .unwrap_or_else(|_| Err(anyhow::anyhow!("the API server does not answer")))
-    })
+    });
+    // Whoever interrupts the work does not wait for what it began on other threads.
+    runtime.shutdown_background();
+    result
 }
 
 /// The way to the API server that was asked for, or the one that is there. It answers.

@@ -21,7 +21,7 @@ use tracing::warn;
 
 use crate::{
     cni::Attachments,
-    endpoints::ProgramHealth,
+    endpoints::Health,
     engine::{Progress, Rounds},
     observer::{Observer, matches},
     proxy::ProxyLink,
@@ -81,7 +81,7 @@ pub struct Admin {
     /// The way to the L7 proxy.
     pub proxy: Arc<ProxyLink>,
     /// What is wrong with attached programs.
-    pub health: Arc<ProgramHealth>,
+    pub health: Arc<Health>,
     /// When it was ready.
     pub readiness: Readiness,
     /// The pods' addresses.

@@ -22,14 +22,14 @@ const LOOK: Duration = Duration::from_secs(5);
 /// The same while something is wrong.
 const RETRY: Duration = Duration::from_secs(1);
 
-/// What is wrong with attached programs, by interface.
+/// What is wrong on this node, by interface or what else it is about.
 #[derive(Debug, Default)]
-pub struct ProgramHealth {
+pub struct Health {
     problems: Mutex<BTreeMap<String, String>>,
     reattached: AtomicU64,
 }
 
-impl ProgramHealth {
+impl Health {
     /// What is wrong now.
     pub fn problems(&self) -> Vec<String> {
         self.lock().values().cloned().collect()
@@ -50,16 +50,18 @@ impl ProgramHealth {
         warn!(interface, "somebody detached the programs; they are attached again");
     }
 
-    fn set(&self, interface: &str, problem: String) {
-        let known = self.lock().insert(interface.to_owned(), problem.clone());
+    /// Something is wrong.
+    pub fn set(&self, about: &str, problem: String) {
+        let known = self.lock().insert(about.to_owned(), problem.clone());
         if known.as_ref() != Some(&problem) {
-            error!(interface, "{problem}");
+            error!(about, "{problem}");
         }
     }
 
-    fn clear(&self, interface: &str) {
-        if self.forget(interface) {
-            info!(interface, "the programs are attached");
+    /// Nothing is wrong, or no longer.
+    pub fn clear(&self, about: &str) {
+        if self.forget(about) {
+            info!(about, "what was wrong is mended");
         }
     }
 
@@ -154,7 +156,7 @@ pub async fn guard_uplink(
     datapath: Arc<Datapath>,
     uplink: String,
     side: Side,
-    health: Arc<ProgramHealth>,
+    health: Arc<Health>,
 ) {
     loop {
         tokio::time::sleep(health.pause()).await;

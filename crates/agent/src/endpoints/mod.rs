@@ -21,7 +21,7 @@ use tokio::{
 use tracing::{info, warn};
 
 pub use attach::{Attach, LinkState, NodeLinks};
-pub use guard::{ProgramHealth, guard_uplink};
+pub use guard::{Health, guard_uplink};
 
 use crate::{
     cni::{EndpointError, Endpoints, NewEndpoint, Readiness},
@@ -79,7 +79,7 @@ pub struct Outputs {
     /// What the API server is to learn.
     pub publications: mpsc::UnboundedSender<Publication>,
     /// What is wrong with attached programs.
-    pub health: Arc<ProgramHealth>,
+    pub health: Arc<Health>,
 }
 
 /// See the module.
@@ -90,7 +90,7 @@ pub struct Lifecycle<A> {
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
     publications: mpsc::UnboundedSender<Publication>,
-    health: Arc<ProgramHealth>,
+    health: Arc<Health>,
 }
 
 impl<A: Attach> Lifecycle<A> {

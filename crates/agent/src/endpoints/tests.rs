@@ -83,7 +83,7 @@ impl Fake {
 struct Bench {
     link: Arc<Fake>,
     lifecycle: Lifecycle<Arc<Fake>>,
-    health: Arc<ProgramHealth>,
+    health: Arc<Health>,
     told: mpsc::Receiver<Command>,
 }
 
@@ -95,7 +95,7 @@ impl Bench {
     async fn restart_with(link: Arc<Fake>, succession: Succession) -> Self {
         let (commands, told) = mpsc::channel(8);
         let (publications, _) = mpsc::unbounded_channel();
-        let health = Arc::new(ProgramHealth::default());
+        let health = Arc::new(Health::default());
         let outputs = Outputs { commands, publications, health: health.clone() };
         let tables = TablesWriter::default().reader();
         let progress = watch::channel(Progress::default()).1;

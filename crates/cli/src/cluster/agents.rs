@@ -1,11 +1,14 @@
 //! What the agents of an installation say of themselves, each in its own pod. The API server does
 //! not know: an agent that it cannot reach is ready all the same, as its pods are connected.
 
-use anyhow::Result;
+use std::time::Duration;
+
+use anyhow::{Context, Result};
 use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
 use palisade_api::admin::Status;
+use tokio::time::{Instant, timeout_at};
 
 use super::{Installation, client, exec, on_runtime};
 use crate::cli::Global;
@@ -13,6 +16,8 @@ use crate::cli::Global;
 const CONTAINER: &str = "agent";
 /// So many are asked at once.
 const AT_ONCE: usize = 16;
+/// All have been asked after so long, or will not be.
+const PATIENCE: Duration = Duration::from_secs(20);
 
 /// One agent's answer.
 pub(crate) struct Asked {
@@ -36,21 +41,24 @@ pub(crate) fn ask(global: &Global, installation: &Installation) -> Result<Vec<As
         let running = installation.pods.iter().filter(|pod| {
             pod.containers.iter().any(|container| container.name == CONTAINER && container.running)
         });
+        let deadline = Instant::now() + PATIENCE;
         let questions = running.map(|pod| async {
-            Asked { pod: pod.name.clone(), answer: answer(&pods, &pod.name).await }
+            let answer = timeout_at(deadline, answer(&pods, &pod.name)).await;
+            let answer = answer.context("no answer in time").flatten();
+            let answer = answer.unwrap_or_else(|error| Answer::Unasked(format!("{error:#}")));
+            Asked { pod: pod.name.clone(), answer }
         });
         Ok(stream::iter(questions).buffered(AT_ONCE).collect().await)
     })
 }
 
-async fn answer(pods: &Api<Pod>, pod: &str) -> Answer {
+async fn answer(pods: &Api<Pod>, pod: &str) -> Result<Answer> {
     let command = ["/palisade", "node", "status"].map(str::to_owned).to_vec();
-    match exec(pods, pod, Some(CONTAINER), command).await {
-        Ok((true, said)) => serde_json::from_str(&said).map_or_else(
-            |error| Answer::None(format!("unreadable answer: {error}")),
-            |status| Answer::Status(Box::new(status)),
-        ),
-        Ok((false, said)) => Answer::None(said),
-        Err(error) => Answer::Unasked(format!("{error:#}")),
-    }
+    let (_, said) = exec(pods, pod, Some(CONTAINER), command).await?;
+    // An earlier version does not know the question.
+    let status = serde_json::from_str(&said).with_context(|| format!("it said: {said}"))?;
+    Ok(match status {
+        Ok(status) => Answer::Status(Box::new(status)),
+        Err(why) => Answer::None(why),
+    })
 }

@@ -100,22 +100,22 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         file_options().with_context(|| format!("cannot write {}", file.display()))
     });
     let junit = junit.transpose()?;
-    let verdicts = cluster::on_runtime(None, async {
+    let (verdicts, problem) = cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
         let mut interrupt = Interrupt::new()?;
         let mut interrupted = true;
         let all = async {
-            let verdicts = run_all(&client, &args, tests, dump.map(Arc::new)).await;
+            let results = run_all(&client, &args, tests, dump.map(Arc::new)).await;
             interrupted = false;
-            verdicts
+            Ok(results)
         };
-        let verdicts = interrupt.or(all).await;
+        let results = interrupt.or(all).await;
         if interrupted && !args.keep {
             warn(format_args!("interrupted; taking away clients, servers and policies"));
             interrupt.or(remove_all(&client, &args)).await?;
         }
-        verdicts
+        results
     })?;
     if let Some(mut file) = junit {
         file.set_len(0).context("--junit-file")?;
@@ -125,6 +125,9 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
     match global.output {
         Format::Json => note!("{}", serde_json::to_string_pretty(&report::json(&verdicts))?),
         Format::Table => note!("{}", report::text(&verdicts).trim_end()),
+    }
+    if let Some(problem) = problem {
+        return Err(problem.context("not all clients and servers started"));
     }
     Ok(if verdicts.iter().all(Verdict::passed) { Exit::Ok } else { Exit::No })
 }
@@ -155,13 +158,13 @@ impl FirstFailure {
     }
 }
 
-/// Places take tests off one queue.
+/// Places take tests off one queue. The results, and why a place did not start.
 async fn run_all(
     client: &Client,
     args: &TestArgs,
     tests: Vec<&'static Test>,
     dump: Option<Arc<FirstFailure>>,
-) -> Result<Vec<Verdict>> {
+) -> (Vec<Verdict>, Option<anyhow::Error>) {
     let quiet = Progress::start("starting clients and servers");
     let plan = Plan {
         name: args.test_namespace.clone(),
@@ -195,25 +198,31 @@ async fn run_all(
                 if let Some(dump) = &dump {
                     dump.collect().await;
                 }
-                problem = Some(error);
+                problem = problem.or(Some(error));
             }
         }
     }
     let mut verdicts: Vec<Verdict> = workers.join_all().await.into_iter().flatten().collect();
-    if let Some(problem) = problem {
-        return Err(problem.context("clients and servers do not start"));
+    // What did start of a place goes, too.
+    if problem.is_some()
+        && !args.keep
+        && let Err(error) = remove_all(client, args).await
+    {
+        warn(format_args!("warning: {error:#}"));
     }
     let place = |verdict: &Verdict| suite::TESTS.iter().position(|it| it.name == verdict.name);
     verdicts.sort_by_key(place);
-    Ok(verdicts)
+    (verdicts, problem)
 }
 
 /// Takes away what was begun, whatever has become of it.
 async fn remove_all(client: &Client, args: &TestArgs) -> Result<()> {
+    let mut outcome = Ok(());
     for number in 1..=args.test_concurrency {
-        place::clear(client, &place::namespace(&args.test_namespace, number)).await?;
+        let name = place::namespace(&args.test_namespace, number);
+        outcome = outcome.and(place::clear(client, &name).await);
     }
-    Ok(())
+    outcome
 }
 
 async fn work(

@@ -24,6 +24,8 @@ use crate::{
 
 /// Between two looks while waiting. A look is a few local requests.
 const PAUSE: Duration = Duration::from_millis(200);
+/// The same where every agent of a cluster was asked.
+const PAUSE_OF_ALL: Duration = Duration::from_secs(3);
 
 pub(crate) fn run(global: &Global, args: &StatusArgs) -> Result<Exit> {
     let report = if args.wait {
@@ -107,13 +109,15 @@ fn wait(global: &Global, at_most: Duration) -> Summary {
         let mut report = collect(global);
         let late = begun.elapsed() >= at_most;
         // Every agent is asked only where nothing else is missing, or will be told.
-        if report.ok() || late {
+        let asks = report.ok() || late;
+        if asks {
             report.ask_agents(global);
         }
         if report.ok() || late {
             return report;
         }
-        thread::sleep(PAUSE);
+        let agents = asks && matches!(report, Summary::Installed(_));
+        thread::sleep(if agents { PAUSE_OF_ALL } else { PAUSE });
     }
 }
 

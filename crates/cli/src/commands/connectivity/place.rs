@@ -4,7 +4,7 @@ use std::{net::IpAddr, sync::Arc, time::Duration};
 
 use anyhow::{Context, Result, bail};
 use clap::Args;
-use k8s_openapi::api::core::v1::{self, Namespace, Pod, Service};
+use k8s_openapi::api::core::v1::{self, Event, Namespace, Pod, Service};
 use kube::{
     Api, Client, ResourceExt,
     api::{DeleteParams, DynamicObject, ListParams},
@@ -321,12 +321,24 @@ impl Inner {
             Err(_) => pods.get_opt(name).await?,
         };
         if !is_ready(pod.as_ref()) {
-            let trouble = pod.as_ref().and_then(trouble);
-            let why = trouble.map_or_else(|| "nobody says why".to_owned(), |it| it.what);
+            let why = match pod.as_ref().and_then(trouble) {
+                Some(trouble) => trouble.what,
+                None => self.warning(name).await?,
+            };
             bail!("pod {}/{name} is not ready: {why}", self.namespace);
         }
         let addresses = pod.iter().flat_map(|it| &it.status).flat_map(|it| it.pod_ips.iter());
         Ok(addresses.flatten().filter_map(|it| it.ip.parse().ok()).collect())
+    }
+
+    /// The last that anybody had to say of a pod.
+    async fn warning(&self, pod: &str) -> Result<String> {
+        let events: Api<Event> = Api::namespaced(self.client.clone(), &self.namespace);
+        let about = format!("involvedObject.name={pod},type=Warning");
+        let mut events = events.list(&ListParams::default().fields(&about)).await?.items;
+        events.sort_by_key(|event| event.last_timestamp.clone());
+        let last = events.pop().and_then(|event| event.message);
+        Ok(last.unwrap_or_else(|| "nobody says why".to_owned()))
     }
 }
 

@@ -181,10 +181,11 @@ impl Installed {
 
     fn remarks(&self, out: &mut String, title: &str, remarks: &[Remark]) -> std::fmt::Result {
         let mut title = title;
+        let agents = usize::try_from(self.installation.agents.desired).unwrap_or_default();
         for name in [AGENTS, OPERATORS] {
             let of_component = remarks.iter().filter(|remark| remark.component == name);
             let said = of_component.map(|it| (it.from.clone(), it.text.clone())).collect();
-            for (from, text) in health::at_once(said, self.agents.len()) {
+            for (from, text) in health::at_once(said, agents) {
                 writeln!(out, "{title:<23}{name:<21}{from}    {text}")?;
                 title = "";
             }

@@ -145,7 +145,7 @@ impl Report {
     }
 
     fn warnings_at_once(&self) -> Vec<(String, String)> {
-        health::at_once(self.warnings(), self.available())
+        health::at_once(self.warnings(), self.desired())
     }
 
     /// What could not be asked.

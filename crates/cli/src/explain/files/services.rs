@@ -154,10 +154,10 @@ fn port<'a>(name: &str, ports: &'a [ServicePort], asked: &Explain) -> Result<&'a
     };
     ports.iter().find(is_it).ok_or_else(|| {
         let ports: Vec<String> = ports.iter().map(written).collect();
-        anyhow!(
+        anyhow!(Failure::not_found(format!(
             "Service {name} has no such port; it has {}. For another port of its pods, name a pod",
             ports.join(", ")
-        )
+        )))
     })
 }
 
