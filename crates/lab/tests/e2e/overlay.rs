@@ -139,6 +139,22 @@ fn pods_of_different_nodes_meet_in_the_overlay() {
     // Somebody takes the interface away: it comes back, with its programs and routes.
     command(&nodes[1], "ip link del palisade_vxlan");
     eventually("the overlay is back", || all(&answers(&friend, &server.addresses), Answer::Open));
+
+    // Another network takes its port: that is told of, and passes with the other network.
+    let problem = |says: bool| {
+        let status = lab.statuses().swap_remove(1).unwrap();
+        status.problems.iter().any(|it| it.contains("another VXLAN network")) == says
+    };
+    command(&nodes[1], "ip link add other type vxlan id 1 dstport 8472 nolearning");
+    eventually("the other network has the port", || {
+        command(&nodes[1], "ip link del palisade_vxlan");
+        command(&nodes[1], "ip link set other up");
+        command(&nodes[1], "ip link show other").contains(",UP")
+    });
+    eventually("the node says that it reaches nobody", || problem(true));
+    command(&nodes[1], "ip link del other");
+    eventually("the node is content", || problem(false));
+    eventually("the overlay is back", || all(&answers(&friend, &server.addresses), Answer::Open));
 }
 
 /// Nobody names the uplink here; it has the program of the overlay as long as there is one.
