@@ -38,11 +38,13 @@ pub enum DropReason {
     MasqueradeTableFull = 17,
     /// The endpoint has as many TCP flows as one may have.
     TooManyFlows = 18,
+    /// The endpoint asks name servers faster than one may ask through the proxy.
+    TooManyQuestions = 19,
 }
 
 impl DropReason {
     /// Every reason, in the order of its number.
-    pub const ALL: [Self; 18] = [
+    pub const ALL: [Self; 19] = [
         Self::EgressDenied,
         Self::IngressDenied,
         Self::PolicyMissing,
@@ -61,6 +63,7 @@ impl DropReason {
         Self::NotMasqueraded,
         Self::MasqueradeTableFull,
         Self::TooManyFlows,
+        Self::TooManyQuestions,
     ];
 
     /// The reason with this number; none for a number that no program of this version writes.
@@ -91,6 +94,7 @@ impl DropReason {
             Self::NotMasqueraded => "cannot be masqueraded",
             Self::MasqueradeTableFull => "masquerade table full",
             Self::TooManyFlows => "too many flows of one endpoint",
+            Self::TooManyQuestions => "too many questions of one endpoint",
         }
     }
 }

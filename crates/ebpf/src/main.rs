@@ -17,6 +17,7 @@ mod lookup;
 mod maps;
 mod masquerade;
 mod net;
+mod pace;
 mod packet;
 mod policy;
 mod proxied;

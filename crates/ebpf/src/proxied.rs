@@ -9,6 +9,7 @@ use crate::{
     fast::{Family, Seen, look},
     flow,
     maps::ENDPOINT_ROWS,
+    pace,
     packet::{ETH_LEN, FIN, Kind, Packet, RST},
     proxy,
     proxy::Leg,
@@ -57,6 +58,10 @@ pub fn proxied<F: Family>(skb: *mut __sk_buff, hook: Hook, ipv6: bool) -> Option
             Hook::ToNet => 0,
         };
         if hook != Hook::ToNet && ENDPOINT_ROWS.get(local)?.ifindex != (*skb).ifindex {
+            return None;
+        }
+        let asks = hook == Hook::FromPod && leg == Leg::Client && !tcp;
+        if asks && !pace::admit(sender) {
             return None;
         }
         flow::advance(flow, opener, length, tcp, tcp_flags, now);

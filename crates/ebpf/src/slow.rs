@@ -17,7 +17,7 @@ use crate::{
     guard,
     guard::Ruling,
     maps::{ENDPOINT_ROWS, ENDPOINTS, INTERFACES, IPCACHE},
-    packet,
+    pace, packet,
     packet::{ACK, ETH_LEN, ETH_P_ARP, ETH_P_IP, ETH_P_IPV6, Kind, Packet, SYN, load, unmapped},
     policy,
     policy::Query,
@@ -373,6 +373,10 @@ fn go_on(skb: *mut __sk_buff, s: &Scratch) -> Result<i32, DropReason> {
 #[inline(always)]
 fn to_proxy(skb: *mut __sk_buff, s: &Scratch, leg: Leg) -> Result<i32, DropReason> {
     if s.hook == Hook::FromPod {
+        let asks = leg == Leg::Client && s.packet.protocol == protocol::UDP;
+        if asks && !pace::admit(s.own.row) {
+            return Err(DropReason::TooManyQuestions);
+        }
         return proxy::give(skb, &s.packet, leg);
     }
     Ok(proxy::send_round(skb, leg))

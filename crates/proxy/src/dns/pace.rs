@@ -1,7 +1,8 @@
 //! How many questions a second a client may ask.
 //!
-//! Each costs the proxy some 10 us, whatever comes of it, and the node's other pods notice what one
-//! asks for no reason. Resolvers of programs stay far below.
+//! Pods of this node are held to it by the data path (`ebpf/src/pace.rs`), before they cost the
+//! proxy anything. But clients of other nodes, which come here by the policy of a server, have no
+//! row by which the data path could tell them apart.
 
 use std::{
     collections::HashMap,
@@ -9,10 +10,12 @@ use std::{
     time::{Duration, Instant},
 };
 
-/// Of one client, by each family.
-const A_SECOND: u32 = 10_000;
-/// What a client may ask at once after it asked nothing, as time that it takes at that pace.
-const BURST: Duration = Duration::from_millis(100);
+use palisade_abi::limits;
+
+/// What one question takes at the pace; of one client, by each family.
+const QUESTION: Duration = Duration::from_nanos(limits::QUESTION_NANOS);
+/// What a client may ask at once after it asked nothing.
+const BURST: Duration = Duration::from_nanos(limits::QUESTION_NANOS * limits::QUESTIONS_AT_ONCE);
 /// So many clients are remembered before those are forgotten that are within their pace.
 const MANY: usize = 1024;
 /// How often it is told that somebody is too fast.
@@ -37,7 +40,7 @@ impl Pace {
             self.tell(client, now);
             return false;
         }
-        *due += Duration::from_secs(1) / A_SECOND;
+        *due += QUESTION;
         true
     }
 
@@ -48,7 +51,7 @@ impl Pace {
         self.told = Some(now);
         tracing::warn!(
             %client,
-            "asks more than {A_SECOND} questions of DNS a second; those beyond are dropped"
+            "asks more questions of DNS a second than one may; those beyond are dropped"
         );
     }
 }
