@@ -1,6 +1,6 @@
 //! A client, the proxy and an origin, each in a network namespace of its own. The proxy is the real
-//! binary; the kernel's own TPROXY hands it the connections, which is what the data path does in
-//! production; the test plays the agent.
+//! binary; the kernel's own TPROXY hands it the connections, and its `limit` no more datagrams than
+//! a pod may send, which is what the data path does in production; the test plays the agent.
 #![allow(dead_code, reason = "no test uses all of it")]
 
 pub(crate) mod agent;
@@ -85,6 +85,7 @@ fn command(program: &str, arguments: &[String]) -> String {
 const NFT: &str = "table inet proxy {
   chain in {
     type filter hook prerouting priority mangle;
+    iifname c0 meta l4proto udp meter questions { ip saddr limit rate over 10000/second burst 1000 packets } drop
     iifname c0 meta nfproto ipv4 meta l4proto { tcp, udp } tproxy ip to 127.0.0.1:14240 meta mark set 0x200 accept
     iifname c0 meta nfproto ipv6 meta l4proto { tcp, udp } tproxy ip6 to [::1]:14240 meta mark set 0x200 accept
     iifname s0 meta l4proto { tcp, udp } meta mark set 0x200
