@@ -55,8 +55,10 @@ pub(crate) fn ask(global: &Global, installation: &Installation) -> Result<Vec<As
 async fn answer(pods: &Api<Pod>, pod: &str) -> Result<Answer> {
     let command = ["/palisade", "node", "status"].map(str::to_owned).to_vec();
     let (_, said) = exec(pods, pod, Some(CONTAINER), command).await?;
-    // An earlier version does not know the question.
-    let status = serde_json::from_str(&said).with_context(|| format!("it said: {said}"))?;
+    let status = serde_json::from_str(&said).with_context(|| {
+        let first = said.lines().next().unwrap_or_default();
+        format!("not the answer of this command's own version: {first}")
+    })?;
     Ok(match status {
         Ok(status) => Answer::Status(Box::new(status)),
         Err(why) => Answer::None(why),
