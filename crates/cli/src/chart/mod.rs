@@ -163,8 +163,9 @@ mod tests {
     ];
 
     /// What `--set` cannot say: lists of maps.
-    const FILE: &str = r#"{"image": {"pullSecrets": [{"name": "a"}]}, "agent": {"tolerations": [],
-        "resources": {"limits": {"memory": "1Gi"}}}, "config": {"cluster-name": "x"}}"#;
+    const FILE: &str = r#"{"image": {"pullSecrets": [{"name": "a"}]}, "agent": {"tolerations": [
+        {"key": "a", "operator": "Equal", "value": "b", "effect": "NoExecute", "tolerationSeconds": 5}],
+        "resources": {"limits": {"memory": "1Gi"}}}, "operator": {"tolerations": []}, "config": {"cluster-name": "x"}}"#;
 
     fn chart(sets: &[&str]) -> Chart {
         let mut chosen = json!({});
@@ -298,6 +299,25 @@ mod tests {
         let conflist: Value = serde_json::from_str(conflist).unwrap();
         assert_eq!(conflist["cniVersion"], "1.0.0", "all that containerd 1.6 and 1.7 read");
         assert_eq!(conflist["cniVersions"], json!(["1.0.0", "1.1.0"]));
+    }
+
+    /// Else nothing would make the nodes ready that wait for it.
+    #[test]
+    fn no_choice_keeps_palisade_from_nodes_that_have_no_network_yet() {
+        let chosen = json!({ "key": "dedicated", "operator": "Exists" });
+        let values = json!({ "tolerations": [chosen] });
+        let chart = Chart::new(&json!({ "agent": values, "operator": values }), "net").unwrap();
+        let objects = chart.objects().unwrap();
+        let pods = objects.iter().filter_map(|it| it.pointer("/spec/template/spec/tolerations"));
+        let pods: Vec<&Vec<Value>> = pods.filter_map(Value::as_array).collect();
+        assert_eq!(pods.len(), 2);
+        for tolerations in pods {
+            for key in ["node.cilium.io/agent-not-ready", "node.kubernetes.io/not-ready"] {
+                let toleration = json!({ "key": key, "operator": "Exists" });
+                assert!(tolerations.contains(&toleration), "{key}: {tolerations:?}");
+            }
+            assert!(tolerations.contains(&chosen), "{tolerations:?}");
+        }
     }
 
     #[test]

@@ -2,7 +2,7 @@
 //!
 //! * `{{ pipeline }}`, with `{{-` and `-}}` trimming blanks, and comments `{{/* … */}}`
 //! * `{{ if p }} … {{ else if p }} … {{ else }} … {{ end }}`
-//! * `{{ range $key, $value := p }} … {{ end }}` over a map
+//! * `{{ range $key, $value := p }} … {{ end }}` over a map or a list
 //! * operands: `.A.B` from the root, `$variable`, `"text"`, numbers, `true`, `false`, `(pipeline)`
 //! * functions: `and`, `default`, `eq`, `index`, `nindent`, `not`, `or`, `quote`, `sha256sum`,
 //!   `toJson`, `toYaml`
@@ -226,19 +226,29 @@ fn evaluate(nodes: &[Node], scope: &Scope<'_>, out: &mut String) -> Result<()> {
                 evaluate(chosen, scope, out)?;
             }
             Node::Range { key, value, map, body } => {
-                let map = map.value(scope)?;
-                let entries = map.as_object().context("`range` is for maps only")?;
-                // Sorted, as Go has them.
-                for (name, content) in entries.iter().collect::<BTreeMap<_, _>>() {
+                for (name, content) in entries(map.value(scope)?)? {
                     let mut variables = scope.variables.clone();
-                    variables.insert(key.clone(), Value::from(name.as_str()));
-                    variables.insert(value.clone(), content.clone());
+                    variables.insert(key.clone(), name);
+                    variables.insert(value.clone(), content);
                     evaluate(body, &Scope { root: scope.root, variables }, out)?;
                 }
             }
         }
     }
     Ok(())
+}
+
+/// What `range` goes through.
+fn entries(value: Value) -> Result<Vec<(Value, Value)>> {
+    Ok(match value {
+        // Sorted, as Go has them.
+        Value::Object(map) => {
+            let sorted = map.into_iter().collect::<BTreeMap<_, _>>();
+            sorted.into_iter().map(|(key, value)| (key.into(), value)).collect()
+        }
+        Value::Array(list) => (0..).map(Value::from).zip(list).collect(),
+        _ => bail!("`range` is for maps and lists only"),
+    })
 }
 
 impl Pipeline {
@@ -391,6 +401,8 @@ mod tests {
         assert_eq!(rendered(chain), "2");
         let range = "{{- range $k, $v := .Values.map }}{{ $k }}={{ $v }};{{ end }}";
         assert_eq!(rendered(range), "a=<1>;b=2;");
+        let range = "{{- range $k, $v := .Values.list }}{{ $k }}={{ $v }};{{ end }}";
+        assert_eq!(rendered(range), "0=1;1=a;");
     }
 
     #[test]
