@@ -60,6 +60,14 @@ struct Options {
     /// How long nobody must have used an identity before its number is free, such as `30m`.
     #[arg(long, env = "PALISADE_OPERATOR_IDENTITY_GRACE", default_value = "30m", value_parser = duration)]
     identity_grace: Duration,
+    /// Labels, as a map in JSON, of the nodes that get an agent; others are left alone.
+    #[arg(
+        long,
+        env = "PALISADE_OPERATOR_AGENT_NODE_SELECTOR",
+        default_value = "{}",
+        value_parser = nodes::selector
+    )]
+    agent_node_selector: nodes::Selector,
     /// Address of /healthz, /readyz and /metrics.
     #[arg(long, env = "PALISADE_OPERATOR_LISTEN", default_value = "127.0.0.1:9963")]
     listen: SocketAddr,
@@ -110,7 +118,9 @@ async fn run(options: Options) -> anyhow::Result<()> {
         crds::apply(&client).await;
         metrics.ready();
         work.spawn(networks::run(client.clone(), pools, term.watch(), metrics.clone()));
-        work.spawn(nodes::run(client.clone(), options.namespace.clone(), metrics.clone()));
+        let (namespace, selector) =
+            (options.namespace.clone(), options.agent_node_selector.clone());
+        work.spawn(nodes::run(client.clone(), namespace, selector, metrics.clone()));
         let collector =
             Collector::new(client.clone(), &options.cluster_name, options.identity_grace);
         work.spawn(collector.run(term.watch(), metrics.clone()));

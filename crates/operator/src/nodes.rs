@@ -1,7 +1,7 @@
-//! Nodes without a ready agent are kept free of new pods.
+//! Nodes that get an agent are kept free of new pods until it is ready.
 
 use std::{
-    collections::HashSet,
+    collections::{BTreeMap, HashSet},
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -34,8 +34,23 @@ const PAUSE: Duration = Duration::from_secs(2);
 /// Changes of so short a time are one.
 const BUNDLE: Duration = Duration::from_millis(100);
 
+/// Labels that a node must have to get an agent.
+pub(crate) type Selector = BTreeMap<String, String>;
+
+/// As the chart writes it: a map in JSON; null selects every node, as in a pod's `nodeSelector`.
+pub(crate) fn selector(text: &str) -> Result<Selector, String> {
+    let selector: Option<Selector> = serde_json::from_str(text)
+        .map_err(|error| format!(r#"{error}; write it like {{"kubernetes.io/os":"linux"}}"#))?;
+    Ok(selector.unwrap_or_default())
+}
+
 /// Keeps taints true.
-pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>) {
+pub(crate) async fn run(
+    client: Client,
+    namespace: String,
+    selector: Selector,
+    metrics: Arc<Metrics>,
+) {
     let nodes: Api<Node> = Api::all(client.clone());
     let agents: Api<Pod> = Api::namespaced(client, &namespace);
     let every = watcher::Config::default().timeout(WATCH_SECONDS);
@@ -45,7 +60,7 @@ pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>
     let mut changes =
         stream::select(pods.map(drop).boxed(), others.touched_objects().map(drop).boxed());
     loop {
-        let pause = match round(&nodes, &agents, &metrics).await {
+        let pause = match round(&nodes, &agents, &selector, &metrics).await {
             Ok(()) => PERIOD,
             Err(error) => {
                 metrics.failed();
@@ -58,24 +73,47 @@ pub(crate) async fn run(client: Client, namespace: String, metrics: Arc<Metrics>
     }
 }
 
-async fn round(nodes: &Api<Node>, agents: &Api<Pod>, metrics: &Metrics) -> kube::Result<()> {
+async fn round(
+    nodes: &Api<Node>,
+    agents: &Api<Pod>,
+    selector: &Selector,
+    metrics: &Metrics,
+) -> kube::Result<()> {
     let agents = agents.list(&ListParams::default().labels(SELECTOR)).await?;
     let ready: HashSet<String> =
         agents.items.into_iter().filter(is_ready).filter_map(|pod| pod.spec?.node_name).collect();
     let all = nodes.list(&ListParams::default()).await?.items;
-    let waiting = all.iter().filter(|node| !ready.contains(&node.name_any())).count();
+    let state = |node: &Node| match ready.contains(&node.name_any()) {
+        true => Agent::Ready,
+        false if is_selected(node, selector) => Agent::Awaited,
+        false => Agent::Elsewhere,
+    };
+    let waiting = all.iter().filter(|node| state(node) == Agent::Awaited).count();
     metrics.nodes_not_ready.store(waiting as u64, Relaxed);
     for node in &all {
-        settle(nodes, node, ready.contains(&node.name_any())).await?;
+        settle(nodes, node, state(node)).await?;
     }
     Ok(())
 }
 
+/// The agent of a node.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Agent {
+    Ready,
+    Awaited,
+    /// The node gets none: what its pods wait for is not ours.
+    Elsewhere,
+}
+
+fn is_selected(node: &Node, selector: &Selector) -> bool {
+    selector.iter().all(|(key, value)| node.labels().get(key) == Some(value))
+}
+
 /// Makes one node say whether its agent is ready.
-async fn settle(api: &Api<Node>, node: &Node, ready: bool) -> kube::Result<()> {
+async fn settle(api: &Api<Node>, node: &Node, agent: Agent) -> kube::Result<()> {
     let name = node.name_any();
     let taints = node.spec.as_ref().and_then(|spec| spec.taints.as_deref()).unwrap_or_default();
-    if let Some(wanted) = taints_for(taints, ready) {
+    if let Some(wanted) = taints_for(taints, agent == Agent::Awaited) {
         let patch = json!({
             "metadata": { "resourceVersion": node.metadata.resource_version },
             "spec": { "taints": wanted },
@@ -83,9 +121,9 @@ async fn settle(api: &Api<Node>, node: &Node, ready: bool) -> kube::Result<()> {
         ignore_conflict(
             api.patch(&name, &PatchParams::default(), &Patch::Merge(&patch)).await.map(drop),
         )?;
-        info!(node = name, ready, "taint");
+        info!(node = name, ?agent, "taint");
     }
-    if ready && !network_is_available(node) {
+    if agent == Agent::Ready && !network_is_available(node) {
         let patch = json!({ "status": { "conditions": [available()] } });
         let params = PatchParams::default();
         ignore_conflict(
@@ -96,14 +134,14 @@ async fn settle(api: &Api<Node>, node: &Node, ready: bool) -> kube::Result<()> {
 }
 
 /// The taints to write, where those that are there are not right.
-fn taints_for(taints: &[Taint], ready: bool) -> Option<Vec<Taint>> {
+fn taints_for(taints: &[Taint], awaited: bool) -> Option<Vec<Taint>> {
     let tainted = taints.iter().any(|taint| taint.key == TAINT);
-    if tainted != ready {
+    if tainted == awaited {
         return None;
     }
     let mut wanted: Vec<Taint> =
         taints.iter().filter(|taint| taint.key != TAINT).cloned().collect();
-    if !ready {
+    if awaited {
         wanted.push(Taint {
             key: TAINT.to_owned(),
             value: Some("true".to_owned()),
@@ -160,13 +198,26 @@ mod tests {
         let keys = |taints: Option<Vec<Taint>>| {
             taints.map(|taints| taints.into_iter().map(|taint| taint.key).collect::<Vec<_>>())
         };
-        assert_eq!(keys(taints_for(std::slice::from_ref(&other), true)), None);
+        assert_eq!(keys(taints_for(std::slice::from_ref(&other), false)), None);
         assert_eq!(
-            keys(taints_for(std::slice::from_ref(&other), false)),
+            keys(taints_for(std::slice::from_ref(&other), true)),
             Some(vec!["dedicated".to_owned(), TAINT.to_owned()])
         );
         let both = [taint(TAINT), other];
-        assert_eq!(keys(taints_for(&both, false)), None);
-        assert_eq!(keys(taints_for(&both, true)), Some(vec!["dedicated".to_owned()]));
+        assert_eq!(keys(taints_for(&both, true)), None);
+        assert_eq!(keys(taints_for(&both, false)), Some(vec!["dedicated".to_owned()]));
+    }
+
+    #[test]
+    fn agents_run_where_every_label_is_as_selected() {
+        let labels = |text: &str| selector(text).unwrap();
+        let linux = r#"{"kubernetes.io/os":"linux"}"#;
+        let mut node = Node::default();
+        assert!(is_selected(&node, &labels("{}")) && is_selected(&node, &labels("null")));
+        assert!(!is_selected(&node, &labels(linux)));
+        node.metadata.labels = Some(labels(r#"{"kubernetes.io/os":"linux","zone":"a"}"#));
+        assert!(is_selected(&node, &labels(linux)));
+        assert!(!is_selected(&node, &labels(r#"{"kubernetes.io/os":"linux","zone":"b"}"#)));
+        assert!(selector("zone=a").unwrap_err().contains("write it like"));
     }
 }

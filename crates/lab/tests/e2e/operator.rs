@@ -37,6 +37,7 @@ impl Operator {
             .arg(kubeconfig)
             .args(["--identity", name, "--listen", &format!("127.0.0.1:{port}")])
             .args(["--ipam", "cluster-pool", "--identity-grace", "4s"])
+            .args(["--agent-node-selector", r#"{"kubernetes.io/os":"linux"}"#])
             .args(["--pool-ipv4", "10.200.0.0/16", "--pool-ipv6", "fd00:200::/104"])
             .stdin(Stdio::null())
             .spawn()
@@ -113,9 +114,14 @@ fn one_operator_leads_and_another_follows_when_it_is_killed() {
 
     // Nodes get networks that no other one has, of both families; those that have some keep them.
     let before = networks(&lab, "node1");
-    let node = |name: &str| {
-        lab.apply(&format!("apiVersion: v1\nkind: Node\nmetadata: {{name: {name}}}\n"));
+    let of_system = |name: &str, system: &str| {
+        lab.apply(&format!(
+            "apiVersion: v1\nkind: Node\n\
+             metadata: {{name: {name}, labels: {{kubernetes.io/os: {system}}}}}\n\
+             spec: {{taints: [{{key: node.cilium.io/agent-not-ready, effect: NoSchedule}}]}}\n"
+        ));
     };
+    let node = |name: &str| of_system(name, "linux");
     node("joined1");
     node("joined2");
     eventually("the nodes have networks", || {
@@ -142,6 +148,10 @@ fn one_operator_leads_and_another_follows_when_it_is_killed() {
     });
     lab.kubectl(&["-n", "kube-system", "delete", "pod", "agent-node1", "--now"]);
     eventually("the new leader taints", || tainted(&lab, "node1"));
+
+    // As the kubelet may register it, and no agent will ever run there.
+    of_system("windows1", "windows");
+    eventually("a node that gets no agent is not tainted", || !tainted(&lab, "windows1"));
 }
 
 #[test]
