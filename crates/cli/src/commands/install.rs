@@ -233,6 +233,7 @@ async fn roll_out(
     let after: Vec<record::Reference> = objects.iter().map(record::Reference::of).collect();
     let gone: Vec<_> = before.iter().filter(|it| !after.contains(it)).cloned().collect();
     remove::refuse_to_lose_secrets(client, &gone, "delete them there, and try again").await?;
+    remove::end_cleaning(client, &args.place.namespace, args.patience.wait_duration).await?;
     record.values = chosen.clone();
     record.version = chart.version().to_owned();
     record.objects = after.iter().chain(&gone).cloned().collect();

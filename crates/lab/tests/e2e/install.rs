@@ -165,6 +165,7 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     assert_eq!(lab.kubectl(&config), "debug 45m");
     assert_ne!(template(&lab), first);
     fails(&lab, &["config", "set", "log-level=loud"], 1, "config.log-level");
+    cleaners_of_before_end_first(&lab);
 
     // An object that a new version has no more goes.
     let namespace = |name: &str| lab.try_kubectl(&["get", "namespace", name]).is_some();
@@ -182,7 +183,9 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     eventually("the operator's image is not there", || {
         let (code, text) = run(&lab, &["status"]);
         let problem = text.lines().any(|line| {
-            line.contains("palisade-operator-") && line.contains("container operator: ErrImagePull")
+            let why = line.split_once("container operator: ").map_or("", |(_, why)| why);
+            line.contains("palisade-operator-")
+                && (why.starts_with("ErrImagePull") || why.starts_with("ImagePullBackOff"))
         });
         code == 1 && problem
     });
@@ -239,6 +242,33 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     let conditions = lab.kubectl(&conditions);
     assert!(conditions.contains("Somebody"), "{conditions}");
     assert!(!conditions.contains("PalisadeIsUp"), "{conditions}");
+}
+
+/// An uninstallation that failed leaves what would wipe the nodes of the next installation.
+fn cleaners_of_before_end_first(lab: &Lab) {
+    let labels = "{app.kubernetes.io/part-of: palisade, k8s-app: palisade-clean}";
+    lab.kubectl(&["create", "namespace", "before"]);
+    for namespace in ["kube-system", "before"] {
+        lab.apply(&format!(
+            "apiVersion: apps/v1\nkind: DaemonSet\n\
+             metadata: {{name: palisade-clean, namespace: {namespace}, labels: {labels}}}\n\
+             spec:\n  selector: {{matchLabels: {{a: b}}}}\n  template:\n    \
+             metadata: {{labels: {{a: b}}}}\n    spec: {{containers: [{{name: c, image: c}}]}}\n"
+        ));
+    }
+    lab.apply(&format!(
+        "apiVersion: v1\nkind: Pod\n\
+         metadata: {{name: cleans, namespace: before, labels: {labels}, finalizers: [a.b/c]}}\n\
+         spec: {{containers: [{{name: c, image: registry.k8s.io/pause}}]}}\n"
+    ));
+    let still = "after 1 s, pods that clean nodes are still there";
+    fails(lab, &["upgrade", "--wait-duration", "1"], 1, still);
+    let left = lab.kubectl(&["get", "ds", "-A", "-o", "name"]);
+    assert!(!left.contains("palisade-clean"), "{left}");
+    let free = r#"{"metadata": {"finalizers": null}}"#;
+    lab.kubectl(&["-n", "before", "patch", "pod", "cleans", "--type=merge", "-p", free]);
+    lab.kubectl(&["delete", "namespace", "before"]);
+    succeeds(lab, &["upgrade"]);
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! `palisade uninstall`: everything that was applied, and what agents left on the nodes.
 
-use std::time::Duration;
+use std::{collections::BTreeSet, time::Duration};
 
 use anyhow::Result;
 use clap::Args;
@@ -37,6 +37,9 @@ use crate::{
 
 const TAINT: &str = "node.cilium.io/agent-not-ready";
 const CLEANER: &str = "palisade-clean";
+/// Labels of pods.
+const RUNNING: &str = "k8s-app in (palisade, palisade-operator)";
+const CLEANING: &str = "k8s-app=palisade-clean";
 
 #[derive(Debug, Args)]
 pub(crate) struct UninstallArgs {
@@ -78,13 +81,14 @@ pub(crate) fn uninstall(global: &Global, args: &UninstallArgs) -> Result<Exit> {
             let then = format!("palisade uninstall{policies} --delete-secrets");
             refuse_to_lose_secrets(&client, &ours, &then).await?;
         }
+        end_cleaning(&client, &args.place.namespace, args.wait_duration).await?;
         // The operator first: it would put back what goes.
         for object in ours.iter().rev() {
             delete(&client, object).await?;
         }
         let limit = args.wait_duration;
-        bounded("pods of Palisade are still there", limit, gone(&client, &args.place.namespace))
-            .await?;
+        let pods_end = gone(&client, &args.place.namespace, RUNNING);
+        bounded("pods of Palisade are still there", limit, pods_end).await?;
         if let Some(other) = other {
             forget(&client, &args.place.namespace).await?;
             note!(
@@ -142,7 +146,7 @@ async fn bounded(
     tokio::time::timeout(limit, work).await.unwrap_or_else(|_| {
         Err(Failure::refused(
             format!("after {} s, {what}", limit.as_secs()),
-            "What remains is still recorded: run the command again.",
+            "Run the command again: it goes on from there.",
         )
         .into())
     })
@@ -201,11 +205,38 @@ pub(super) async fn refuse_to_lose_secrets(
     Ok(())
 }
 
-/// Waits until no pod of ours runs: an agent would put back on its node what is cleaned there.
-async fn gone(client: &Client, namespace: &str) -> Result<()> {
+/// Ends what an uninstallation that failed left behind: it is in no record, and would clean a node
+/// beside its new agent. Of another namespace, too: the nodes are the same.
+pub(super) async fn end_cleaning(client: &Client, namespace: &str, limit: Duration) -> Result<()> {
+    let mut namespaces = BTreeSet::from([namespace.to_owned()]);
+    let all: Api<DaemonSet> = Api::all(client.clone());
+    let ours = ListParams::default()
+        .labels(&format!("app.kubernetes.io/part-of=palisade,{CLEANING}"))
+        .fields(&format!("metadata.name={CLEANER}"));
+    for left in all.list(&ours).await?.items {
+        let namespace = left.namespace().unwrap_or_default();
+        let cleaner = Reference {
+            api_version: "apps/v1".into(),
+            kind: "DaemonSet".into(),
+            namespace: Some(namespace.clone()),
+            name: CLEANER.into(),
+        };
+        delete(client, &cleaner).await?;
+        namespaces.insert(namespace);
+    }
+    let pods_end = async {
+        for namespace in &namespaces {
+            gone(client, namespace, CLEANING).await?;
+        }
+        Ok(())
+    };
+    bounded("pods that clean nodes are still there", limit, pods_end).await
+}
+
+/// Waits until no such pod runs: an agent would put back on its node what is cleaned there.
+async fn gone(client: &Client, namespace: &str, pods: &str) -> Result<()> {
     let api: Api<Pod> = Api::namespaced(client.clone(), namespace);
-    let params = ListParams::default().labels("k8s-app in (palisade, palisade-operator)");
-    for pod in api.list(&params).await?.items {
+    for pod in api.list(&ListParams::default().labels(pods)).await?.items {
         let uid = pod.metadata.uid.clone().unwrap_or_default();
         await_condition(api.clone(), &pod.name_any(), is_deleted(&uid)).await?;
     }
