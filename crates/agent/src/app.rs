@@ -78,6 +78,9 @@ pub struct Options {
     /// Name of the cluster.
     #[arg(long, env = "PALISADE_AGENT_CLUSTER_NAME", default_value = "default")]
     pub cluster_name: String,
+    /// The one namespace whose Secrets policies may refer to: the agent needs no rights on others.
+    #[arg(long, env = "PALISADE_AGENT_SECRETS_NAMESPACE", default_value = "palisade-secrets")]
+    pub secrets_namespace: String,
     /// Interface to the other nodes, and to what is outside the cluster.
     #[arg(long, env = "PALISADE_AGENT_UPLINK")]
     pub uplink: Option<String>,
@@ -139,7 +142,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         cluster: options.cluster_name.clone(),
         routing: options.routing,
     };
-    let tables = TablesWriter::default();
+    let mut tables = TablesWriter::default();
+    tables.write().secrets_namespace.clone_from(&options.secrets_namespace);
     let reader = tables.reader();
     let reconciler = Reconciler::new(datapath.kernel())?;
     let prefixes = reconciler.policy_prefixes().clone();
@@ -174,7 +178,9 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let names = Arc::new(names);
 
     // What feeds and follows them.
-    let mut tasks: JoinSet<()> = reflect::follow_all(&client, &options.cluster_name, &commands);
+    let secrets = options.secrets_namespace.clone();
+    let mut tasks: JoinSet<()> =
+        reflect::follow_all(&client, &options.cluster_name, secrets, &commands);
     tasks.spawn(publish::run(
         client.clone(),
         scope.clone(),

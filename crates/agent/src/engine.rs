@@ -264,7 +264,7 @@ impl Engine {
         let mut problems: Vec<String> = problems.chain(report.problems.iter().cloned()).collect();
         let changed_policy = !outcome.changes.groups.is_empty();
         let conditions = std::mem::take(&mut outcome.conditions);
-        problems.extend(secrets::unreadable(&tables.secrets, &tables.policies));
+        problems.extend(secrets::unreadable(&tables));
         let secrets = secrets::values(&tables.secrets);
         drop(tables);
         // Not under the tables' lock: who hears the proxy's answer may be waiting for it.

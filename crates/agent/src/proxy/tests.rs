@@ -44,7 +44,9 @@ impl Bench {
             rounds: Arc::default(),
         };
         let resolver = Resolver::new(scope, []);
-        let mut engine = Engine::new(TablesWriter::default(), resolver, reconciler, outputs);
+        let mut tables = TablesWriter::default();
+        tables.write().secrets_namespace = "elsewhere".into();
+        let mut engine = Engine::new(tables, resolver, reconciler, outputs);
         let endpoint = Endpoint {
             id: 2,
             pod: ObjectName::new("default", "web"),
@@ -162,7 +164,7 @@ fn what_is_gone_before_the_proxy_has_it_is_not_told_of() {
 fn a_secret_that_is_gone_closes_and_one_that_cannot_be_read_stands() {
     let mut bench = Bench::new();
     bench.apply("other", Some("/a"));
-    let name = ObjectName::new("palisade-secrets", "default.token");
+    let name = ObjectName::new("elsewhere", "default.token");
     let data = [("value".to_owned(), b"right".to_vec())].into();
     let secret = Secret { name: name.clone(), data };
     bench.round(vec![Intent::Secret(Change::Replace(vec![secret]))]);
@@ -179,7 +181,7 @@ fn a_secret_that_is_gone_closes_and_one_that_cannot_be_read_stands() {
     bench.apply_http("needs", Some(json!([{ "headerMatches": [header] }])));
     let problem = problems(&bench);
     let user = "CiliumClusterwideNetworkPolicy needs";
-    for word in ["forbidden", "`headerMatches`", "palisade-secrets", "read last", user] {
+    for word in ["forbidden", "`headerMatches`", "elsewhere", "read last", user] {
         assert!(problem.contains(word), "{word}: {problem}");
     }
     assert!(known(&bench), "what was read last stands");

@@ -34,11 +34,13 @@ use crate::{
     tables::{Change, Intent, Row},
 };
 
-/// The one namespace whose Secrets policies may refer to: the agent needs no rights on others.
-pub const SECRETS_NAMESPACE: &str = "palisade-secrets";
-
-/// Follows every kind of object that the agent needs.
-pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Command>) -> JoinSet<()> {
+/// Follows every kind of object that the agent needs; Secrets in the namespace `secrets` only.
+pub fn follow_all(
+    client: &Client,
+    cluster: &str,
+    secrets: String,
+    commands: &mpsc::Sender<Command>,
+) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
     let source =
         Source { client: client.clone(), commands: commands.clone(), calm: Patience::CALM };
@@ -48,7 +50,7 @@ pub fn follow_all(client: &Client, cluster: &str, commands: &mpsc::Sender<Comman
     tasks.spawn(follow(from(), Api::all, services::Services));
     tasks.spawn(follow(from(), Api::all, services::Slices));
     tasks.spawn(follow(from(), Api::all, nodes::Nodes));
-    let of_secrets = |client| Api::namespaced(client, SECRETS_NAMESPACE);
+    let of_secrets = move |client| Api::namespaced(client, &secrets);
     tasks.spawn(follow(from(), of_secrets, secrets::Reflect));
     let of = |resource| move |client| Api::all_with(client, &resource);
     tasks.spawn(follow(from(), of(resources::cilium("CiliumNode")), nodes::CiliumNodes));

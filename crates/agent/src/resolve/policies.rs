@@ -35,7 +35,7 @@ impl Resolver {
                     let policy = self.policy_in_force(&after);
                     self.upsert_policy(tables, policy);
                 }
-                if let Some(condition) = condition_to_report(&after, known.as_ref()) {
+                if let Some(condition) = condition_to_report(tables, &after, known.as_ref()) {
                     outcome.conditions.push((after, condition));
                 }
             }
@@ -51,7 +51,7 @@ impl Resolver {
         let again = !std::mem::replace(&mut self.secrets_known, known.is_some());
         if changed || again {
             for policy in tables.policies.rows().filter(|policy| uses_secrets(policy)) {
-                if let Some(condition) = condition_to_report(policy, known.as_ref()) {
+                if let Some(condition) = condition_to_report(tables, policy, known.as_ref()) {
                     outcome.conditions.push((policy.clone(), condition));
                 }
             }
@@ -62,7 +62,7 @@ impl Resolver {
     /// A policy object and the condition that its status should have and has not.
     pub fn condition(tables: &Tables, id: &PolicyRef) -> Option<(Arc<PolicyObject>, Condition)> {
         let object = tables.policies.of(id.kind).get(id)?;
-        let condition = condition_to_report(object, known_secrets(tables).as_ref())?;
+        let condition = condition_to_report(tables, object, known_secrets(tables).as_ref())?;
         Some((object.clone(), condition))
     }
 
@@ -142,12 +142,16 @@ fn uses_secrets(object: &PolicyObject) -> bool {
 
 /// The condition that the object's status should have and has not. The status of a
 /// `NetworkPolicy` has no conditions: only what is wrong with it is worth an event.
-fn condition_to_report(object: &PolicyObject, known: Option<&Secrets>) -> Option<Condition> {
+fn condition_to_report(
+    tables: &Tables,
+    object: &PolicyObject,
+    known: Option<&Secrets>,
+) -> Option<Condition> {
     let (finding, message) = match &object.content {
         PolicyContent::Refused { message, .. } => (Finding::Refused, message.clone()),
         PolicyContent::Accepted(policy) => {
             let missing = match secrets::are_used_by(policy) {
-                true => secrets::missing(policy, known?),
+                true => secrets::missing(policy, known?, &tables.secrets_namespace),
                 false => None,
             };
             missing.map_or_else(

@@ -316,14 +316,14 @@ fn secretive(reported: Option<Condition>) -> Intent {
 
 fn token(data: &[(&str, &[u8])]) -> Secret {
     let data = data.iter().map(|(key, value)| ((*key).to_owned(), value.to_vec())).collect();
-    Secret { name: ObjectName::new("palisade-secrets", "default.token"), data }
+    Secret { name: ObjectName::new("elsewhere", "default.token"), data }
 }
 
 #[test]
 fn a_policy_without_its_secret_says_so_until_it_is_there() {
     let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
     let mut resolver = Resolver::new(scope, []);
-    let mut tables = Tables::default();
+    let mut tables = Tables { secrets_namespace: "elsewhere".into(), ..Tables::default() };
     let mut after = |intent: Intent| {
         tables.apply(intent);
         let conditions = resolver.resolve(&mut tables).conditions;
@@ -336,9 +336,7 @@ fn a_policy_without_its_secret_says_so_until_it_is_there() {
     assert_eq!((missing.finding, missing.generation), (Finding::SecretMissing, Some(3)));
     let path = "spec.ingress[0].toPorts[0].rules.http[1].headerMatches: ";
     assert!(missing.message.starts_with(path), "{}", missing.message);
-    for word in
-        ["`x-token`", "`default.token`", "`palisade-secrets`", "copy Secret `default/token`"]
-    {
+    for word in ["`x-token`", "`default.token`", "`elsewhere`", "copy Secret `default/token`"] {
         assert!(missing.message.contains(word), "{word}: {}", missing.message);
     }
     assert_eq!(after(secretive(Some(missing))), None, "it is said already");
@@ -350,7 +348,7 @@ fn a_policy_without_its_secret_says_so_until_it_is_there() {
     assert_eq!(found.finding, Finding::Accepted);
     assert_eq!(after(secretive(Some(found))), None);
 
-    let gone = Change::Delete(ObjectName::new("palisade-secrets", "default.token"));
+    let gone = Change::Delete(ObjectName::new("elsewhere", "default.token"));
     assert_eq!(finding(after(Intent::Secret(gone))), Some(Finding::SecretMissing));
     let failed = Change::Failed("away".into());
     assert_eq!(after(Intent::Secret(failed)), None);

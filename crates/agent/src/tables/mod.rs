@@ -142,6 +142,8 @@ pub struct Tables {
     /// Intent: values for rules on HTTP headers. Not among [`Self::inputs`]: without them such
     /// rules match nothing, and all else goes on.
     pub secrets: Table<Secret>,
+    /// Where these are.
+    pub secrets_namespace: String,
     /// Intent: identities.
     pub identities: Table<Identity>,
     /// Intent: endpoints of this node.

@@ -7,8 +7,7 @@ use palisade_policy::{
     model::{Application, Direction, Policy},
 };
 
-use super::{ObjectName, PolicyTables, Row, Table, join, policies::PolicyContent};
-use crate::reflect::SECRETS_NAMESPACE;
+use super::{ObjectName, Row, Table, Tables, join, policies::PolicyContent};
 
 /// A `v1 Secret`.
 #[derive(Clone, PartialEq, Eq)]
@@ -69,8 +68,9 @@ pub fn are_used_by(policy: &Policy) -> bool {
     used_by(policy).next().is_some()
 }
 
-/// What a policy lacks for its header rules: the field, what is missing, and how to bring it.
-pub fn missing(policy: &Policy, secrets: &Secrets) -> Option<String> {
+/// What a policy lacks for its header rules: the field, what is missing, and how to bring it into
+/// the namespace `home`.
+pub fn missing(policy: &Policy, secrets: &Secrets, home: &str) -> Option<String> {
     let missing = used_by(policy).filter(|(_, _, secret)| secrets.get(secret).is_none());
     let problems = missing.map(|(path, header, secret)| {
         let SecretRef { namespace, name, key } = secret;
@@ -81,7 +81,7 @@ pub fn missing(policy: &Policy, secrets: &Secrets) -> Option<String> {
         };
         format!(
             "{path}: no value of header `{header}` is right, because there is no Secret `{copy}` \
-             in namespace `{SECRETS_NAMESPACE}` {which}; copy Secret `{namespace}/{name}` there \
+             in namespace `{home}` {which}; copy Secret `{namespace}/{name}` there \
              under the name `{copy}`"
         )
     });
@@ -91,7 +91,8 @@ pub fn missing(policy: &Policy, secrets: &Secrets) -> Option<String> {
 
 /// What stands while Secrets cannot be read, if any policy needs one. Nobody says then that a Secret
 /// is gone, so the values that were read last stand; a Secret that is said to be gone has none.
-pub fn unreadable(secrets: &Table<Secret>, policies: &PolicyTables) -> Option<String> {
+pub fn unreadable(tables: &Tables) -> Option<String> {
+    let Tables { secrets, secrets_namespace, policies, .. } = tables;
     let error = secrets.error()?;
     let users = policies.rows().filter(
         |row| matches!(&row.content, PolicyContent::Accepted(policy) if are_used_by(policy)),
@@ -103,7 +104,7 @@ pub fn unreadable(secrets: &Table<Secret>, policies: &PolicyTables) -> Option<St
     };
     (!users.is_empty()).then(|| {
         format!(
-            "Secrets of namespace `{SECRETS_NAMESPACE}` cannot be read ({error}): until they can, \
+            "Secrets of namespace `{secrets_namespace}` cannot be read ({error}): until they can, \
              `headerMatches` that compare with one {stands}, in {}",
             users.join(", ")
         )

@@ -321,6 +321,18 @@ mod tests {
     }
 
     #[test]
+    fn agents_read_secrets_where_they_may() {
+        let objects = chart(&["secrets.namespace=elsewhere"]).objects().unwrap();
+        let find = |kind: &str| objects.iter().find(|it| it["kind"] == kind).unwrap();
+        let env = &find("DaemonSet")["spec"]["template"]["spec"]["containers"][0]["env"];
+        let told = json!({ "name": "PALISADE_AGENT_SECRETS_NAMESPACE", "value": "elsewhere" });
+        assert!(env.as_array().unwrap().contains(&told), "{env}");
+        let role =
+            objects.iter().find(|it| it["kind"] == "Role" && it["metadata"]["name"] == "palisade");
+        assert_eq!(role.unwrap()["metadata"]["namespace"], "elsewhere");
+    }
+
+    #[test]
     fn a_changed_setting_is_a_new_version_of_the_pods() {
         let version = |sets: &[&str]| {
             let objects = chart(sets).objects().unwrap();
