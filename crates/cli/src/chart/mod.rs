@@ -65,6 +65,10 @@ impl Chart {
                 Err(fault) => problems.push(format!("config.{fault}")),
             }
         }
+        if chart.secrets_namespace() == namespace {
+            let own = "is the namespace of Palisade's pods; Secrets need one of their own";
+            problems.push(format!("secrets.namespace: {namespace:?} {own}"));
+        }
         if !problems.is_empty() {
             return Err(Failure::refused(
                 format!("values that cannot be: {}", problems.join("\n       ")),
@@ -103,6 +107,11 @@ impl Chart {
     /// The values in force: what was chosen over what the chart says.
     pub(crate) fn values(&self) -> &Value {
         &self.root["Values"]
+    }
+
+    /// The namespace that is made for Secrets.
+    pub(crate) fn secrets_namespace(&self) -> &str {
+        self.values()["secrets"]["namespace"].as_str().unwrap_or_default()
     }
 
     /// Networks for pods, where the operator gives them.
@@ -243,6 +252,8 @@ mod tests {
             "agent.maxUnavailable=0",
             "cni.exclusive=maybe",
             "image.pullPolicy=Sometimes",
+            "secrets.namespace=default",
+            "secrets.namespace=kube-public",
         ] {
             let chosen = parse_set(set).unwrap();
             let error = Chart::new(&chosen, "net").err().expect(set).to_string();
@@ -318,6 +329,18 @@ mod tests {
             }
             assert!(tolerations.contains(&chosen), "{tolerations:?}");
         }
+    }
+
+    #[test]
+    fn secrets_have_a_namespace_of_their_own() {
+        let refused = |name: &str| {
+            let chosen = json!({ "secrets": { "namespace": name } });
+            Chart::new(&chosen, "net").err().expect(name).to_string()
+        };
+        assert!(refused("default").contains("for these Secrets alone"), "{}", refused("default"));
+        assert!(
+            refused("net").contains("secrets.namespace: \"net\" is the namespace of Palisade's")
+        );
     }
 
     #[test]

@@ -44,6 +44,10 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                     });
                 }
             }
+            ("not", _) if self::problems(wanted, value)?.is_empty() => problem(match meaning {
+                Some(meaning) => format!("{value} is not {meaning}"),
+                None => format!("{value} must not match {wanted}"),
+            }),
             ("minLength", Value::String(text)) if wanted.as_u64() > Some(text.len() as u64) => {
                 problem("must not be empty".to_owned());
             }
@@ -57,6 +61,7 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                 "type"
                 | "enum"
                 | "pattern"
+                | "not"
                 | "minLength"
                 | "minimum"
                 | "maximum"
@@ -123,6 +128,7 @@ mod tests {
                 "count": { "type": ["string", "integer"], "minimum": 1, "pattern": "^[0-9]+%$" },
                 "time": { "type": "string", "pattern": "^[0-9]+m$", "description": "like 5m" },
                 "all": { "type": "array", "items": { "type": "object" } },
+                "name": { "not": { "pattern": "^x" }, "description": "a name without x" },
             },
         });
         let problems = |values: Value| problems(&schema, &values).unwrap().join("\n");
@@ -134,9 +140,11 @@ mod tests {
         assert_eq!(problems(json!({ "time": 5 })), "time: 5 is not like 5m");
         assert_eq!(problems(json!({ "time": "x" })), r#"time: "x" is not like 5m"#);
         assert_eq!(problems(json!({ "all": [1] })), "all[0]: 1 is not of type object");
+        assert_eq!(problems(json!({ "name": "y" })), "");
+        assert_eq!(problems(json!({ "name": "xy" })), r#"name: "xy" is not a name without x"#);
         assert_eq!(
             problems(json!({ "mod": "a" })),
-            "mod: there is no such value; there are all, count, mode, time"
+            "mod: there is no such value; there are all, count, mode, name, time"
         );
     }
 }

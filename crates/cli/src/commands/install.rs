@@ -227,6 +227,7 @@ async fn roll_out(
     mut record: Record,
     args: &InstallArgs,
 ) -> Result<Exit> {
+    check_secrets_namespace(client, chart.secrets_namespace()).await?;
     let objects = chart.objects()?;
     let before = std::mem::take(&mut record.objects);
     // Written first, so that what is left of an attempt that broke off can be taken away.
@@ -262,6 +263,23 @@ async fn check_namespace(client: &Client, namespace: &str) -> Result<()> {
     Err(Failure::missing(
         format!("there is no namespace {namespace}"),
         format!("Nothing was changed. Make it with:  kubectl create namespace {namespace}"),
+    )
+    .into())
+}
+
+/// What is made for Secrets is deleted one day, with all that is in it: it must be nobody else's.
+async fn check_secrets_namespace(client: &Client, name: &str) -> Result<()> {
+    const PART_OF: &str = "app.kubernetes.io/part-of";
+    let found = Api::<Namespace>::all(client.clone()).get_opt(name).await?;
+    if found.is_none_or(|it| it.labels().get(PART_OF).is_some_and(|whole| whole == "palisade")) {
+        return Ok(());
+    }
+    Err(Failure::refused(
+        format!("secrets.namespace: there is a namespace {name} already, which is not Palisade's"),
+        format!(
+            "Nothing was changed. Choose another one: it is deleted with Palisade. If nothing else\n\
+             is in this one, give it away with:  kubectl label namespace {name} {PART_OF}=palisade"
+        ),
     )
     .into())
 }

@@ -95,6 +95,9 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     // A dry run makes no namespace for the objects after it.
     lab.kubectl(&["create", "namespace", "palisade-secrets"]);
     check_strictly(&lab, &manifest);
+    let adopts = "there is a namespace palisade-secrets already, which is not Palisade's";
+    fails(&lab, &["install"], 1, adopts);
+    lab.kubectl(&["label", "ns", "palisade-secrets", "app.kubernetes.io/part-of=palisade"]);
     let pool = |network: &str| {
         let network = format!("config.ipam=cluster-pool,config.pool-ipv4={network}");
         run(&lab, &["install", "--set", &network])
@@ -121,6 +124,8 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
 
     // A second one, which would take the rights of the first, is refused before it leaves a trace.
     lab.kubectl(&["create", "namespace", "other"]);
+    let adopts = "there is a namespace other already, which is not Palisade's";
+    fails(&lab, &["upgrade", "--set", "secrets.namespace=other"], 1, adopts);
     let only = "Palisade is installed in the namespace kube-system, and a cluster has only one";
     fails(&lab, &["install", "-n", "other"], 1, only);
     fails(
