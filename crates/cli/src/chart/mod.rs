@@ -331,6 +331,15 @@ mod tests {
         }
     }
 
+    /// Agents may have run where they are not wanted any more.
+    #[test]
+    fn every_linux_node_is_cleaned() {
+        let chosen = json!({ "agent": { "tolerations": [], "nodeSelector": { "zone": "x" } } });
+        let pods = Chart::new(&chosen, "net").unwrap().clean().unwrap()["spec"]["template"].take();
+        assert_eq!(pods["spec"]["tolerations"], json!([{ "operator": "Exists" }]));
+        assert_eq!(pods["spec"]["nodeSelector"], json!({ "kubernetes.io/os": "linux" }));
+    }
+
     #[test]
     fn secrets_have_a_namespace_of_their_own() {
         let refused = |name: &str| {

@@ -29,12 +29,12 @@ pub(super) async fn wait(client: &Client, namespace: &str, limit: Duration) -> R
     }
 }
 
+/// Where no node is selected there is nothing to wait for, once the controller has looked.
 pub(super) fn is_rolled_out(agents: &DaemonSet) -> bool {
     let Some(status) = &agents.status else { return false };
     status.observed_generation == agents.metadata.generation
         && status.updated_number_scheduled.unwrap_or_default() == status.desired_number_scheduled
         && status.number_ready == status.desired_number_scheduled
-        && status.desired_number_scheduled > 0
 }
 
 /// One is enough: a cluster of one node has no place for a second.
@@ -43,4 +43,30 @@ fn operates(operators: &Deployment) -> bool {
     status.observed_generation == operators.metadata.generation
         && status.updated_replicas.unwrap_or_default() > 0
         && status.available_replicas.unwrap_or_default() > 0
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_rollout_is_done_when_the_controller_has_seen_it_and_all_pods_are_ready() {
+        let done = |observed: Option<i64>, desired: i32, ready: i32| {
+            let set = json!({
+                "metadata": { "generation": 2 },
+                "spec": { "selector": {}, "template": {} },
+                "status": {
+                    "observedGeneration": observed, "desiredNumberScheduled": desired,
+                    "updatedNumberScheduled": desired, "numberReady": ready,
+                    "currentNumberScheduled": desired, "numberMisscheduled": 0,
+                },
+            });
+            is_rolled_out(&serde_json::from_value(set).unwrap())
+        };
+        assert!(done(Some(2), 3, 3) && !done(Some(2), 3, 2) && !done(Some(1), 3, 3));
+        assert!(done(Some(2), 0, 0), "no node is selected");
+        assert!(!done(Some(1), 0, 0) && !done(None, 0, 0), "nobody has looked yet");
+    }
 }
