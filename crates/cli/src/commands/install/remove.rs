@@ -19,7 +19,7 @@ use kube::{
     runtime::{conditions::is_deleted, wait::await_condition},
 };
 use palisade_api::crd;
-use serde_json::json;
+use serde_json::{Value, json};
 
 use super::{
     Place, apply,
@@ -270,7 +270,7 @@ async fn clean_nodes(
 async fn restore_nodes(client: &Client) -> Result<()> {
     let api: Api<Node> = Api::all(client.clone());
     for node in api.list(&ListParams::default()).await?.items {
-        untaint(&api, &node).await?;
+        untaint(&api, &node.name_any()).await?;
         if says_available(&node) {
             let gone = json!({ "$patch": "delete", "type": "NetworkUnavailable" });
             let patch = Patch::Strategic(json!({ "status": { "conditions": [gone] } }));
@@ -281,18 +281,33 @@ async fn restore_nodes(client: &Client) -> Result<()> {
     Ok(())
 }
 
-async fn untaint(api: &Api<Node>, node: &Node) -> Result<()> {
-    let taints = node.spec.as_ref().and_then(|spec| spec.taints.clone()).unwrap_or_default();
-    if taints.iter().all(|taint| taint.key != TAINT) {
-        return Ok(());
+/// Kubelets and controllers write nodes too: a conflict is no reason to give up.
+async fn untaint(api: &Api<Node>, name: &str) -> Result<()> {
+    const ATTEMPTS: usize = 10;
+    let mut outcome = Ok(());
+    for _ in 0..ATTEMPTS {
+        let Some(patch) = api.get_opt(name).await?.as_ref().and_then(without_taint) else {
+            return Ok(());
+        };
+        let params = PatchParams::default();
+        outcome = gone_is_done(api.patch(name, &params, &Patch::Merge(&patch)).await);
+        if !matches!(&outcome, Err(kube::Error::Api(status)) if status.code == 409) {
+            break;
+        }
     }
-    let others: Vec<_> = taints.into_iter().filter(|taint| taint.key != TAINT).collect();
-    let patch = json!({
-        "metadata": { "resourceVersion": node.metadata.resource_version },
-        "spec": { "taints": others },
-    });
-    let params = PatchParams::default();
-    Ok(gone_is_done(api.patch(&node.name_any(), &params, &Patch::Merge(&patch)).await)?)
+    Ok(outcome?)
+}
+
+/// The patch for exactly this version of the node, where it has our taint.
+fn without_taint(node: &Node) -> Option<Value> {
+    let taints = node.spec.as_ref()?.taints.as_ref()?;
+    let others: Vec<_> = taints.iter().filter(|taint| taint.key != TAINT).collect();
+    (others.len() < taints.len()).then(|| {
+        json!({
+            "metadata": { "resourceVersion": node.metadata.resource_version },
+            "spec": { "taints": others },
+        })
+    })
 }
 
 /// The operator said so, not a cloud's controller.
@@ -323,4 +338,47 @@ async fn delete_definitions(client: &Client, limit: Duration) -> Result<()> {
         Ok(())
     };
     bounded("definitions of resources are still there", limit, gone).await
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{
+        io::{AsyncReadExt, AsyncWriteExt},
+        net::TcpListener,
+    };
+
+    use super::*;
+
+    #[tokio::test]
+    async fn a_conflict_is_followed_by_another_attempt_with_the_new_version() {
+        let server = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let url = format!("http://{}", server.local_addr().unwrap()).parse().unwrap();
+        let client = Client::try_from(kube::Config::new(url)).unwrap();
+        let node = |version: &str, taints: Value| {
+            json!({ "apiVersion": "v1", "kind": "Node", "spec": { "taints": taints },
+                    "metadata": { "name": "a", "resourceVersion": version } })
+        };
+        let ours = json!([{ "key": TAINT, "effect": "NoSchedule" }]);
+        let conflict = json!({ "kind": "Status", "apiVersion": "v1", "status": "Failure",
+                               "reason": "Conflict", "message": "changed", "code": 409 });
+        let script = [
+            ("GET", 200, node("1", ours.clone())),
+            ("PATCH", 409, conflict),
+            ("GET", 200, node("2", ours)),
+            ("PATCH", 200, node("3", json!([]))),
+        ];
+        let serving = tokio::spawn(async move {
+            for (method, status, body) in script {
+                let (mut stream, _) = server.accept().await.unwrap();
+                let mut request = vec![0; 64 << 10];
+                let length = stream.read(&mut request).await.unwrap();
+                let request = String::from_utf8_lossy(&request[..length]).into_owned();
+                assert!(request.starts_with(method), "{request}");
+                let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n{body}");
+                stream.write_all(answer.as_bytes()).await.unwrap();
+            }
+        });
+        untaint(&Api::all(client), "a").await.unwrap();
+        serving.await.unwrap();
+    }
 }
