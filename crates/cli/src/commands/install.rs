@@ -110,6 +110,7 @@ pub(crate) fn install(global: &Global, args: &InstallArgs) -> Result<Exit> {
             )
             .into());
         }
+        check_helm(&client).await?;
         check_other_installations(&client, &args.place.namespace).await?;
         check_namespace(&client, &args.place.namespace).await?;
         check_other_networks(&client, &chart).await?;
@@ -279,6 +280,28 @@ async fn check_secrets_namespace(client: &Client, name: &str) -> Result<()> {
         format!(
             "Nothing was changed. Choose another one: it is deleted with Palisade. If nothing else\n\
              is in this one, give it away with:  kubectl label namespace {name} {PART_OF}=palisade"
+        ),
+    )
+    .into())
+}
+
+/// What Helm installed is in its record only, and stays with it.
+async fn check_helm(client: &Client) -> Result<()> {
+    let api: Api<ClusterRoleBinding> = Api::all(client.clone());
+    let Some(binding) = api.get_opt("palisade-operator").await? else { return Ok(()) };
+    if binding.labels().get("app.kubernetes.io/managed-by").is_none_or(|by| by != "Helm") {
+        return Ok(());
+    }
+    let note = |name: &str| {
+        let notes = binding.annotations();
+        notes.get(&format!("meta.helm.sh/{name}")).map_or("palisade", String::as_str)
+    };
+    let (release, namespace) = (note("release-name"), note("release-namespace"));
+    Err(Failure::refused(
+        format!("Helm installed Palisade: release {release} in the namespace {namespace}"),
+        format!(
+            "Nothing was changed. Go on with:  helm upgrade {release} -n {namespace}\n\
+             or remove it first with:         helm uninstall {release} -n {namespace}"
         ),
     )
     .into())

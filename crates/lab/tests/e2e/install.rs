@@ -114,6 +114,22 @@ fn what_is_installed_can_be_changed_and_leaves_nothing_behind() {
     lab.apply(other);
     fails(&lab, &["install"], 1, "another network: DaemonSet default/kindnet");
     lab.kubectl(&["delete", "ds", "kindnet"]);
+    // As Helm marks what it made.
+    lab.apply(
+        "apiVersion: rbac.authorization.k8s.io/v1\nkind: ClusterRoleBinding\nmetadata:\n  \
+         name: palisade-operator\n  labels: {app.kubernetes.io/managed-by: Helm}\n  annotations: \
+         {meta.helm.sh/release-name: pal, meta.helm.sh/release-namespace: kube-system}\n\
+         roleRef: {apiGroup: rbac.authorization.k8s.io, kind: ClusterRole, name: x}\n\
+         subjects: [{kind: ServiceAccount, name: palisade-operator, namespace: kube-system}]\n",
+    );
+    fails(
+        &lab,
+        &["install"],
+        1,
+        "Helm installed Palisade: release pal in the namespace kube-system",
+    );
+    assert!(lab.try_kubectl(&["-n", "kube-system", "get", "cm", "palisade-install"]).is_none());
+    lab.kubectl(&["delete", "clusterrolebinding", "palisade-operator"]);
     // The lab's own definitions are there from the beginning.
     let before = everything_of_ours(&lab);
     assert!(!before.contains("daemonset") && !before.contains("clusterrole"), "{before}");
