@@ -250,6 +250,8 @@ mod tests {
             "apiServer.host=10.0.0.1:6443",
             "operator.replicas=0",
             "agent.maxUnavailable=0",
+            "agent.maxUnavailable=0%",
+            "agent.maxUnavailable=900%",
             "cni.exclusive=maybe",
             "image.pullPolicy=Sometimes",
             "secrets.namespace=default",
