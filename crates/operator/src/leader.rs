@@ -57,10 +57,13 @@ impl Term {
         Watch(self.until.clone())
     }
 
-    /// Returns when the term is over.
-    pub(crate) async fn lost(&mut self) {
-        // The renewal ends by itself only where it failed for too long.
-        let _ = (&mut self.renewal).await;
+    /// What comes of the work; none if the term is over before, which ends the work, too.
+    pub(crate) async fn during<T>(&mut self, work: impl Future<Output = T>) -> Option<T> {
+        tokio::select! {
+            // The renewal ends by itself only where it failed for too long.
+            _ = &mut self.renewal => None,
+            outcome = work => Some(outcome),
+        }
     }
 }
 
@@ -214,4 +217,22 @@ fn duration(lease: &Lease) -> Duration {
     let seconds = lease.spec.as_ref().and_then(|spec| spec.lease_duration_seconds);
     let seconds = seconds.and_then(|seconds| u64::try_from(seconds).ok());
     seconds.map_or(DURATION, Duration::from_secs)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn term(renewal: JoinHandle<()>) -> Term {
+        Term { until: watch::channel(Instant::now()).1, renewal }
+    }
+
+    #[tokio::test]
+    async fn work_that_never_ends_ends_with_the_term() {
+        let mut lost = term(tokio::spawn(async {}));
+        let outcome = timeout(DEADLINE, lost.during(std::future::pending::<()>())).await;
+        assert_eq!(outcome, Ok(None));
+        let mut lasting = term(tokio::spawn(std::future::pending()));
+        assert_eq!(lasting.during(async { 1 }).await, Some(1));
+    }
 }

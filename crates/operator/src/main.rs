@@ -14,15 +14,20 @@ mod serve;
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};
 
 use clap::{Parser, ValueEnum};
+use kube::Client;
 use palisade_api::{client, pool::Pools};
 use tokio::{
     signal::unix::{SignalKind, signal},
-    task::JoinSet,
+    task::{JoinError, JoinSet},
 };
 use tracing::info;
 use tracing_subscriber::EnvFilter;
 
-use crate::{identities::Collector, leader::Elector, metrics::Metrics};
+use crate::{
+    identities::Collector,
+    leader::{Elector, Watch},
+    metrics::Metrics,
+};
 
 /// Does for a cluster what is to be done once: CRDs, pod networks, identities, taints.
 #[derive(Debug, Parser)]
@@ -114,19 +119,10 @@ async fn run(options: Options) -> anyhow::Result<()> {
         let mut term = elector.wait().await;
         info!(identity = options.identity, "leading");
         metrics.leading();
-        let mut work: JoinSet<()> = JoinSet::new();
-        crds::apply(&client).await;
-        metrics.ready();
-        work.spawn(networks::run(client.clone(), pools, term.watch(), metrics.clone()));
-        let (namespace, selector) =
-            (options.namespace.clone(), options.agent_node_selector.clone());
-        work.spawn(nodes::run(client.clone(), namespace, selector, metrics.clone()));
-        let collector =
-            Collector::new(client.clone(), &options.cluster_name, options.identity_grace);
-        work.spawn(collector.run(term.watch(), metrics.clone()));
-        tokio::select! {
-            () = term.lost() => anyhow::bail!("the Lease is lost; another may lead by now"),
-            ended = work.join_next() => anyhow::bail!("a task ended: {ended:?}"),
+        let watch = term.watch();
+        match term.during(work(&client, &options, pools, watch, &metrics)).await {
+            None => anyhow::bail!("the Lease is lost; another may lead by now"),
+            Some(ended) => anyhow::bail!("a task ended: {ended:?}"),
         }
     };
     tokio::select! {
@@ -137,6 +133,25 @@ async fn run(options: Options) -> anyhow::Result<()> {
     info!("stopping");
     elector.release().await;
     Ok(())
+}
+
+/// Everything that one alone does, for as long as the term lasts; returns when a part of it ends.
+async fn work(
+    client: &Client,
+    options: &Options,
+    pools: Option<Pools>,
+    term: Watch,
+    metrics: &Arc<Metrics>,
+) -> Option<Result<(), JoinError>> {
+    crds::apply(client).await;
+    metrics.ready();
+    let mut work: JoinSet<()> = JoinSet::new();
+    work.spawn(networks::run(client.clone(), pools, term.clone(), metrics.clone()));
+    let (namespace, selector) = (options.namespace.clone(), options.agent_node_selector.clone());
+    work.spawn(nodes::run(client.clone(), namespace, selector, metrics.clone()));
+    let collector = Collector::new(client.clone(), &options.cluster_name, options.identity_grace);
+    work.spawn(collector.run(term, metrics.clone()));
+    work.join_next().await
 }
 
 fn pools(options: &Options) -> anyhow::Result<Option<Pools>> {
