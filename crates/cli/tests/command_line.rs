@@ -16,9 +16,10 @@ fn text(output: &Output) -> String {
 
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 12] = [
+    let cases: [(&[&str], i32, &str); 13] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
+        (&["policy", "check", "/dev/null"], 1, "no policy found"),
         (&["nosuch"], 2, "unrecognized subcommand"),
         (&["observe", "--protocol", "nosuch"], 2, "possible values: tcp, udp"),
         (&["observe", "--verdict", "nosuch"], 2, "possible values"),

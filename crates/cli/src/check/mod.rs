@@ -46,7 +46,8 @@ pub(crate) fn run(format: Format, files: &[PathBuf]) -> anyhow::Result<Exit> {
         Format::Json => output::json(&findings)?,
         Format::Table => print(&findings, policies),
     }
-    Ok(if findings.is_empty() { Exit::Ok } else { Exit::No })
+    // Where a command before the pipe failed, nothing was checked.
+    Ok(if findings.is_empty() && policies > 0 { Exit::Ok } else { Exit::No })
 }
 
 pub(crate) fn read(file: &Path) -> anyhow::Result<String> {
