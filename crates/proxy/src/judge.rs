@@ -18,6 +18,7 @@ use palisade_policy::{
     CompiledPolicy, RuleInfo, RuleSource,
     l7::{
         Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, NamePattern, Secrets,
+        field,
     },
     model,
 };
@@ -26,7 +27,7 @@ use tokio::net::TcpStream;
 use crate::{
     Proxy,
     http::{
-        syntax::{Fields, Malformed},
+        syntax::{Fields, Malformed, is_token},
         target::Authority,
     },
     log::{self, Gist},
@@ -328,17 +329,34 @@ impl Asked<'_> {
     }
 }
 
+/// A change that would make another message of a request than the one that was judged.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct Unwritable;
+
+impl Unwritable {
+    /// For the log.
+    pub const WHY: &str = "a rule would write a header that is none, or that is not a rule's";
+}
+
 /// Fields that rules may change.
 pub trait Editable {
     /// Adds one.
-    fn add(&mut self, name: &str, value: &str);
+    ///
+    /// # Errors
+    ///
+    /// It is no field.
+    fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable>;
     /// Removes those of a name, but for one value.
     fn remove(&mut self, name: &str, except: Option<&str>);
 }
 
 impl Editable for Fields {
-    fn add(&mut self, name: &str, value: &str) {
+    fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable> {
+        if !name.bytes().all(is_token) || !field::is_value(value.as_bytes()) {
+            return Err(Unwritable);
+        }
         self.push(name, value.as_bytes());
+        Ok(())
     }
 
     fn remove(&mut self, name: &str, except: Option<&str>) {
@@ -348,20 +366,22 @@ impl Editable for Fields {
 }
 
 impl Editable for HeaderMap {
-    fn add(&mut self, name: &str, value: &str) {
-        let pair = (HeaderName::try_from(name), HeaderValue::try_from(value));
-        if let (Ok(name), Ok(value)) = pair {
-            self.append(name, value);
+    fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable> {
+        if !field::is_value(value.as_bytes()) {
+            return Err(Unwritable);
         }
+        let name = HeaderName::try_from(name).map_err(|_| Unwritable)?;
+        let value = HeaderValue::try_from(value).map_err(|_| Unwritable)?;
+        self.try_append(name, value).map(|_| ()).map_err(|_| Unwritable)
     }
 
     fn remove(&mut self, name: &str, except: Option<&str>) {
-        let all = self.get_all(name).iter();
-        let kept = all.filter(|value| Some(value.as_bytes()) == except.map(str::as_bytes)).count();
-        self.remove(name);
-        for value in std::iter::repeat_n(except, kept).flatten() {
-            self.add(name, value);
-        }
+        let Ok(name) = HeaderName::try_from(name) else { return };
+        let values = self.get_all(&name).iter().cloned();
+        let kept = values.filter(|value| Some(value.as_bytes()) == except.map(str::as_bytes));
+        let kept: Vec<HeaderValue> = kept.collect();
+        self.remove(&name);
+        self.extend(kept.into_iter().map(|value| (name.clone(), value)));
     }
 }
 
@@ -398,19 +418,29 @@ impl Judged {
         !self.edits.is_empty()
     }
 
-    /// Changes the fields of a request as the rules want it.
-    pub fn edit(&self, fields: &mut impl Editable) {
-        for edit in &self.edits {
-            match &edit.change {
+    /// Changes the fields of a request as the rules want it. Whoever wrote the rules of one end must
+    /// not get past the other end with that: the rules were checked when they were read, and what
+    /// they would write is checked here all the same.
+    ///
+    /// # Errors
+    ///
+    /// The request must not be sent.
+    pub fn edit(&self, fields: &mut impl Editable) -> Result<(), Unwritable> {
+        for HeaderEdit { name, change } in &self.edits {
+            if *change != HeaderChange::Log && field::is_own(name) {
+                return Err(Unwritable);
+            }
+            match change {
                 HeaderChange::Log => {}
-                HeaderChange::Add(value) => fields.add(&edit.name, value),
-                HeaderChange::Remove { except } => fields.remove(&edit.name, except.as_deref()),
+                HeaderChange::Add(value) => fields.add(name, value)?,
+                HeaderChange::Remove { except } => fields.remove(name, except.as_deref()),
                 HeaderChange::Replace(value) => {
-                    fields.remove(&edit.name, None);
-                    fields.add(&edit.name, value);
+                    fields.remove(name, None);
+                    fields.add(name, value)?;
                 }
             }
         }
+        Ok(())
     }
 
     /// Refused all the same, for what was said in another way than it may be.

@@ -17,7 +17,7 @@ use palisade_api::{
     proxy::{Endpoint, Peer},
 };
 use palisade_policy::{
-    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, Pattern},
+    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, Pattern, SecretRef},
     model::Application,
 };
 use world::{
@@ -518,6 +518,53 @@ fn a_rule_that_does_not_compile_is_left_out() {
             assert_eq!(status(&rest(&mut stream)), wanted, "{version} {server}");
         }
     }
+}
+
+/// Rules that no policy makes, from an agent that does not look: what they would write makes more
+/// than one request of one, or another one.
+#[test]
+fn what_would_write_more_than_a_header_passes_nothing() {
+    const SMUGGLED: &str = "1\r\n\r\nPUT /admin HTTP/1.1\r\nHost: d\r\nx: y";
+    let world = public();
+    let origin = Origin::ok(&world.server);
+    let editing = [Mismatch::Add, Mismatch::Replace];
+    let cases = [
+        ("x", SMUGGLED),
+        ("x", "1\n"),
+        ("x", "1\r"),
+        ("x", "1\0"),
+        ("x: 1\r\ny", "1"),
+        ("transfer-encoding", "chunked"),
+        ("content-length", "1"),
+        ("connection", "x-role"),
+        ("upgrade", "websocket"),
+        ("host", "b"),
+        ("x_role", "admin"),
+    ];
+    let cases = cases.into_iter().flat_map(|case| editing.map(|mismatch| (case, mismatch)));
+    for (version, ((name, value), mismatch)) in (2..).zip(cases) {
+        let secret = SecretRef { namespace: "x".into(), name: "s".into(), key: None };
+        for wanted in [HeaderValue::Text(value.into()), HeaderValue::Secret(secret.clone())] {
+            let header = HeaderRule { name: name.into(), value: Some(wanted), mismatch };
+            let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
+            let mut all = rules(version, &[Application::Http(vec![rule])]);
+            all.secrets = [(secret.clone(), value.to_owned())].into_iter().collect();
+            world.agent.put(all);
+            for request in [
+                format!("{HEAD}\r\n"),
+                "POST /public HTTP/1.1\r\nHost: a\r\nContent-Length: 0\r\n\r\n".to_owned(),
+            ] {
+                let answer = world.ask(request.as_bytes());
+                assert_eq!(status(&answer), 403, "{name}: {value:?} {mismatch:?}");
+            }
+        }
+    }
+    assert_eq!(origin.text(), "");
+    let record = world.agent.record(|record| match &record.l7 {
+        L7::Http(seen) => seen.error.as_deref().is_some_and(|error| error.contains("header")),
+        _ => false,
+    });
+    assert!(!record.allowed);
 }
 
 #[test]

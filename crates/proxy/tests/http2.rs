@@ -321,6 +321,39 @@ fn headers_are_matched_and_changed_as_the_rules_say() {
     assert_eq!(fields, wanted);
 }
 
+/// Nothing that a rule would put into a request is left out of it without a word, and nothing else
+/// than a header of the request is put into it.
+#[test]
+fn what_cannot_be_written_passes_nothing() {
+    let world = public();
+    let origin = Origin::new(&world.server);
+    for (version, (name, value, mismatch)) in (2..).zip([
+        ("x", "1\n", Mismatch::Add),
+        ("x", "1\r\ny: z", Mismatch::Replace),
+        ("x", " 1", Mismatch::Add),
+        ("x y", "1", Mismatch::Add),
+        ("te", "trailers", Mismatch::Add),
+        ("transfer-encoding", "chunked", Mismatch::Add),
+        ("content-length", "7", Mismatch::Replace),
+        ("content-length", "7", Mismatch::Delete),
+        ("host", "b", Mismatch::Add),
+    ]) {
+        let value = Some(HeaderValue::Text(value.into()));
+        let header = HeaderRule { name: name.into(), value, mismatch };
+        let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
+        world.agent.put(rules(version, &[Application::Http(vec![rule])]));
+        let stream = world.connect(SERVER4);
+        let status = runtime().block_on(async {
+            let send = client(stream).await;
+            let mut request = get("/");
+            request.headers_mut().insert("content-length", 2.into());
+            ask(&send, request, "ok").await.unwrap().0
+        });
+        assert_eq!(status, 403, "{name}");
+    }
+    assert_eq!(origin.asked(), [""; 0]);
+}
+
 #[test]
 fn what_is_refused_is_told_of() {
     let world = public();

@@ -336,12 +336,24 @@ fn a_policy_without_its_secret_says_so_until_it_is_there() {
     assert_eq!((missing.finding, missing.generation), (Finding::SecretMissing, Some(3)));
     let path = "spec.ingress[0].toPorts[0].rules.http[1].headerMatches: ";
     assert!(missing.message.starts_with(path), "{}", missing.message);
-    for word in ["`x-token`", "`default.token`", "`elsewhere`", "copy Secret `default/token`"] {
+    for word in [
+        "`x-token`",
+        "`default.token`",
+        "`elsewhere`",
+        "without a line break at its end",
+        "copy Secret `default/token`",
+    ] {
         assert!(missing.message.contains(word), "{word}: {}", missing.message);
     }
     assert_eq!(after(secretive(Some(missing))), None, "it is said already");
 
-    for useless in [token(&[("a", b"1"), ("b", b"2")]), token(&[("a", b"\xff")])] {
+    for useless in [
+        token(&[("a", b"1"), ("b", b"2")]),
+        token(&[("a", b"\xff")]),
+        token(&[("a", b"1\n")]),
+        token(&[("a", b"1\r\nx: y")]),
+        token(&[("a", b" 1")]),
+    ] {
         assert_eq!(after(Intent::Secret(Change::Put(useless))), None, "no value either");
     }
     let found = after(Intent::Secret(Change::Put(token(&[("a", b"1")])))).expect("a condition");

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use palisade_policy::{
-    l7::{HeaderValue, SecretRef, Secrets},
+    l7::{HeaderValue, SecretRef, Secrets, field},
     model::{Application, Direction, Policy},
 };
 
@@ -40,9 +40,9 @@ impl Row for Secret {
     }
 }
 
-/// The values that the proxy may compare headers with: those that are text. Whoever wants a policy
-/// to use the Secret `NAME` of a namespace copies it as `NAMESPACE.NAME` (namespaces have no dots).
-/// A reference names no key where there is only one.
+/// The values that the proxy may compare headers with: those that are text and that a header can
+/// have. Whoever wants a policy to use the Secret `NAME` of a namespace copies it as
+/// `NAMESPACE.NAME` (namespaces have no dots). A reference names no key where there is only one.
 pub fn values(secrets: &Table<Secret>) -> Secrets {
     let mut values = Vec::new();
     for secret in secrets.rows() {
@@ -53,7 +53,10 @@ pub fn values(secrets: &Table<Secret>) -> Secrets {
             key: key.cloned(),
         };
         for (key, value) in &secret.data {
-            let Ok(value) = std::str::from_utf8(value) else { continue };
+            let text = std::str::from_utf8(value).ok();
+            let Some(value) = text.filter(|text| field::is_value(text.as_bytes())) else {
+                continue;
+            };
             values.push((reference(Some(key)), value.to_owned()));
             if secret.data.len() == 1 {
                 values.push((reference(None), value.to_owned()));
@@ -76,13 +79,13 @@ pub fn missing(policy: &Policy, secrets: &Secrets, home: &str) -> Option<String>
         let SecretRef { namespace, name, key } = secret;
         let copy = format!("{namespace}.{name}");
         let which = match key {
-            Some(key) => format!("with text under the key `{key}`"),
-            None => "with one key and text under it".to_owned(),
+            Some(key) => format!("with one line of text under the key `{key}`"),
+            None => "with one key and one line of text under it".to_owned(),
         };
         format!(
             "{path}: no value of header `{header}` is right, because there is no Secret `{copy}` \
-             in namespace `{home}` {which}; copy Secret `{namespace}/{name}` there \
-             under the name `{copy}`"
+             in namespace `{home}` {which}, without a line break at its end or blanks \
+             around it; copy Secret `{namespace}/{name}` there under the name `{copy}`"
         )
     });
     let problems: Vec<String> = problems.collect();

@@ -2,6 +2,7 @@
 //! proxy, and to explain either.
 
 mod demand;
+pub mod field;
 mod http;
 mod name;
 mod pattern;

@@ -26,7 +26,7 @@ use super::{
 };
 use crate::{
     buffer::{Buffer, write_all},
-    judge::{Asked, Gate, Judged},
+    judge::{Asked, Gate, Judged, Unwritable},
     log::Gist,
     net, relay,
 };
@@ -198,11 +198,14 @@ impl Connection<'_> {
             return Err(Broken);
         }
         if !judged.allowed {
-            return self.deny(&request, &asked, &judged).await;
+            return self.deny(&request, &asked, &judged, None).await;
         }
         // Whether it still is allowed, when the rules change, is asked of the request as it came.
         let came = judged.edits_fields().then(|| request.fields.clone());
-        judged.edit(&mut request.fields);
+        if judged.edit(&mut request.fields).is_err() {
+            let judged = judged.refused();
+            return self.deny(&request, &asked, &judged, Some(Unwritable::WHY)).await;
+        }
         let came = came.as_ref().unwrap_or(&request.fields);
         self.exchange(&request, came, &asked, &judged).await
     }
@@ -212,8 +215,9 @@ impl Connection<'_> {
         request: &Request,
         asked: &Asked<'_>,
         judged: &Judged,
+        why: Option<&str>,
     ) -> Result<Next, Broken> {
-        self.gate.log(asked, judged, Some(403), None);
+        self.gate.log(asked, judged, Some(403), why);
         self.answer_alone(request, Reply::DENIED).await
     }
 

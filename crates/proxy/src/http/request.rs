@@ -1,5 +1,7 @@
 //! Requests over HTTP/1.
 
+pub(super) use palisade_policy::l7::field::{is_hop, is_own};
+
 use super::{
     body::Framing,
     syntax::{Fields, MOST_METHOD, Malformed, ascii, is_token, trim, write_field},
@@ -77,29 +79,6 @@ impl Request {
 }
 
 const NO_HOST: Malformed = Malformed::bad("there is no host");
-
-/// Fields that the proxy writes itself, or that mean nothing beyond it. Servers that turn names
-/// into variables read `x_role` as `x-role`, which is not what was judged, so names with an
-/// underscore do not pass.
-pub(super) fn is_own(name: &str) -> bool {
-    is_hop(name)
-        || matches!(name, "host" | "content-length" | "expect" | "trailer")
-        || name.contains('_')
-}
-
-/// Fields between two neighbours.
-pub(super) fn is_hop(name: &str) -> bool {
-    matches!(
-        name,
-        "connection"
-            | "http2-settings"
-            | "keep-alive"
-            | "proxy-connection"
-            | "te"
-            | "transfer-encoding"
-            | "upgrade"
-    )
-}
 
 /// The first line, and what follows it.
 pub(super) fn split_line(head: &[u8]) -> Result<(&[u8], &[u8]), Malformed> {

@@ -39,7 +39,7 @@ use super::{
 };
 use crate::{
     buffer::Buffer,
-    judge::{Asked, Gate, Judged},
+    judge::{Asked, Gate, Judged, Unwritable},
     log::Gist,
 };
 
@@ -164,7 +164,10 @@ impl Shared<'_> {
         let Ok(mut forward) = asking.request(&parts) else {
             return answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
         };
-        judged.edit(forward.headers_mut());
+        if judged.edit(forward.headers_mut()).is_err() {
+            self.gate.log(&asked, &judged.refused(), Some(403), Some(Unwritable::WHY));
+            return answer(&mut respond, Reply::DENIED, parts.method == Method::HEAD);
+        }
         let exchange = Exchange { shared: self, asked: &asked, judged: &judged };
         let mut up = None;
         tokio::select! {

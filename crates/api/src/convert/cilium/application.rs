@@ -4,7 +4,7 @@ use palisade_abi::protocol;
 use palisade_policy::{
     l7::{
         HeaderRule, HeaderValue, HttpRule, Mismatch, NameError, NamePattern, Pattern, PatternError,
-        SecretRef,
+        SecretRef, field,
     },
     model::{Action, Application, Direction, Entry, Peers, PortMatch, PortSpec, Ports},
 };
@@ -238,7 +238,10 @@ fn header(reader: &mut Reader, value: &Value, path: &str) -> Option<HeaderRule> 
         return None;
     }
     let name = header_name(reader, bare, path)?;
-    let value = value.map(|value| HeaderValue::Text(value.to_owned()));
+    let value = match value {
+        Some(value) => Some(header_value(reader, value, path)?),
+        None => None,
+    };
     Some(HeaderRule { name, value, mismatch: Mismatch::Fail })
 }
 
@@ -255,7 +258,31 @@ fn header_name(reader: &mut Reader, name: &str, path: &str) -> Option<String> {
         reader.problem(path, message, "write `host` of the rule, a regular expression");
         return None;
     }
-    Some(name.to_ascii_lowercase())
+    let lower = name.to_ascii_lowercase();
+    if !field::is_own(&lower) {
+        return Some(lower);
+    }
+    let (message, suggestion) = match lower.contains('_') {
+        true => ("does not pass: servers may read `_` as `-`", "write the name with `-`"),
+        false => (
+            "belongs to the connection or the framing of the message, which is not for rules",
+            "leave it out, or write a header of the request itself, such as `x-token`",
+        ),
+    };
+    reader.problem(path, format!("header `{name}` {message}"), suggestion);
+    None
+}
+
+/// The value of a header, without the blanks around it. Whatever else would end the line might
+/// begin a header, or a request, that nobody judges.
+fn header_value(reader: &mut Reader, text: &str, path: &str) -> Option<HeaderValue> {
+    let text = text.trim();
+    if field::is_value(text.as_bytes()) {
+        return Some(HeaderValue::Text(text.to_owned()));
+    }
+    let message = "no header has this value, which contains a line break or control character";
+    reader.problem(path, message, "write one line of text");
+    None
 }
 
 fn header_match(
@@ -272,8 +299,9 @@ fn header_match(
     };
     let name = reader.text(name, &name_path)?;
     let name = header_name(reader, name, &name_path)?;
+    let value_path = format!("{path}.value");
     let text = match present(map, "value") {
-        Some(value) => Some(reader.text(value, &format!("{path}.value"))?),
+        Some(value) => Some(reader.text(value, &value_path)?),
         None => None,
     };
     let value = match present(map, "secret") {
@@ -281,9 +309,10 @@ fn header_match(
             let path = format!("{path}.secret");
             Some(HeaderValue::Secret(secret_ref(reader, secret, &path, context)?))
         }
-        None => {
-            text.filter(|text| !text.is_empty()).map(|text| HeaderValue::Text(text.trim().into()))
-        }
+        None => match text.filter(|text| !text.is_empty()) {
+            Some(text) => Some(header_value(reader, text, &value_path)?),
+            None => None,
+        },
     };
     let mismatch = match present(map, "mismatch") {
         None => Mismatch::Fail,

@@ -121,6 +121,17 @@ fn headers_match_if_every_one_of_the_name_does() {
 }
 
 #[test]
+fn blanks_around_a_value_are_none_of_it() {
+    for rule in [
+        json!({ "headers": ["X-Role:  user \n"] }),
+        json!({ "headerMatches": [{ "name": "x-role", "value": " user\n" }] }),
+    ] {
+        let policy = from(&[http(&json!([rule]))]);
+        assert!(asks(&[&policy], "GET /", &[("x-role", b"user")]).allowed, "{rule}");
+    }
+}
+
+#[test]
 fn rules_on_one_port_add_up_as_documented() {
     let l7 = http(&json!([{ "method": "GET" }]));
     let put = http(&json!([{ "method": "PUT" }]));
@@ -304,6 +315,7 @@ fn what_can_only_be_a_mistake_is_refused_with_its_field_and_a_remedy() {
         ("ingress", header("X-Role:admin"), "headers[0]", "`X-Role: admin`"),
         ("ingress", header("Host: a.io"), "headers[0]", "`host`"),
         ("ingress", header("bad@name"), "headers[0]", "no name of a header"),
+        ("ingress", header("x: a\r\n\r\nPUT /"), "headers[0]", "write one line"),
         ("ingress", matching(json!({ "value": "1" })), "headerMatches[0].name", "is missing"),
         (
             "ingress",
@@ -419,6 +431,39 @@ fn what_can_only_be_a_mistake_is_refused_with_its_field_and_a_remedy() {
         assert!(refusal.problems.iter().all(|p| p.path.starts_with(&format!("spec.{list}"))));
         let lockdown = refusal.lockdown();
         assert!(!takes(&lockdown, &world(), 80) || !opens(&lockdown, &world(), 80), "{rule}");
+    }
+    for name in [
+        "Connection",
+        "Content-Length",
+        "Expect",
+        "HTTP2-Settings",
+        "Keep-Alive",
+        "Proxy-Connection",
+        "TE",
+        "Trailer",
+        "Transfer-Encoding",
+        "X_Role",
+    ] {
+        let mut rules = vec![("headers[0]", json!({ "headers": [name] }))];
+        for mismatch in [None, Some("LOG"), Some("ADD"), Some("DELETE"), Some("REPLACE")] {
+            let matching = json!({ "name": name, "value": "1", "mismatch": mismatch });
+            rules.push(("headerMatches[0].name", json!({ "headerMatches": [matching] })));
+        }
+        for (field, rule) in rules {
+            let spec = json!({ "endpointSelector": {}, "egress": [http(&json!([rule]))] });
+            let refusal = refuse(CNP, &spec);
+            assert!(refusal.problems[0].path.ends_with(field), "{rule}: {refusal}");
+            assert!(refusal.to_string().contains(&format!("header `{name}` ")), "{refusal}");
+        }
+    }
+    let smuggled = "1\r\n\r\nPUT /v1/exhaust-port HTTP/1.1\r\nHost: d\r\nx: y";
+    for value in [smuggled, "1\n2", "1\r2", "1\0", "1\u{7f}"] {
+        for mismatch in ["LOG", "ADD", "DELETE", "REPLACE"] {
+            let rule = matching(json!({ "name": "x", "value": value, "mismatch": mismatch }));
+            let refusal = refuse(CNP, &json!({ "endpointSelector": {}, "egress": [rule] }));
+            assert!(refusal.problems[0].path.ends_with("headerMatches[0].value"), "{refusal}");
+            assert!(refusal.to_string().contains("write one line"), "{refusal}");
+        }
     }
     let cluster = json!({ "endpointSelector": {}, "ingress": [
         matching(json!({ "name": "a", "secret": { "name": "s" } })),
