@@ -106,6 +106,7 @@ impl End {
         }
     }
 
+    /// Adds what has to be changed.
     fn http(&self, request: &HttpRequest<'_>, edits: &mut Vec<HeaderEdit>) -> EndRecord {
         self.say(|end| {
             let Self::Http { rules, counting } = end else { return None };
@@ -115,7 +116,7 @@ impl End {
                 counting.get(place).map(|(source, _)| source)
             };
             let counts = |rule| source(rule).is_some();
-            let found = rules.compiled.matcher.judge_by(request, edits, counts)?;
+            let found = rules.compiled.matcher.judge_by(request, counts)?;
             edits.extend(found.edits);
             source(found.rule).cloned()
         })
@@ -385,6 +386,26 @@ impl Editable for HeaderMap {
     }
 }
 
+/// Makes changes. Whoever wrote the rules of one end must not get past the other end with them:
+/// rules were checked when they were read, and what they would write is checked here all the same.
+fn edit(edits: &[HeaderEdit], fields: &mut impl Editable) -> Result<(), Unwritable> {
+    for HeaderEdit { name, change } in edits {
+        if *change != HeaderChange::Log && field::is_own(name) {
+            return Err(Unwritable);
+        }
+        match change {
+            HeaderChange::Log => {}
+            HeaderChange::Add(value) => fields.add(name, value)?,
+            HeaderChange::Remove { except } => fields.remove(name, except.as_deref()),
+            HeaderChange::Replace(value) => {
+                fields.remove(name, None);
+                fields.add(name, value)?;
+            }
+        }
+    }
+    Ok(())
+}
+
 /// What was said to a request.
 #[derive(Clone, Debug)]
 pub struct Judged {
@@ -398,9 +419,12 @@ pub struct Judged {
 }
 
 impl Judged {
-    fn new(ends: &Ends, mut say: impl FnMut(&End) -> EndRecord) -> Self {
-        let mut of = |end: &Option<Arc<End>>| end.as_ref().map(|end| say(end));
-        let (egress, ingress) = (of(&ends.egress), of(&ends.ingress));
+    fn new(ends: &Ends, say: impl Fn(&End) -> EndRecord) -> Self {
+        let of = |end: &Option<Arc<End>>| end.as_ref().map(|end| say(end));
+        Self::of(ends, of(&ends.egress), of(&ends.ingress))
+    }
+
+    fn of(ends: &Ends, egress: Option<EndRecord>, ingress: Option<EndRecord>) -> Self {
         let agrees = |end: &Option<EndRecord>| end.as_ref().is_none_or(|end| end.allowed);
         let allowed = ends.known && agrees(&egress) && agrees(&ingress);
         Self { allowed, egress, ingress, edits: Vec::new(), generation: ends.generation }
@@ -418,29 +442,13 @@ impl Judged {
         !self.edits.is_empty()
     }
 
-    /// Changes the fields of a request as the rules want it. Whoever wrote the rules of one end must
-    /// not get past the other end with that: the rules were checked when they were read, and what
-    /// they would write is checked here all the same.
+    /// Changes the fields of a request as the rules want it.
     ///
     /// # Errors
     ///
     /// The request must not be sent.
     pub fn edit(&self, fields: &mut impl Editable) -> Result<(), Unwritable> {
-        for HeaderEdit { name, change } in &self.edits {
-            if *change != HeaderChange::Log && field::is_own(name) {
-                return Err(Unwritable);
-            }
-            match change {
-                HeaderChange::Log => {}
-                HeaderChange::Add(value) => fields.add(name, value)?,
-                HeaderChange::Remove { except } => fields.remove(name, except.as_deref()),
-                HeaderChange::Replace(value) => {
-                    fields.remove(name, None);
-                    fields.add(name, value)?;
-                }
-            }
-        }
-        Ok(())
+        edit(&self.edits, fields)
     }
 
     /// Refused all the same, for what was said in another way than it may be.
@@ -494,16 +502,28 @@ impl Gate {
         ends
     }
 
-    /// Judges a request with the fields that will be forwarded.
+    /// Judges a request with the fields that it came with. The server's end is asked about what
+    /// the client's end makes of it, as if each had a proxy of its own, which they may.
     #[must_use]
     pub fn judge(&self, asked: &Asked<'_>, headers: &[(&str, &[u8])]) -> Judged {
         let ends = self.ends();
         let Asked { method, target, authority, .. } = *asked;
         let request = HttpRequest { method, target, host: authority.as_str(), headers };
         let mut edits = Vec::new();
-        let mut judged = Judged::new(&ends, |end| end.http(&request, &mut edits));
-        judged.edits = edits;
-        judged
+        let egress = ends.egress.as_ref().map(|end| end.http(&request, &mut edits));
+        let ingress = ends.ingress.as_ref().map(|end| {
+            if edits.is_empty() {
+                return end.http(&request, &mut edits);
+            }
+            let mut sent = Fields::default();
+            headers.iter().for_each(|(name, value)| sent.push(name, value));
+            if edit(&edits, &mut sent).is_err() {
+                return EndRecord { allowed: false, rule: None };
+            }
+            let headers = &sent.iter().collect::<Vec<_>>();
+            end.http(&HttpRequest { headers, ..request }, &mut edits)
+        });
+        Judged { edits, ..Judged::of(&ends, egress, ingress) }
     }
 
     /// Judges a name: of a DNS question, or of a TLS server.

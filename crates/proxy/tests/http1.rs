@@ -14,7 +14,7 @@ use std::{
 
 use palisade_api::{
     flow::L7,
-    proxy::{Endpoint, Peer},
+    proxy::{Endpoint, Peer, Rules},
 };
 use palisade_policy::{
     l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, Pattern, SecretRef},
@@ -504,18 +504,53 @@ fn a_rule_that_does_not_compile_is_left_out() {
     for (version, table, wanted) in
         [(20, vec![one(&good)], 200), (21, vec![one(&good), one(&removing)], 403)]
     {
-        let mut both = rules(version, &table);
-        let client = Endpoint { id: 8, identity: 301, ingress: None, egress: Some(3) };
-        both.endpoints.extend([(CLIENT4, client), (CLIENT6, client)]);
-        both.tables.insert(3, Arc::clone(&rules(version, &[one(&adding)]).tables[&2]));
-        let server = Peer { identity: 300, prefix: 0, host: false };
-        both.addresses.extend([(SERVER4, server), (SERVER6, server)]);
-        world.agent.put(both);
+        world.agent.put(both_ends(version, &[one(&adding)], &table));
         for server in [SERVER4, SERVER6] {
             let mut stream = world.connect(server);
             stream.write_all(format!("{HEAD}\r\n").as_bytes()).unwrap();
             stream.shutdown(Shutdown::Write).unwrap();
             assert_eq!(status(&rest(&mut stream)), wanted, "{version} {server}");
+        }
+    }
+}
+
+/// Rules of the client's end and of the server's.
+fn both_ends(version: u64, egress: &[Application], ingress: &[Application]) -> Rules {
+    let mut both = rules(version, ingress);
+    let client = Endpoint { id: 8, identity: 301, ingress: None, egress: Some(3) };
+    both.endpoints.extend([(CLIENT4, client), (CLIENT6, client)]);
+    both.tables.insert(3, Arc::clone(&rules(version, egress).tables[&2]));
+    let server = Peer { identity: 300, prefix: 0, host: false };
+    both.addresses.extend([(SERVER4, server), (SERVER6, server)]);
+    both
+}
+
+/// The server's end is asked about the request that the server would get.
+#[test]
+fn what_one_end_changes_the_other_judges() {
+    let rule = |value: &str, mismatch| {
+        let value = Some(HeaderValue::Text(value.into()));
+        let header = HeaderRule { name: "x-role".into(), value, mismatch };
+        [Application::Http(vec![HttpRule { headers: vec![header], ..HttpRule::default() }])]
+    };
+    let demanded = rule("user", Mismatch::Fail);
+    let world = public();
+    let origin = Origin::ok(&world.server);
+    for (version, (egress, role, wanted)) in (2..).zip([
+        (rule("admin", Mismatch::Replace), "user", 403),
+        (rule("admin", Mismatch::Add), "user", 403),
+        (rule("admin", Mismatch::Delete), "user", 403),
+        (rule("admin", Mismatch::Log), "user", 200),
+        (rule("user", Mismatch::Replace), "admin", 200),
+        (rule("user", Mismatch::Add), "admin", 403),
+    ]) {
+        origin.forget();
+        world.agent.put(both_ends(version, &egress, &demanded));
+        let answer = world.ask(format!("{HEAD}X-Role: {role}\r\n\r\n").as_bytes());
+        assert_eq!(status(&answer), wanted, "{egress:?}");
+        match wanted {
+            200 => assert_eq!(field(&origin.text(), "x-role"), Some("user"), "{egress:?}"),
+            _ => assert_eq!(origin.text(), "", "{egress:?}"),
         }
     }
 }

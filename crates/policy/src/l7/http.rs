@@ -347,15 +347,14 @@ impl HttpMatcher {
     /// The first rule that matches a request; `None` denies it.
     #[must_use]
     pub fn judge(&self, request: &HttpRequest<'_>) -> Option<Match> {
-        self.judge_by(request, &[], |_| true)
+        self.judge_by(request, |_| true)
     }
 
-    /// As [`Self::judge`], by those of the rules that count, where others change the request first.
+    /// As [`Self::judge`], by those of the rules that count.
     #[must_use]
     pub fn judge_by(
         &self,
         request: &HttpRequest<'_>,
-        first: &[HeaderEdit],
         counts: impl Fn(usize) -> bool,
     ) -> Option<Match> {
         let mut found: Option<Match> = None;
@@ -368,7 +367,7 @@ impl HttpMatcher {
                 Said::Edits(edits) => edits,
             };
             if ready.broken {
-                let first = first.iter().chain(found.iter().flat_map(|found| &found.edits));
+                let first = found.iter().flat_map(|found| &found.edits);
                 if edits.iter().any(|edit| edit.is_felt(request.headers, first.clone())) {
                     return None;
                 }
@@ -522,16 +521,11 @@ mod tests {
     }
 
     /// Rule after rule: what [`HttpMatcher::judge_by`] has to come to.
-    fn one_by_one(
-        rules: &[Alone],
-        first: &[HeaderEdit],
-        counts: &[bool],
-        request: &HttpRequest<'_>,
-    ) -> Option<Match> {
+    fn one_by_one(rules: &[Alone], counts: &[bool], request: &HttpRequest<'_>) -> Option<Match> {
         let headers = request.headers.iter().map(|(name, value)| {
             ((*name).to_owned(), String::from_utf8(value.to_vec()).expect("text"))
         });
-        let mut headers = first.iter().fold(headers.collect(), edited);
+        let mut headers: Vec<(String, String)> = headers.collect();
         let mut found: Option<Match> = None;
         for (n, Alone(path, rest)) in rules.iter().enumerate().filter(|(n, _)| counts[*n]) {
             if !path.as_ref().is_none_or(|path| path.matches(request.target.as_bytes())) {
@@ -635,16 +629,12 @@ mod tests {
                 };
                 let found = matcher.judge(&request);
                 let all = vec![true; count];
-                let wanted = one_by_one(&alone, &[], &all, &request);
+                let wanted = one_by_one(&alone, &all, &request);
                 assert_eq!(found, wanted, "{rules:?} {request:?}");
                 let some: Vec<bool> = (0..count).map(|_| random.once_in(2)).collect();
-                let first = random.once_in(2).then(|| HeaderEdit {
-                    name: "x".into(),
-                    change: HeaderChange::Add(digit(&mut random)),
-                });
-                let of_some = matcher.judge_by(&request, first.as_slice(), |rule| some[rule]);
-                let wanted = one_by_one(&alone, first.as_slice(), &some, &request);
-                assert_eq!(of_some, wanted, "{first:?}, {some:?} of {rules:?} {request:?}");
+                let of_some = matcher.judge_by(&request, |rule| some[rule]);
+                let wanted = one_by_one(&alone, &some, &request);
+                assert_eq!(of_some, wanted, "{some:?} of {rules:?} {request:?}");
                 *if found.is_some() { &mut allowed } else { &mut denied } += 1;
             }
         }
@@ -704,7 +694,7 @@ mod tests {
                 assert_eq!((*rule, *found), (broken, field));
                 let judge = |method, target, headers: &[(&str, &[u8])], counts: &[usize]| {
                     let request = HttpRequest { method, target, host: "a", headers };
-                    matcher.judge_by(&request, &[], |rule| counts.contains(&rule))
+                    matcher.judge_by(&request, |rule| counts.contains(&rule))
                 };
                 let right: [(&str, &[u8]); 1] = [("x", b"1")];
                 let wrong: [(&str, &[u8]); 1] = [("x", b"2")];
