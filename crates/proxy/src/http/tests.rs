@@ -243,3 +243,19 @@ async fn streams_without_room_are_given_up() {
     assert_eq!(ask("/small").await.data().await.unwrap().unwrap(), "ok");
     assert!(!slow.is_finished() && stopped.try_recv().is_err());
 }
+
+/// A client over HTTP/2 that asks nothing and answers nothing, not even the question whether it has
+/// seen that the connection ends.
+#[tokio::test]
+async fn who_does_not_see_the_end_is_let_go() {
+    let (address, _) = endless().await;
+    let (bench, mut client) = Bench::new("silent", address).await;
+    let begun = Instant::now();
+    client.write_all(PREFACE).await.unwrap();
+    // Its settings, of which there are none.
+    client.write_all(&[0, 0, 0, 4, 0, 0, 0, 0, 0]).await.unwrap();
+    let heard = rest(&mut client).await;
+    let goaway = |frame: &[u8]| frame[..4] == [0, 0, 8, 7];
+    assert!(heard.windows(9).any(goaway), "{heard:x?}");
+    bench.let_go(begun).await;
+}

@@ -12,6 +12,7 @@ use std::{
     pin::{Pin, pin},
     sync::Arc,
     task::{Context, Poll},
+    time::Duration,
 };
 
 use bytes::Bytes;
@@ -54,6 +55,8 @@ const CONNECTION_WINDOW: u32 = 1 << 20;
 const MOST_RESETS: f64 = 200.0;
 /// And each second from then on.
 const RESETS_A_SECOND: f64 = 20.0;
+/// For a client to see that the connection ends, once nothing is under way any more.
+const END_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Answers with an error that a client can provoke in the protocol itself.
 const MOST_ERRORS: usize = 100;
 
@@ -98,25 +101,36 @@ impl Shared<'_> {
         let mut idle = pin!(sleep_until(Instant::now() + IDLE_TIME));
         let (mut forgotten, mut ending) = (pin!(self.gate.forgotten()), false);
         loop {
-            tokio::select! {
+            let end = tokio::select! {
                 // The connection after the streams: what they all have to say goes out together.
                 biased;
-                () = &mut forgotten, if !ending => {
-                    ending = true;
-                    connection.graceful_shutdown();
-                }
-                () = self.gone.notified() => connection.graceful_shutdown(),
+                () = &mut forgotten, if !ending => true,
+                () = self.gone.notified(), if !ending => true,
                 Some(ended) = streams.next() => {
                     if ended == Ended::TakenBack && !resets.take() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
-                    idle.as_mut().reset(Instant::now() + IDLE_TIME);
+                    let time = if ending { END_TIME } else { IDLE_TIME };
+                    idle.as_mut().reset(Instant::now() + time);
+                    false
                 }
                 accepted = connection.accept() => match accepted {
-                    Some(Ok((request, respond))) => streams.push(self.stream(request, respond)),
+                    Some(Ok((request, respond))) => {
+                        streams.push(self.stream(request, respond));
+                        false
+                    }
                     _ => return,
                 },
-                () = &mut idle, if streams.is_empty() => connection.graceful_shutdown(),
+                () = &mut idle, if streams.is_empty() => match ending {
+                    false => true,
+                    // A client that does not see it is not waited for.
+                    true => return,
+                },
+            };
+            if end {
+                ending = true;
+                connection.graceful_shutdown();
+                idle.as_mut().reset(Instant::now() + END_TIME);
             }
         }
     }
