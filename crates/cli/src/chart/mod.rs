@@ -11,7 +11,8 @@ use anyhow::{Context, Result};
 use palisade_api::pool::{Fault, Pools};
 use serde_json::{Map, Value, json};
 
-pub(crate) use values::{merge, parse_set};
+use values::merge;
+pub(crate) use values::{combine, parse_set};
 
 use crate::exit::Failure;
 
@@ -163,11 +164,16 @@ mod tests {
     const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../install/helm/palisade");
 
     /// Ways to choose that reach every branch of the templates.
-    const CHOICES: [&[&str]; 5] = [
+    const CHOICES: [&[&str]; 7] = [
         &[],
         &["config.ipam=cluster-pool,config.pool-ipv6=fd00:10::/104,config.uplink=eth0"],
         &["apiServer.host=10.0.0.1,cni.exclusive=true,proxy.enabled=false,operator.replicas=1"],
         &["image.tag=v9,agent.maxUnavailable=25%,config.pool-ipv4-mask=26"],
+        &["agent.resources=null,agent.nodeSelector=null,agent.tolerations=null,config.uplink=null"],
+        &[
+            "proxy.enabled=null,proxy.resources=null,apiServer.host=null,config.pool-ipv6=null",
+            "image.tag=null,image.pullSecrets=null,cni.exclusive=null,operator.resources=null",
+        ],
         &["config.cluster-name=a-b", "agent.nodeSelector.zone=x,secrets.namespace=s"],
     ];
 
@@ -179,7 +185,7 @@ mod tests {
     fn chart(sets: &[&str]) -> Chart {
         let mut chosen = json!({});
         for set in sets {
-            merge(&mut chosen, parse_set(set).unwrap());
+            combine(&mut chosen, parse_set(set).unwrap());
         }
         Chart::new(&chosen, "net").unwrap()
     }
@@ -255,10 +261,12 @@ mod tests {
             "cni.exclusive=maybe",
             "image.pullPolicy=Sometimes",
             "secrets.namespace=default",
+            "proxy=null",
+            "config.log-level=null",
+            "agent.maxUnavailable=null",
             "secrets.namespace=kube-public",
         ] {
-            let chosen = parse_set(set).unwrap();
-            let error = Chart::new(&chosen, "net").err().expect(set).to_string();
+            let error = Chart::new(&parse_set(set).unwrap(), "net").err().expect(set).to_string();
             assert!(error.contains(set.split('=').next().unwrap()), "{set}: {error}");
             let mut helm = helm().unwrap();
             let output = helm.args(["template", "palisade", DIRECTORY, "--set", set]).output();
@@ -302,6 +310,19 @@ mod tests {
         assert_eq!(kinds.first(), Some(&"Namespace"));
         assert_eq!(kinds.last(), Some(&"DaemonSet"));
         assert_eq!(chart(&[]).clean().unwrap()["kind"], "DaemonSet");
+    }
+
+    /// What the chart does not have would be null without a word.
+    #[test]
+    fn templates_name_values_of_the_chart_only() {
+        let named = regex::Regex::new(r"\.Values((?:\.\w+)+)").unwrap();
+        let chart = chart(&[]);
+        for template in TEMPLATES.iter().map(|(_, text)| *text).chain([CLEAN]) {
+            for found in named.captures_iter(template) {
+                let pointer = found[1].replace('.', "/");
+                assert!(chart.values().pointer(&pointer).is_some(), "{pointer}");
+            }
+        }
     }
 
     #[test]

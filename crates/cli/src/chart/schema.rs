@@ -66,6 +66,7 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                 | "minimum"
                 | "maximum"
                 | "items"
+                | "required"
                 | "properties"
                 | "additionalProperties"
                 | "description"
@@ -79,6 +80,14 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
         for (index, item) in items.iter().enumerate() {
             check(schema, item, &format!("{path}[{index}]"), problems)?;
         }
+    }
+    if let (Value::Object(fields), Some(Value::Array(required))) = (value, schema.get("required")) {
+        let missing =
+            required.iter().filter_map(Value::as_str).filter(|&it| !fields.contains_key(it));
+        problems.extend(missing.map(|name| {
+            let at = format!("{path}.{name}");
+            format!("{}: must have a value, not null", at.trim_start_matches('.'))
+        }));
     }
     let (Value::Object(fields), known) = (value, schema.get("properties")) else { return Ok(()) };
     for (name, field) in fields {
@@ -140,6 +149,11 @@ mod tests {
         assert_eq!(problems(json!({ "time": 5 })), "time: 5 is not like 5m");
         assert_eq!(problems(json!({ "time": "x" })), r#"time: "x" is not like 5m"#);
         assert_eq!(problems(json!({ "all": [1] })), "all[0]: 1 is not of type object");
+        let required = json!({ "properties": { "a": { "required": ["b"] } }, "required": ["a"] });
+        let lacks = |values: Value| super::problems(&required, &values).unwrap().join("\n");
+        assert_eq!(lacks(json!({})), "a: must have a value, not null");
+        assert_eq!(lacks(json!({ "a": {} })), "a.b: must have a value, not null");
+        assert_eq!(lacks(json!({ "a": { "b": 1 } })), "");
         assert_eq!(problems(json!({ "name": "y" })), "");
         assert_eq!(problems(json!({ "name": "xy" })), r#"name: "xy" is not a name without x"#);
         assert_eq!(

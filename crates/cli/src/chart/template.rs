@@ -7,8 +7,8 @@
 //! * functions: `and`, `default`, `eq`, `index`, `nindent`, `not`, `or`, `quote`, `sha256sum`,
 //!   `toJson`, `toYaml`
 //!
-//! Two rules beyond Go's: a field that does not exist is an error, and `toYaml` writes YAML's flow
-//! style, which is the same value.
+//! A field that does not exist is null, as in Go. One difference: `toYaml` writes YAML's flow style,
+//! which is the same value.
 
 use std::collections::BTreeMap;
 
@@ -247,6 +247,7 @@ fn entries(value: Value) -> Result<Vec<(Value, Value)>> {
             sorted.into_iter().map(|(key, value)| (key.into(), value)).collect()
         }
         Value::Array(list) => (0..).map(Value::from).zip(list).collect(),
+        Value::Null => Vec::new(),
         _ => bail!("`range` is for maps and lists only"),
     })
 }
@@ -277,9 +278,9 @@ impl Operand {
             Self::Field(path) => {
                 let mut value = scope.root;
                 for name in path {
-                    value = value
-                        .get(name)
-                        .with_context(|| format!("there is no .{}", path.join(".")))?;
+                    let map = value.as_object();
+                    let map = map.with_context(|| format!("nothing has .{}", path.join(".")))?;
+                    value = map.get(name).unwrap_or(&Value::Null);
                 }
                 Ok(value.clone())
             }
@@ -306,7 +307,7 @@ fn call(name: &str, arguments: &[Value]) -> Result<Value> {
         ("default", [default, value]) => if is_true(value) { value } else { default }.clone(),
         ("index", [map, key]) => {
             let key = key.as_str().context("wants a text as key")?;
-            map.get(key).with_context(|| format!("there is no {key:?}"))?.clone()
+            map.as_object().context("wants a map")?.get(key).cloned().unwrap_or_default()
         }
         ("not", [value]) => (!is_true(value)).into(),
         ("eq", [one, other]) => (one == other).into(),
@@ -408,7 +409,7 @@ mod tests {
     #[test]
     fn what_is_not_supported_is_an_error() {
         for template in [
-            "{{ .Values.nothing }}",
+            "{{ .Values.nothing.at.all }}",
             "{{ .Values.name",
             "{{ include \"x\" . }}",
             "{{ if .Values.on }}",

@@ -43,17 +43,17 @@ pub(crate) fn parse_set(text: &str) -> Result<Value> {
         let value = keys.iter().rev().fold(scalar(value), |value, key| {
             Value::Object(Map::from_iter([(unescape(key), value)]))
         });
-        merge_sets(&mut all, value);
+        combine(&mut all, value);
     }
     Ok(all)
 }
 
-/// Like [`merge`], but null stays for the merge with the chart.
-fn merge_sets(base: &mut Value, over: Value) {
+/// Puts one choice on another, as [`merge`] does, but null stays: it takes away what the chart says.
+pub(crate) fn combine(base: &mut Value, over: Value) {
     match (base, over) {
         (Value::Object(base), Value::Object(over)) => {
             for (key, value) in over {
-                merge_sets(base.entry(key).or_insert(Value::Null), value);
+                combine(base.entry(key).or_insert(Value::Null), value);
             }
         }
         (base, over) => *base = over,
@@ -136,5 +136,7 @@ mod tests {
         let mut base = json!({ "a": { "x": 1, "y": 2 }, "l": [1, 2] });
         merge(&mut base, json!({ "a": { "y": null, "z": 3 }, "l": [3] }));
         assert_eq!(base, json!({ "a": { "x": 1, "z": 3 }, "l": [3] }));
+        combine(&mut base, json!({ "a": null, "l": null }));
+        assert_eq!(base, json!({ "a": null, "l": null }));
     }
 }

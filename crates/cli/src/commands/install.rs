@@ -133,7 +133,7 @@ fn change(global: &Global, args: &InstallArgs, more: Value) -> Result<Exit> {
         let client = cluster::client(global).await?;
         let record = Record::require(&client, &args.place.namespace).await?;
         let mut chosen = record.values.clone();
-        chart::merge(&mut chosen, more);
+        chart::combine(&mut chosen, more);
         let chart = Chart::new(&chosen, &args.place.namespace)?;
         if args.dry_run {
             return dry_run(global, &chart);
@@ -196,12 +196,12 @@ fn chosen(args: &InstallArgs) -> Result<Value> {
             serde_saphyr::from_str(&text).with_context(|| file.display().to_string())?;
         match values {
             Value::Null => {}
-            Value::Object(_) => chart::merge(&mut chosen, values),
+            Value::Object(_) => chart::combine(&mut chosen, values),
             _ => bail!("{}: the values of a chart are a map", file.display()),
         }
     }
     for set in &args.set {
-        chart::merge(&mut chosen, chart::parse_set(set)?);
+        chart::combine(&mut chosen, chart::parse_set(set)?);
     }
     Ok(chosen)
 }
