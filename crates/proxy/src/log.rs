@@ -7,7 +7,10 @@ use std::{
 };
 
 use palisade_api::{flow::escaped, proxy::AccessRecord};
-use tokio::{sync::Notify, time::Duration};
+use tokio::{
+    sync::Notify,
+    time::{Duration, Instant},
+};
 
 use crate::http::syntax::{MOST_METHOD, is_token};
 
@@ -29,6 +32,8 @@ pub struct Log {
 struct Waiting {
     records: Vec<AccessRecord>,
     lost: u64,
+    /// When the records have been collected long enough, if there are any.
+    due: Option<Instant>,
 }
 
 impl Log {
@@ -40,31 +45,35 @@ impl Log {
             return;
         }
         waiting.records.push(record);
-        if waiting.records.len() == 1 {
+        if waiting.due.is_none() {
+            waiting.due = Some(Instant::now() + COLLECT);
             self.some.notify_one();
         }
     }
 
-    /// The next records, and how many were lost before them. May be dropped at any time.
+    /// The next records, and how many were lost before them. May be dropped at any time: whoever
+    /// asks again does not wait anew.
     pub async fn next(&self) -> (Vec<AccessRecord>, u64) {
         loop {
-            if !self.is_empty() {
-                tokio::time::sleep(COLLECT).await;
+            if let Some(due) = self.due() {
+                tokio::time::sleep_until(due).await;
                 return self.take();
             }
             self.some.notified().await;
         }
     }
 
-    fn is_empty(&self) -> bool {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).records.is_empty()
+    fn due(&self) -> Option<Instant> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).due
     }
 
     fn take(&self) -> (Vec<AccessRecord>, u64) {
         let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
         let lost = std::mem::take(&mut waiting.lost);
         let count = waiting.records.len().min(BATCH);
-        (waiting.records.drain(..count).collect(), lost)
+        let records = waiting.records.drain(..count).collect();
+        waiting.due = waiting.due.filter(|_| !waiting.records.is_empty());
+        (records, lost)
     }
 }
 
@@ -187,7 +196,44 @@ fn without_user(url: &str) -> Cow<'_, str> {
 
 #[cfg(test)]
 mod tests {
+    use palisade_api::flow::L7;
+
     use super::*;
+
+    fn record() -> AccessRecord {
+        let address = ([10, 0, 0, 1], 80).into();
+        AccessRecord {
+            time: 0,
+            protocol: 6,
+            client: address,
+            server: address,
+            allowed: false,
+            egress: None,
+            ingress: None,
+            l7: L7::Stream { error: String::new() },
+        }
+    }
+
+    /// Whoever asks has other things to do more often than records are collected.
+    #[tokio::test]
+    async fn records_go_out_whatever_else_happens() {
+        let log = Log::default();
+        let (mut sent, begun) = (Vec::new(), Instant::now());
+        for _ in 0..=BATCH {
+            log.add(record());
+        }
+        while sent.len() < 2 {
+            assert!(begun.elapsed() < COLLECT * 500, "{sent:?}");
+            tokio::select! {
+                () = tokio::time::sleep(COLLECT / 5) => {}
+                (records, 0) = log.next() => sent.push(records.len()),
+            }
+            assert!(sent.is_empty() || begun.elapsed() >= COLLECT);
+        }
+        assert_eq!(sent, [BATCH, 1]);
+        log.add(record());
+        assert_eq!(log.next().await.0.len(), 1);
+    }
 
     #[test]
     fn what_is_refused_unread_is_told_of() {
