@@ -930,7 +930,7 @@ fn a_websocket_opens_once_the_server_agrees() {
     client.write_all(format!("{UPGRADE}early").as_bytes()).unwrap();
     let (mut server, _) = server.accept().unwrap();
     let head = until(&mut server, "\r\n\r\n");
-    assert!(head.contains("connection: upgrade\r\nupgrade: websocket\r\n"), "{head}");
+    assert!(head.contains("upgrade: websocket\r\nconnection: upgrade\r\n"), "{head}");
     server.set_read_timeout(Some(Duration::from_millis(200))).unwrap();
     assert!(server.read(&mut [0]).is_err(), "early bytes wait");
     server.set_read_timeout(Some(world::WAIT)).unwrap();
@@ -949,6 +949,28 @@ fn a_websocket_opens_once_the_server_agrees() {
     assert!(begun.elapsed() < Duration::from_secs(1));
     let end = cut(&world).ingress.unwrap();
     assert!(!end.allowed && end.rule.is_none(), "no rule allows it any more");
+}
+
+/// Rules may ask whether a request asks for a websocket; what asks for something else does not.
+#[test]
+fn rules_tell_websockets_apart() {
+    let value = Some(HeaderValue::Text("websocket".into()));
+    let header = HeaderRule { name: "upgrade".into(), value, mismatch: Mismatch::Fail };
+    let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
+    let world = World::new(rules(1, &[Application::Http(vec![rule])]));
+    let origin = Origin::ok(&world.server);
+    for (request, wanted) in [
+        (UPGRADE.to_owned(), 200),
+        (UPGRADE.replace("websocket", "WebSocket"), 200),
+        (UPGRADE.replace("websocket", "h2c"), 403),
+        (UPGRADE.replace("Connection: Upgrade", "Connection: close"), 403),
+        (UPGRADE.replace("GET", "DELETE"), 403),
+        (format!("{HEAD}\r\n"), 403),
+    ] {
+        origin.forget();
+        assert_eq!(status(&world.ask(request.as_bytes())), wanted, "{request}");
+        assert_eq!(origin.text().contains("upgrade: websocket\r\n"), wanted == 200, "{request}");
+    }
 }
 
 #[test]

@@ -52,6 +52,13 @@ impl Pattern {
     pub fn as_str(&self) -> &str {
         &self.0
     }
+
+    /// Whether it can match no other text than this.
+    #[must_use]
+    pub fn is_only(&self, text: &str) -> bool {
+        let word = parse(&self.0, Case::Sensitive).ok().and_then(|hir| word(&hir));
+        word.is_some_and(|word| word == text.as_bytes())
+    }
 }
 
 impl fmt::Display for Pattern {
@@ -236,6 +243,20 @@ fn literal(hir: &Hir) -> Option<Box<[u8]>> {
     }
 }
 
+/// The one text that can match.
+fn word(hir: &Hir) -> Option<Vec<u8>> {
+    match hir.kind() {
+        HirKind::Empty | HirKind::Look(_) => Some(Vec::new()),
+        HirKind::Literal(word) => Some(word.0.to_vec()),
+        HirKind::Capture(group) => word(&group.sub),
+        HirKind::Concat(parts) => {
+            let words: Option<Vec<_>> = parts.iter().map(word).collect();
+            words.map(|words| words.concat())
+        }
+        HirKind::Class(_) | HirKind::Repetition(_) | HirKind::Alternation(_) => None,
+    }
+}
+
 /// The parser points at the place with several lines; the last one says what is wrong.
 fn one_line(message: &str) -> String {
     let last = message.lines().last().unwrap_or_default();
@@ -248,6 +269,23 @@ mod tests {
 
     fn matches(pattern: &str, text: &str) -> bool {
         Compiled::new(pattern, Case::Sensitive).is_ok_and(|found| found.matches(text.as_bytes()))
+    }
+
+    #[test]
+    fn one_word_however_it_is_written() {
+        for (pattern, only) in [
+            ("CONNECT", true),
+            ("^(CONN)(?:ECT)$", true),
+            (r"CONNE\x43T", true),
+            ("CONNECT|GET", false),
+            ("(?i)connect", false),
+            ("CONNECT?", false),
+            ("C.*", false),
+            ("GET", false),
+            ("", false),
+        ] {
+            assert_eq!(Pattern::new(pattern).unwrap().is_only("CONNECT"), only, "{pattern}");
+        }
     }
 
     #[test]

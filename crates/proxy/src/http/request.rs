@@ -17,7 +17,8 @@ pub struct Request {
     pub target: Target,
     /// Host.
     pub authority: Authority,
-    /// End-to-end fields, without `host` and those that frame the body.
+    /// End-to-end fields, without `host` and those that frame the body, and `upgrade` where a
+    /// websocket is asked for: rules may ask about that.
     pub fields: Fields,
     /// How the body is told from what follows.
     pub body: Framing,
@@ -55,6 +56,9 @@ impl Request {
             && fields.all("upgrade").any(|value| value.eq_ignore_ascii_case(b"websocket"));
         let close = old || hops.names("close");
         fields.retain(|name, _| !(hops.names(name) || is_own(name)));
+        if websocket {
+            fields.push("upgrade", b"websocket");
+        }
         Ok(Self { method, target, authority, fields, body, old, close, expects, websocket })
     }
 
@@ -72,7 +76,6 @@ impl Request {
         }
         if self.websocket {
             write_field(out, "connection", b"upgrade");
-            write_field(out, "upgrade", b"websocket");
         }
         out.extend_from_slice(b"\r\n");
     }

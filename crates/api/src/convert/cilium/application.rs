@@ -214,6 +214,11 @@ fn http_rule(
     };
     let (method, target) = (pattern("method", Pattern::new), pattern("path", Pattern::new));
     let host = pattern("host", Pattern::host);
+    if method.as_ref().is_some_and(|method| method.is_only("CONNECT")) {
+        let message = "tunnels do not pass the proxy, which answers CONNECT itself";
+        let suggestion = "leave the rule out; allow the port alone for connections of any kind";
+        reader.problem(format!("{path}.method"), message, suggestion);
+    }
     let mut headers = Vec::new();
     for (item, path) in reader.list(map, "headers", path).unwrap_or_default() {
         headers.extend(header(reader, item, &path));
@@ -242,7 +247,7 @@ fn header(reader: &mut Reader, value: &Value, path: &str) -> Option<HeaderRule> 
         Some(value) => Some(header_value(reader, value, path)?),
         None => None,
     };
-    Some(HeaderRule { name, value, mismatch: Mismatch::Fail })
+    upgrade(reader, HeaderRule { name, value, mismatch: Mismatch::Fail }, path)
 }
 
 /// The name of a header (RFC 9110 section 5.6.2), in lower case.
@@ -259,7 +264,7 @@ fn header_name(reader: &mut Reader, name: &str, path: &str) -> Option<String> {
         return None;
     }
     let lower = name.to_ascii_lowercase();
-    if !field::is_own(&lower) {
+    if !field::is_own(&lower) || lower == UPGRADE {
         return Some(lower);
     }
     let (message, suggestion) = match lower.contains('_') {
@@ -270,6 +275,30 @@ fn header_name(reader: &mut Reader, name: &str, path: &str) -> Option<String> {
         ),
     };
     reader.problem(path, format!("header `{name}` {message}"), suggestion);
+    None
+}
+
+/// The field that asks for another protocol on a connection.
+const UPGRADE: &str = "upgrade";
+
+/// Websockets are the one upgrade that passes, and only the server can agree to it.
+fn upgrade(reader: &mut Reader, mut rule: HeaderRule, path: &str) -> Option<HeaderRule> {
+    if rule.name != UPGRADE {
+        return Some(rule);
+    }
+    let is_websocket = match &mut rule.value {
+        None => true,
+        Some(HeaderValue::Text(text)) => {
+            text.make_ascii_lowercase();
+            text == "websocket"
+        }
+        Some(HeaderValue::Secret(_)) => false,
+    };
+    if is_websocket && matches!(rule.mismatch, Mismatch::Fail | Mismatch::Log) {
+        return Some(rule);
+    }
+    let message = "a rule can only ask whether a request asks for a websocket";
+    reader.problem(path, message, "write `Upgrade: websocket` into `headers`");
     None
 }
 
@@ -331,7 +360,7 @@ fn header_match(
         reader.problem(format!("{path}.mismatch"), message, "write a `value` or a `secret`");
         return None;
     }
-    Some(HeaderRule { name, value, mismatch })
+    upgrade(reader, HeaderRule { name, value, mismatch }, path)
 }
 
 /// Secrets of other namespaces are not for the authors of a namespaced policy.

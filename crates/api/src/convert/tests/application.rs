@@ -121,6 +121,21 @@ fn headers_match_if_every_one_of_the_name_does() {
 }
 
 #[test]
+fn a_rule_may_ask_for_websockets() {
+    for rule in [
+        json!({ "headers": ["Upgrade WebSocket"] }),
+        json!({ "headers": ["upgrade"] }),
+        json!({ "headerMatches": [{ "name": "Upgrade", "value": "websocket" }] }),
+    ] {
+        let policy = from(&[http(&json!([rule]))]);
+        assert!(asks(&[&policy], "GET /", &[("upgrade", b"websocket")]).allowed, "{rule}");
+        assert!(!asks(&[&policy], "GET /", &[]).allowed, "{rule}");
+    }
+    let either = from(&[http(&json!([{ "method": "GET|CONNECT" }]))]);
+    assert!(asks(&[&either], "GET /", &[]).allowed);
+}
+
+#[test]
 fn blanks_around_a_value_are_none_of_it() {
     for rule in [
         json!({ "headers": ["X-Role:  user \n"] }),
@@ -315,6 +330,14 @@ fn what_can_only_be_a_mistake_is_refused_with_its_field_and_a_remedy() {
         ("ingress", header("X-Role:admin"), "headers[0]", "`X-Role: admin`"),
         ("ingress", header("Host: a.io"), "headers[0]", "`host`"),
         ("ingress", header("bad@name"), "headers[0]", "no name of a header"),
+        ("ingress", http(&json!([{ "method": "CONNECT" }])), "rules.http[0].method", "leave the"),
+        ("ingress", header("Upgrade: h2c"), "headers[0]", "`Upgrade: websocket`"),
+        (
+            "ingress",
+            matching(json!({ "name": "upgrade", "value": "websocket", "mismatch": "ADD" })),
+            "headerMatches[0]",
+            "`Upgrade: websocket`",
+        ),
         ("ingress", header("x: a\r\n\r\nPUT /"), "headers[0]", "write one line"),
         ("ingress", matching(json!({ "value": "1" })), "headerMatches[0].name", "is missing"),
         (
