@@ -7,7 +7,7 @@ mod world;
 use std::{
     future::poll_fn,
     io::{Read, Write},
-    net::{Ipv6Addr, TcpStream},
+    net::{IpAddr, Ipv6Addr, TcpStream},
     sync::{
         Arc, Mutex,
         atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
@@ -27,11 +27,11 @@ use palisade_policy::{
 use palisade_proxy::http::PREFACE;
 use tokio::runtime::Runtime;
 use world::{
-    Namespace, SERVER4, World,
-    agent::{http, rules},
+    Namespace, SERVER4, SERVER6, World,
+    agent::{http, rules, rules_of},
     frames::{
         CONTINUATION, DATA, END_HEADERS, END_STREAM, GET, GOAWAY, HEADERS, PING, PRIORITY,
-        RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame, outcome, raw,
+        RST_STREAM, SETTINGS, WINDOW_UPDATE, block, frame, next, outcome, raw,
     },
 };
 
@@ -909,6 +909,34 @@ fn floods_end_the_connection_and_no_other() {
         let send = client(other).await;
         assert_eq!(ask(&send, get("/public"), "").await.unwrap().0, 200);
     });
+}
+
+/// Requests that are taken back while the server does not take the connection count as such.
+#[test]
+fn what_waits_for_a_server_may_be_taken_back() {
+    let away = IpAddr::from([10, 77, 2, 9]);
+    let world = World::new(rules_of(1, away, SERVER6, &[http(&["GET /public"])]));
+    world.node.ip("neigh replace 10.77.2.9 lladdr 02:00:00:00:02:99 dev s0 nud permanent");
+    let mut stream = world.connect(away);
+    let begun = Instant::now();
+    stream.write_all(&[PREFACE, &frame(SETTINGS, 0, 0, &[])].concat()).unwrap();
+    let mut ended = None;
+    for n in 0..1000 {
+        let asked = frame(HEADERS, END_STREAM | END_HEADERS, n * 2 + 1, &block(&GET));
+        let both = [asked, frame(PING, 0, 0, &[0; 8])].concat();
+        if stream.write_all(&both).is_err() {
+            break;
+        }
+        // Until the request is under way.
+        let heard = std::iter::from_fn(|| next(&mut stream));
+        ended = heard.map(|(kind, ..)| kind).find(|kind| [PING, GOAWAY].contains(kind));
+        if ended != Some(PING) {
+            break;
+        }
+        _ = stream.write_all(&frame(RST_STREAM, 0, n * 2 + 1, &[0, 0, 0, 8]));
+    }
+    assert_ne!(ended, Some(PING), "all were taken");
+    assert!(begun.elapsed() < Duration::from_secs(4), "after {:?}", begun.elapsed());
 }
 
 /// Clients that take back all that they ask, one after the other and without a pause.

@@ -443,9 +443,12 @@ impl Exchange<'_> {
         respond: &mut SendResponse<Bytes>,
         up: &mut Option<SendStream<Bytes>>,
     ) -> Result<(), Break> {
-        let unreachable = |_| Break::Reply(Reply::NO_SERVER, "the server cannot be reached");
-        let send = self.shared.server().await.map_err(unreachable)?;
-        let mut send = send.ready().await.map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
+        let mut send = tokio::select! {
+            biased;
+            // Else clients could have any number of requests wait that they count as taken back.
+            _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
+            send = self.ready() => send?,
+        };
         let (mut response, sent) = send
             .send_request(request, body.is_end_stream())
             .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
@@ -502,6 +505,13 @@ impl Exchange<'_> {
                 }),
             }
         }
+    }
+
+    /// The connection to the server, once it takes a request.
+    async fn ready(&self) -> Result<SendRequest<Bytes>, Break> {
+        let unreachable = |_| Break::Reply(Reply::NO_SERVER, "the server cannot be reached");
+        let send = self.shared.server().await.map_err(unreachable)?;
+        send.ready().await.map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))
     }
 }
 
