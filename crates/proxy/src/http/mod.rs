@@ -7,6 +7,7 @@
 //! nothing that the server could see and the judge could not. HTTP/2 stays HTTP/2 towards the
 //! server: nothing is translated between versions.
 
+mod activity;
 pub mod body;
 mod one;
 pub mod reply;

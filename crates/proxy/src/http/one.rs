@@ -17,6 +17,7 @@ use tokio::{
 
 use super::{
     CONNECT_TIME, HEAD_TIME, IDLE_TIME,
+    activity::Activity,
     body::{Framing, Piece, Reader},
     may_trail,
     reply::Reply,
@@ -258,9 +259,10 @@ impl Connection<'_> {
         let Some(server) = &mut self.server else { return Err(Broken) };
         let sent = AtomicBool::new(false);
         let begun = AtomicBool::new(false);
+        let activity = Activity::new();
         let outcome = {
-            let mut upload =
-                pin!(upload(request, &self.client, &mut self.buffer, &server.stream, &sent));
+            let way = (&self.client, &server.stream);
+            let mut upload = pin!(upload(request, way, &mut self.buffer, &sent, &activity));
             let mut uploading = true;
             let download = Download {
                 gate: self.gate,
@@ -271,6 +273,7 @@ impl Connection<'_> {
                 judged,
                 sent: &sent,
                 begun: &begun,
+                activity: &activity,
             };
             let mut download = pin!(download.run(&mut server.buffer));
             let mut revoked = pin!(self.gate.revoked(asked, judged, came));
@@ -401,12 +404,12 @@ enum Fault {
 /// Sends the request, then hands on the client's end of the stream.
 async fn upload(
     request: &Request,
-    client: &TcpStream,
+    (client, server): (&TcpStream, &TcpStream),
     buffer: &mut Buffer,
-    server: &TcpStream,
     sent: &AtomicBool,
+    activity: &Activity,
 ) -> Result<(), Fault> {
-    let mut out = Outlet::new(server, request.body);
+    let mut out = Outlet::new(server, request.body, activity);
     request.write(&mut out.bytes);
     let mut reader = Reader::new(request.body);
     match hand_on(&mut reader, buffer, client, &mut out).await {
@@ -461,17 +464,12 @@ async fn hand_on(
         if !more {
             continue;
         }
-        match fill(buffer, from).await {
-            Some(1..) => {}
-            Some(0) if reader.may_end() => return Ok(()),
+        match to.activity.within(buffer.fill(from)).await {
+            Some(Ok(1..)) => {}
+            Some(Ok(0)) if reader.may_end() => return Ok(()),
             _ => return Err(Stopped::Source),
         }
     }
-}
-
-/// Reads on; `None` when nothing comes for long, or the stream is broken.
-async fn fill(buffer: &mut Buffer, stream: &TcpStream) -> Option<usize> {
-    timeout(IDLE_TIME, buffer.fill(stream)).await.ok()?.ok()
 }
 
 /// Forwards the answer.
@@ -486,6 +484,7 @@ struct Download<'a> {
     sent: &'a AtomicBool,
     /// The client has a part of the answer.
     begun: &'a AtomicBool,
+    activity: &'a Activity,
 }
 
 impl Download<'_> {
@@ -498,7 +497,7 @@ impl Download<'_> {
         };
         let close = self.request.close || response.close || !self.sent.load(Relaxed);
         self.gate.log(self.asked, self.judged, Some(response.status), None);
-        let mut out = Outlet::new(self.client, framing);
+        let mut out = Outlet::new(self.client, framing, self.activity);
         response.write(&mut out.bytes, framing, close);
         self.begun.store(true, Relaxed);
         if response.status == 101 {
@@ -537,10 +536,10 @@ impl Download<'_> {
                 Ok(None) => {}
                 Err(fault) => return Err(Fault::Response(fault)),
             }
-            match timeout(IDLE_TIME, buffer.fill(self.server)).await {
-                Ok(Ok(1..)) => {}
-                Ok(_) => return Err(Fault::Gone),
-                Err(_) => return Err(Fault::Late),
+            match self.activity.within(buffer.fill(self.server)).await {
+                Some(Ok(1..)) => {}
+                Some(_) => return Err(Fault::Gone),
+                None => return Err(Fault::Late),
             }
         }
     }
@@ -567,11 +566,12 @@ struct Outlet<'s> {
     stream: &'s TcpStream,
     bytes: Vec<u8>,
     framing: Framing,
+    activity: &'s Activity,
 }
 
 impl<'s> Outlet<'s> {
-    fn new(stream: &'s TcpStream, framing: Framing) -> Self {
-        Self { stream, bytes: Vec::with_capacity(1024), framing }
+    fn new(stream: &'s TcpStream, framing: Framing, activity: &'s Activity) -> Self {
+        Self { stream, bytes: Vec::with_capacity(1024), framing, activity }
     }
 
     async fn data(&mut self, data: &[u8]) -> io::Result<()> {
@@ -581,7 +581,7 @@ impl<'s> Outlet<'s> {
         }
         if self.bytes.len() + data.len() > GATHER {
             self.flush().await?;
-            timed_write(self.stream, data).await?;
+            self.write(data).await?;
         } else {
             self.bytes.extend_from_slice(data);
         }
@@ -603,13 +603,14 @@ impl<'s> Outlet<'s> {
     }
 
     async fn flush(&mut self) -> io::Result<()> {
-        timed_write(self.stream, &self.bytes).await?;
+        self.write(&self.bytes).await?;
         self.bytes.clear();
         Ok(())
     }
-}
 
-/// A reader that takes nothing for long is gone.
-async fn timed_write(stream: &TcpStream, bytes: &[u8]) -> io::Result<()> {
-    timeout(IDLE_TIME, write_all(stream, bytes)).await?
+    /// A reader that takes nothing for long is gone.
+    async fn write(&self, bytes: &[u8]) -> io::Result<()> {
+        let written = self.activity.within(write_all(self.stream, bytes)).await;
+        written.unwrap_or_else(|| Err(io::ErrorKind::TimedOut.into()))
+    }
 }

@@ -259,3 +259,106 @@ async fn who_does_not_see_the_end_is_let_go() {
     assert!(heard.windows(9).any(goaway), "{heard:x?}");
     bench.let_go(begun).await;
 }
+
+/// Bytes that take twice as long as nothing may go.
+const SLOW: usize = 8;
+
+/// Between two of them.
+async fn pause() {
+    tokio::time::sleep(IDLE_TIME / 4).await;
+}
+
+#[tokio::test]
+async fn a_long_upload_is_no_silence_of_the_server() {
+    let (address, serving) = origin(|mut stream| async move {
+        stream.read_exact(&mut [0; SLOW]).await.unwrap();
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").await.unwrap();
+        rest(&mut stream).await;
+    })
+    .await;
+    let (_bench, mut client) = Bench::new("upload", address).await;
+    let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\n";
+    client.write_all(head).await.unwrap();
+    for _ in 0..SLOW {
+        pause().await;
+        client.write_all(b"x").await.unwrap();
+    }
+    let heard = rest(&mut client).await;
+    assert!(heard.starts_with(b"HTTP/1.1 200 "), "{}", String::from_utf8_lossy(&heard));
+    timeout(WAIT, serving).await.expect("the server may stop").unwrap();
+}
+
+#[tokio::test]
+async fn a_long_answer_is_no_silence_of_the_client() {
+    let (address, serving) = origin(|mut stream| async move {
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 8\r\n\r\n").await.unwrap();
+        for _ in 0..SLOW {
+            pause().await;
+            stream.write_all(b"x").await.unwrap();
+        }
+        rest(&mut stream).await;
+    })
+    .await;
+    let (_bench, mut client) = Bench::new("slow", address).await;
+    // Its body does not come.
+    let head = b"POST / HTTP/1.1\r\nhost: a\r\ncontent-length: 8\r\n\r\n";
+    client.write_all(head).await.unwrap();
+    let heard = rest(&mut client).await;
+    assert!(heard.ends_with(b"xxxxxxxx"), "{}", String::from_utf8_lossy(&heard));
+    timeout(WAIT, serving).await.expect("the server may stop").unwrap();
+}
+
+/// Over HTTP/2 both ways are open for as long as one of them is in use.
+#[tokio::test]
+async fn one_way_of_a_stream_may_be_silent() {
+    let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+    let address = listener.local_addr().unwrap();
+    let (tell, mut told) = mpsc::unbounded_channel();
+    tokio::spawn(async move {
+        let (stream, _) = listener.accept().await.unwrap();
+        let mut connection = h2::server::handshake(stream).await.unwrap();
+        while let Some(Ok((request, mut respond))) = connection.accept().await {
+            let (path, tell) = (request.uri().path().to_owned(), tell.clone());
+            let (mut up, mut count) = (request.into_body(), 0);
+            let mut down = respond.send_response(http::Response::new(()), false).unwrap();
+            tokio::spawn(async move {
+                if path == "/down" {
+                    for _ in 0..SLOW {
+                        pause().await;
+                        down.send_data(Bytes::from_static(b"x"), false).unwrap();
+                    }
+                }
+                while let Some(Ok(data)) = up.data().await {
+                    count += data.len();
+                }
+                tell.send((path, count)).unwrap();
+                _ = down.send_data(Bytes::new(), true);
+            });
+        }
+    });
+    let (_bench, client) = Bench::new("ways", address).await;
+    let (send, connection) = h2::client::handshake(client).await.unwrap();
+    tokio::spawn(connection);
+    for (path, sent, heard) in [("/up", SLOW, 0), ("/down", 0, SLOW)] {
+        let request = http::Request::post(format!("http://a{path}")).body(()).unwrap();
+        let (response, mut up) =
+            send.clone().ready().await.unwrap().send_request(request, false).unwrap();
+        let mut down = response.await.unwrap().into_body();
+        match path {
+            "/up" => {
+                for _ in 0..SLOW {
+                    pause().await;
+                    up.send_data(Bytes::from_static(b"x"), false).unwrap();
+                }
+            }
+            _ => {
+                for _ in 0..heard {
+                    assert_eq!(down.data().await.unwrap().unwrap(), "x", "{path}");
+                }
+            }
+        }
+        up.send_data(Bytes::new(), true).unwrap();
+        assert_eq!(timeout(WAIT, told.recv()).await.unwrap().unwrap(), (path.to_owned(), sent));
+        assert!(down.data().await.is_none_or(|end| end.unwrap().is_empty()), "{path}");
+    }
+}

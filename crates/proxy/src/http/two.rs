@@ -32,7 +32,9 @@ use tokio::{
 };
 
 use super::{
-    CONNECT_TIME, HEAD_TIME, IDLE_TIME, may_trail,
+    CONNECT_TIME, HEAD_TIME, IDLE_TIME,
+    activity::Activity,
+    may_trail,
     reply::{DENIED, Reply, SERVER, date},
     request::{is_own, read_length},
     syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed, is_token, trim},
@@ -453,10 +455,11 @@ impl Exchange<'_> {
             .send_request(request, body.is_end_stream())
             .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
         let up = up.insert(sent);
+        let activity = Activity::new();
         let mut upload = pin!(async {
             match body.is_end_stream() {
                 true => Ok(()),
-                false => pump(body, up, |_| false).await,
+                false => pump(body, up, |_| false, &activity).await,
             }
         });
         let mut uploading = true;
@@ -469,10 +472,13 @@ impl Exchange<'_> {
                 },
                 _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
                 heard = hear(&mut response) => match heard {
-                    Heard::Interim(interim) => _ = respond.send_informational(interim),
+                    Heard::Interim(interim) => {
+                        activity.note();
+                        _ = respond.send_informational(interim);
+                    }
                     Heard::Answer(answer) => break answer,
                 },
-                () = tokio::time::sleep(IDLE_TIME), if !uploading => {
+                () = activity.stopped(), if !uploading => {
                     return Err(Break::Reply(Reply::LATE, "the server did not answer in time"));
                 }
             }
@@ -491,7 +497,8 @@ impl Exchange<'_> {
         if end {
             return Ok(());
         }
-        let mut download = pin!(pump(answer, &mut down, may_trail));
+        activity.note();
+        let mut download = pin!(pump(answer, &mut down, may_trail, &activity));
         loop {
             tokio::select! {
                 biased;
@@ -542,17 +549,19 @@ async fn pump(
     mut from: RecvStream,
     to: &mut SendStream<Bytes>,
     trails: impl Fn(&str) -> bool,
+    activity: &Activity,
 ) -> Result<(), Stop> {
     loop {
         let data = tokio::select! {
             data = from.data() => data,
             _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Stop::Writer),
-            () = tokio::time::sleep(IDLE_TIME) => return Err(Stop::Reader(Reason::CANCEL)),
+            () = activity.stopped() => return Err(Stop::Reader(Reason::CANCEL)),
         };
+        activity.note();
         let Some(data) = data else { break };
         let data = data.map_err(|error| Stop::Reader(error.reason().unwrap_or(Reason::CANCEL)))?;
         let (length, end) = (data.len(), from.is_end_stream());
-        send(to, data, end).await?;
+        send(to, data, end, activity).await?;
         _ = from.flow_control().release_capacity(length);
         if end {
             return Ok(());
@@ -575,14 +584,19 @@ async fn pump(
 }
 
 /// Sends as the other side makes room; one that makes none for long is gone.
-async fn send(to: &mut SendStream<Bytes>, mut data: Bytes, end: bool) -> Result<(), Stop> {
+async fn send(
+    to: &mut SendStream<Bytes>,
+    mut data: Bytes,
+    end: bool,
+    activity: &Activity,
+) -> Result<(), Stop> {
     if data.is_empty() && end {
         return to.send_data(data, true).map_err(|_| Stop::Writer);
     }
     while !data.is_empty() {
         to.reserve_capacity(data.len());
-        let room = timeout(IDLE_TIME, poll_fn(|cx| to.poll_capacity(cx))).await;
-        let Ok(Some(Ok(room))) = room else { return Err(Stop::Writer) };
+        let room = activity.within(poll_fn(|cx| to.poll_capacity(cx))).await;
+        let Some(Some(Ok(room))) = room else { return Err(Stop::Writer) };
         let part = data.split_to(room.min(data.len()));
         to.send_data(part, end && data.is_empty()).map_err(|_| Stop::Writer)?;
     }
