@@ -171,10 +171,15 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         .spawn(move || engine.run(queue, retry, &runtime))?;
 
     // What pods learned from DNS, before anything is taken back that follows from it.
-    let names =
-        Names::restore(&options.state_dir, reader.clone(), commands.clone(), progress.clone())
-            .await
-            .context("cannot take up the learned names")?;
+    let names = Names::restore(
+        &options.state_dir,
+        reader.clone(),
+        commands.clone(),
+        progress.clone(),
+        &*datapath,
+    )
+    .await
+    .context("cannot take up the learned names")?;
     let names = Arc::new(names);
 
     // What feeds and follows them.

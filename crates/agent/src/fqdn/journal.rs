@@ -93,6 +93,14 @@ impl Journal {
         self.lines = cache.len();
         Ok(())
     }
+
+    /// One on a disk that has no room left.
+    #[cfg(test)]
+    pub(super) fn on_full_disk() -> Self {
+        let full = PathBuf::from("/dev/full");
+        let file = OpenOptions::new().append(true).open(&full).unwrap();
+        Self { path: full.join("names"), boot: String::new(), file, lines: 0 }
+    }
 }
 
 fn replay(text: &str, boot: &str) -> Cache {

@@ -7,7 +7,8 @@
 //! when they are looked at, every few seconds.
 //!
 //! What was learned is on disk before an answer is released, and is the first thing that the
-//! policy engine hears of after a restart: nothing is taken back because of it.
+//! policy engine hears of after a restart: nothing is taken back because of it. What is forgotten
+//! does not wait for the disk.
 
 pub mod cache;
 mod journal;
@@ -79,11 +80,15 @@ pub struct Names {
 struct Known {
     cache: Cache,
     journal: Journal,
+    /// The file says more than is known, and has to be written anew.
+    outdated: bool,
 }
 
 impl Names {
     /// Takes up what was learned before a restart, and completes the table of names with it: the
-    /// engine changes nothing before.
+    /// engine changes nothing before. The file may still have what was closed while the disk was
+    /// full: whose time is over counts only where a flow leads there. Which pod's, a look tells once
+    /// the pods are known.
     ///
     /// # Errors
     /// The file cannot be read or written, or the engine ended.
@@ -92,12 +97,14 @@ impl Names {
         tables: TablesReader,
         commands: mpsc::Sender<Command>,
         progress: watch::Receiver<Progress>,
+        flows: &dyn Flows,
     ) -> io::Result<Self> {
-        let (journal, cache) = Journal::open(state_dir.join(FILE))?;
+        let (journal, mut cache) = Journal::open(state_dir.join(FILE))?;
+        let outdated = expire_unused(&mut cache, now(), flows);
         info!(addresses = cache.len(), "restored learned names");
         let rows = cache.endpoints().filter_map(|endpoint| cache.row(endpoint)).collect();
-        let names =
-            Self { known: Mutex::new(Known { cache, journal }), tables, commands, progress };
+        let known = Mutex::new(Known { cache, journal, outdated });
+        let names = Self { known, tables, commands, progress };
         names.send(Change::Replace(rows)).await.map_err(io::Error::other)?;
         Ok(names)
     }
@@ -127,12 +134,10 @@ impl Names {
         let endpoint = owner.endpoint;
         let generation = {
             let mut known = self.known.lock().await;
-            let Known { cache, journal } = &mut *known;
+            let Known { cache, journal, outdated } = &mut *known;
             let changed = cache.learn(&owner, name, addresses.iter().copied(), expiry);
             journal.append(&owner, name, &addresses, expiry).map_err(disk)?;
-            if journal.is_long(cache) {
-                journal.rewrite(cache).map_err(disk)?;
-            }
+            *outdated |= journal.is_long(cache);
             let Some(row) = cache.row(endpoint) else { return Ok(()) };
             let generation = row.generation;
             if changed {
@@ -169,38 +174,42 @@ impl Names {
             match self.expire(now(), &*flows).await {
                 Ok(()) => {}
                 Err(NotLearned::Stopping) => return,
-                Err(error) => warn!(%error, "expired names stay for now"),
+                Err(error) => warn!(%error, "learned names are looked at again soon"),
             }
         }
     }
 
-    /// Forgets what expired and is not in use, and the pods that are gone.
+    /// Forgets what expired and is not in use, and the pods that are gone; writes the file anew
+    /// where it says more than that.
     ///
     /// # Errors
-    /// It cannot be written, and nothing changed; or the engine ended.
+    /// The flows cannot be read, and nothing changed; or the engine ended; or what was forgotten
+    /// cannot be written, and is by the next look that can.
     pub async fn expire(&self, now: u64, flows: &dyn Flows) -> Result<(), NotLearned> {
-        let mut known = self.known.lock().await;
-        let Known { cache, journal } = &mut *known;
-        let gone = self.gone(cache);
-        let expired = cache.expired(now);
-        if gone.is_empty() && expired.is_empty() {
+        // Before the pods are known nobody can tell whose flows are live.
+        if !self.tables.read().endpoints.is_complete() {
             return Ok(());
         }
-        let in_use = self.in_use(expired, flows)?;
+        let mut known = self.known.lock().await;
+        let Known { cache, journal, outdated } = &mut *known;
+        let in_use = self.in_use(cache.expired(now), flows)?;
+        let gone = self.gone(cache);
         for endpoint in &gone {
             cache.forget(*endpoint);
         }
         let changed = cache.expire(now, &in_use);
-        if changed.is_empty() && gone.is_empty() {
-            return Ok(());
-        }
-        // First the file: what is closed must not be open after a restart.
-        journal.rewrite(cache).map_err(disk)?;
+        *outdated |= !gone.is_empty() || !changed.is_empty();
+        // First the kernel: a full disk keeps nothing open. Whoever starts by the file of before
+        // closes it again, by its times.
         for endpoint in gone {
             self.send(Change::Delete(endpoint)).await?;
         }
         for row in changed.into_iter().filter_map(|endpoint| cache.row(endpoint)) {
             self.send(Change::Put(row)).await?;
+        }
+        if *outdated {
+            journal.rewrite(cache).map_err(disk)?;
+            *outdated = false;
         }
         Ok(())
     }
@@ -208,9 +217,6 @@ impl Names {
     /// The endpoints whose pods are no more.
     fn gone(&self, cache: &Cache) -> Vec<u32> {
         let tables = self.tables.read();
-        if !tables.endpoints.is_complete() {
-            return Vec::new();
-        }
         let is_gone = |endpoint: &u32| {
             let now = tables.endpoints.get(endpoint).map(|endpoint| &endpoint.container_id);
             now != cache.container(*endpoint)
@@ -236,6 +242,24 @@ impl Names {
         };
         Ok(expired.into_iter().filter(is_in_use).collect())
     }
+}
+
+/// Forgets what expired and nobody at all has a live flow with; whether there was any.
+fn expire_unused(cache: &mut Cache, now: u64, flows: &dyn Flows) -> bool {
+    let mut expired = cache.expired(now);
+    if expired.is_empty() {
+        return false;
+    }
+    let pairs = match flows.live_pairs() {
+        Ok(pairs) => pairs,
+        Err(error) => {
+            warn!(error, "expired names stay for now: the flows cannot be read");
+            return false;
+        }
+    };
+    let used: BTreeSet<IpAddr> = pairs.into_iter().flat_map(<[IpAddr; 2]>::from).collect();
+    expired.retain(|(_, address)| used.contains(address));
+    !cache.expire(now, &expired).is_empty()
 }
 
 fn owner_of(tables: &Tables, client: IpAddr) -> Option<Owner> {

@@ -85,11 +85,19 @@ impl Bench {
         let name = format!("palisade-fqdn-{}-{number}", std::process::id());
         let directory = std::env::temp_dir().join(name);
         std::fs::create_dir_all(&directory).unwrap();
-        Self::start(directory, Arc::default()).await
+        Self::start(directory, Arc::default(), &Live::default()).await
     }
 
-    /// An agent over a kernel and a state directory that may have had one before.
-    async fn start(directory: PathBuf, kernel: Arc<Full>) -> Self {
+    /// An agent over a kernel and a state directory that may have had one before, in front of a
+    /// cluster.
+    async fn start(directory: PathBuf, kernel: Arc<Full>, live: &Live) -> Self {
+        let bench = Self::begin(directory, kernel, live).await;
+        bench.tell_all().await;
+        bench
+    }
+
+    /// The same before it hears anything of the cluster.
+    async fn begin(directory: PathBuf, kernel: Arc<Full>, live: &Live) -> Self {
         let tables = TablesWriter::default();
         let reader = tables.reader();
         let reconciler = Reconciler::new(kernel.clone()).unwrap();
@@ -109,10 +117,25 @@ impl Bench {
         let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
         std::thread::spawn(move || engine.run(queue, retry, &runtime));
         let (told, seen) = (commands.clone(), progress.clone());
-        let names = Names::restore(&directory, reader, told, seen).await.unwrap();
-        let bench = Self { directory, kernel, commands, progress, names };
-        bench.tell_all().await;
-        bench
+        let names = Names::restore(&directory, reader, told, seen, live).await.unwrap();
+        Self { directory, kernel, commands, progress, names }
+    }
+
+    /// The agent is gone, its files and the kernel stay.
+    fn stop(self) -> (PathBuf, Arc<Full>) {
+        let left = (self.directory.clone(), self.kernel.clone());
+        std::mem::forget(self);
+        left
+    }
+
+    /// Lets something happen while the disk is full.
+    async fn on_full_disk<T>(&self, what: impl Future<Output = T>) -> T {
+        let swap =
+            async |journal| std::mem::replace(&mut self.names.known.lock().await.journal, journal);
+        let good = swap(Journal::on_full_disk()).await;
+        let done = what.await;
+        swap(good).await;
+        done
     }
 
     async fn send(&self, intent: Intent) {
@@ -311,13 +334,55 @@ async fn a_restart_takes_nothing_back() {
     let live = Live([(POD, ip("93.184.216.34"))].into());
     bench.names.expire(now() + 3600, &live).await.unwrap();
     bench.settled().await;
-    let (directory, kernel) = (bench.directory.clone(), bench.kernel.clone());
-    std::mem::forget(bench);
+    let (directory, kernel) = bench.stop();
     let before = kernel.kernel.tables().entries.clone();
-    let bench = Bench::start(directory, kernel).await;
+    let bench = Bench::start(directory, kernel, &live).await;
     bench.settled().await;
     assert!(bench.opened("93.184.216.34") && !bench.opened("93.184.216.35"));
     assert_eq!(bench.kernel.kernel.tables().entries, before, "nothing had to be written");
+}
+
+#[tokio::test]
+async fn a_restart_opens_nothing_whose_time_is_over() {
+    let bench = Bench::new().await;
+    let owner = Owner { endpoint: 2, container: "web".into() };
+    let over = [ip("93.184.216.34"), ip("93.184.216.35")];
+    bench.names.known.lock().await.journal.append(&owner, "api.example.com", &over, 1).unwrap();
+    let (directory, kernel) = bench.stop();
+    let live = Live([(POD, over[0])].into());
+    let bench = Bench::start(directory, kernel, &live).await;
+    bench.settled().await;
+    assert!(bench.opened("93.184.216.34") && !bench.opened("93.184.216.35"));
+}
+
+#[tokio::test]
+async fn a_look_before_the_pods_are_known_takes_nothing_back() {
+    let bench = Bench::new().await;
+    bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+    let (directory, kernel) = bench.stop();
+    let live = Live([(POD, ip("93.184.216.34"))].into());
+    let bench = Bench::begin(directory, kernel, &live).await;
+    bench.names.expire(now() + 3600, &live).await.unwrap();
+    bench.tell_all().await;
+    bench.settled().await;
+    assert!(bench.opened("93.184.216.34"));
+}
+
+#[tokio::test]
+async fn what_expires_while_the_disk_is_full_is_closed() {
+    let bench = Bench::new().await;
+    bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+    let later = now() + 60 + cache::GRACE + 1;
+    let live = Live::default();
+    let expired = bench.on_full_disk(bench.names.expire(later, &live)).await;
+    assert!(matches!(expired, Err(NotLearned::Disk(_))), "{expired:?}");
+    bench.settled().await;
+    assert!(!bench.opened("93.184.216.34"));
+    // The file follows as soon as there is room, though nothing else expires.
+    let file = || std::fs::read_to_string(bench.directory.join(FILE)).unwrap();
+    assert!(file().contains("93.184.216.34"));
+    bench.names.expire(later, &live).await.unwrap();
+    assert!(!file().contains("93.184.216.34"));
 }
 
 #[tokio::test]
