@@ -39,6 +39,8 @@ pub(super) struct Journal {
     boot: String,
     file: File,
     lines: usize,
+    /// It may end in the half of a line: the disk was full.
+    torn: bool,
 }
 
 impl Journal {
@@ -54,13 +56,13 @@ impl Journal {
         };
         let cache = replay(&text, &boot);
         let file = rewrite(&path, &boot, &cache)?;
-        Ok((Self { path, boot, file, lines: cache.len() }, cache))
+        Ok((Self { path, boot, file, lines: cache.len(), torn: false }, cache))
     }
 
     /// Adds an answer.
     ///
     /// # Errors
-    /// It cannot be written.
+    /// It cannot be written; the next one may be.
     pub(super) fn append(
         &mut self,
         owner: &Owner,
@@ -75,8 +77,13 @@ impl Journal {
             addresses: addresses.to_vec(),
             expiry,
         };
+        // What was torn must not take the next line with it.
+        let mut text = if self.torn { vec![b'\n'] } else { Vec::new() };
+        text.extend(encoded(&line)?);
         self.lines += 1;
-        self.file.write_all(&encoded(&line)?)
+        let written = self.file.write_all(&text);
+        self.torn = written.is_err();
+        written
     }
 
     /// Whether the file has grown far beyond what it has to say.
@@ -91,6 +98,7 @@ impl Journal {
     pub(super) fn rewrite(&mut self, cache: &Cache) -> io::Result<()> {
         self.file = rewrite(&self.path, &self.boot, cache)?;
         self.lines = cache.len();
+        self.torn = false;
         Ok(())
     }
 
@@ -99,7 +107,7 @@ impl Journal {
     pub(super) fn on_full_disk() -> Self {
         let full = PathBuf::from("/dev/full");
         let file = OpenOptions::new().append(true).open(&full).unwrap();
-        Self { path: full.join("names"), boot: String::new(), file, lines: 0 }
+        Self { path: full.join("names"), boot: String::new(), file, lines: 0, torn: false }
     }
 }
 
@@ -194,6 +202,25 @@ mod tests {
         journal.append(&owner(), "z.org", &[address(3)], 99).unwrap();
         cache.learn(&owner(), "z.org", [address(3)], 99);
         assert_eq!(known(&Journal::open(path).unwrap().1), known(&cache));
+        fs::remove_dir_all(directory).unwrap();
+    }
+
+    #[test]
+    fn half_a_line_does_not_take_the_next_one_with_it() {
+        let directory = directory("torn");
+        let path = directory.join("names");
+        let (mut journal, _) = Journal::open(path.clone()).unwrap();
+        journal.append(&owner(), "x.org", &[address(1)], 50).unwrap();
+        journal.file.write_all(b"{\"endpo").unwrap();
+        let file = std::mem::replace(&mut journal.file, Journal::on_full_disk().file);
+        journal.append(&owner(), "y.org", &[address(2)], 50).unwrap_err();
+        journal.file = file;
+        for (name, n) in [("y.org", 2), ("z.org", 3)] {
+            journal.append(&owner(), name, &[address(n)], 50).unwrap();
+        }
+        let wanted = [("x.org", 1), ("y.org", 2), ("z.org", 3)];
+        let wanted = wanted.map(|(name, n)| (name.to_owned(), address(n), 50));
+        assert_eq!(known(&Journal::open(path).unwrap().1), wanted);
         fs::remove_dir_all(directory).unwrap();
     }
 

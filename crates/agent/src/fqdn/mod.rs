@@ -135,8 +135,9 @@ impl Names {
         let generation = {
             let mut known = self.known.lock().await;
             let Known { cache, journal, outdated } = &mut *known;
-            let changed = cache.learn(&owner, name, addresses.iter().copied(), expiry);
+            // First the file: what it does not have is still to be learned when it is told again.
             journal.append(&owner, name, &addresses, expiry).map_err(disk)?;
+            let changed = cache.learn(&owner, name, addresses.iter().copied(), expiry);
             *outdated |= journal.is_long(cache);
             let Some(row) = cache.row(endpoint) else { return Ok(()) };
             let generation = row.generation;

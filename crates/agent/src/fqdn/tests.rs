@@ -386,6 +386,17 @@ async fn what_expires_while_the_disk_is_full_is_closed() {
 }
 
 #[tokio::test]
+async fn what_a_full_disk_held_back_is_learned_when_it_has_room() {
+    let bench = Bench::new().await;
+    let learn = || bench.learn("api.example.com", &["93.184.216.34"]);
+    let learned = bench.on_full_disk(learn()).await;
+    assert!(matches!(learned, Err(NotLearned::Disk(_))), "{learned:?}");
+    assert!(!bench.opened("93.184.216.34"));
+    learn().await.unwrap();
+    assert!(bench.opened("93.184.216.34"));
+}
+
+#[tokio::test]
 async fn a_later_pod_of_the_same_number_has_learned_nothing() {
     let bench = Bench::new().await;
     bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
