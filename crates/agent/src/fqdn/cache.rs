@@ -2,7 +2,7 @@
 //! argument, in seconds.
 
 use std::{
-    collections::{BTreeMap, BTreeSet, HashMap, btree_map::Entry as Slot},
+    collections::{BTreeMap, BTreeSet, HashMap},
     net::IpAddr,
 };
 
@@ -16,7 +16,8 @@ pub const MIN_TTL: u64 = 30;
 pub const GRACE: u64 = 10;
 /// An address is kept this long at most.
 pub const MAX_TTL: u64 = 7 * 24 * 3600;
-/// Most addresses of one name.
+/// Most addresses of one name; beyond, those go whose time ends first, and that the pod was not told
+/// just now.
 pub const MOST_OF_NAME: usize = 1000;
 /// Most addresses of one pod; beyond, the names that it asked for longest ago are forgotten.
 pub const MOST_OF_POD: usize = 4096;
@@ -59,6 +60,36 @@ struct Name {
     used: u64,
     /// When each address expires.
     addresses: BTreeMap<IpAddr, u64>,
+}
+
+impl Name {
+    /// Takes in what was told; whether anything of it is new.
+    fn learn(&mut self, told: &BTreeSet<IpAddr>, expiry: u64) -> bool {
+        let mut new = false;
+        for address in told {
+            let until = self.addresses.entry(*address).or_insert_with(|| {
+                new = true;
+                expiry
+            });
+            *until = (*until).max(expiry);
+        }
+        self.shrink(told);
+        new
+    }
+
+    /// Forgets what is too much.
+    fn shrink(&mut self, told: &BTreeSet<IpAddr>) {
+        let excess = self.addresses.len().saturating_sub(MOST_OF_NAME);
+        if excess == 0 {
+            return;
+        }
+        let all = self.addresses.iter();
+        let mut going: Vec<_> = all.map(|(ip, until)| (told.contains(ip), *until, *ip)).collect();
+        going.sort_unstable();
+        for (_, _, address) in going.into_iter().take(excess) {
+            self.addresses.remove(&address);
+        }
+    }
 }
 
 impl Pod {
@@ -106,18 +137,8 @@ impl Cache {
         pod.order.insert(self.clock, name.to_owned());
         entry.used = self.clock;
         let before = entry.addresses.len();
-        let mut changed = false;
-        for address in addresses {
-            let full = entry.addresses.len() >= MOST_OF_NAME;
-            match entry.addresses.entry(address) {
-                Slot::Occupied(mut known) => *known.get_mut() = (*known.get()).max(expiry),
-                Slot::Vacant(_) if full => {}
-                Slot::Vacant(free) => {
-                    free.insert(expiry);
-                    changed = true;
-                }
-            }
-        }
+        let mut changed = entry.learn(&addresses.into_iter().collect(), expiry);
+        // What is told takes the place of others: it never gets less.
         let added = entry.addresses.len() - before;
         pod.count += added;
         self.total += added;
@@ -149,6 +170,13 @@ impl Cache {
             self.total -= pod.remove(current);
         }
         true
+    }
+
+    /// Whether a pod's addresses of a name are known, all of them: there may be no room.
+    #[must_use]
+    pub fn holds(&self, endpoint: u32, name: &str, addresses: &[IpAddr]) -> bool {
+        let name = self.pods.get(&endpoint).and_then(|pod| pod.names.get(name));
+        name.is_some_and(|name| addresses.iter().all(|one| name.addresses.contains_key(one)))
     }
 
     /// Forgets a pod.
@@ -319,6 +347,36 @@ mod tests {
         let mut cache = Cache::default();
         cache.learn(&owner(2), "x.org", (0..5000).map(ip), 50);
         assert_eq!(addresses(&cache, 2, "x.org"), MOST_OF_NAME);
+    }
+
+    #[test]
+    fn what_is_told_makes_room_for_itself() {
+        let mut cache = Cache::default();
+        cache.learn(&owner(2), "x.org", (0..1000).map(ip), 50);
+        cache.learn(&owner(2), "x.org", (1..1000).map(ip), 60);
+        // Though its own time ends first.
+        assert!(cache.learn(&owner(2), "x.org", [ip(1000), ip(1)], 40));
+        assert!(cache.holds(2, "x.org", &[ip(1000), ip(1)]) && !cache.holds(2, "x.org", &[ip(0)]));
+        assert_eq!((addresses(&cache, 2, "x.org"), cache.len()), (MOST_OF_NAME, MOST_OF_NAME));
+    }
+
+    #[test]
+    fn what_has_no_room_is_not_held() {
+        let mut cache = Cache::default();
+        let mut endpoint = 0;
+        while cache.len() + 1 < MOST {
+            cache.learn(
+                &owner(endpoint),
+                "x.org",
+                (0..1000.min((MOST - cache.len()) as u32 - 1)).map(ip),
+                50,
+            );
+            endpoint += 1;
+        }
+        cache.learn(&owner(endpoint), "x.org", [ip(1), ip(2)], 50);
+        assert!(!cache.holds(endpoint, "x.org", &[ip(1), ip(2)]));
+        cache.learn(&owner(endpoint), "x.org", [ip(1)], 50);
+        assert!(cache.holds(endpoint, "x.org", &[ip(1)]));
     }
 
     #[test]

@@ -49,6 +49,9 @@ pub enum NotLearned {
     /// It could not be kept for a restart.
     #[error("the learned names cannot be written: {0}")]
     Disk(String),
+    /// Too much was learned.
+    #[error("there is no room for more learned addresses")]
+    NoRoom,
     /// The agent is stopping.
     #[error("the agent is stopping")]
     Stopping,
@@ -144,6 +147,9 @@ impl Names {
             if changed {
                 // Under the lock, so that a row never overtakes a newer one.
                 self.send(Change::Put(row)).await?;
+            }
+            if !cache.holds(endpoint, name, &addresses) {
+                return Err(NotLearned::NoRoom);
             }
             generation
         };

@@ -285,6 +285,18 @@ async fn many_answers_one_after_the_other() {
 }
 
 #[tokio::test]
+async fn what_a_full_name_gets_is_in_force() {
+    let bench = Bench::new().await;
+    let all: Vec<IpAddr> =
+        (0..1000).map(|n| std::net::Ipv4Addr::from(0x5db8_0000 + n).into()).collect();
+    bench.names.learn(POD, "api.example.com", &all, 60).await.unwrap();
+    bench.learn("api.example.com", &["203.0.113.1"]).await.unwrap();
+    assert!(
+        bench.opened("203.0.113.1") && !bench.opened("93.184.0.0") && bench.opened("93.184.0.1")
+    );
+}
+
+#[tokio::test]
 async fn a_name_opens_nothing_in_the_cluster() {
     let bench = Bench::new().await;
     let inside = [
