@@ -16,7 +16,7 @@ pub use http::{
 pub use name::{NameError, NamePattern};
 pub use pattern::{Pattern, PatternError};
 
-use std::net::{IpAddr, Ipv4Addr};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};
 
 use target::Malformed;
 
@@ -34,7 +34,7 @@ pub enum Question<'a> {
 }
 
 /// Whether an address that DNS gave for a name may become reachable by that name. Never the
-/// node's own, a link's own, or what stands for many.
+/// node's own, a link's own, what stands for many, or what a cloud tells its machines.
 #[must_use]
 pub fn may_learn(address: IpAddr) -> bool {
     match address {
@@ -45,9 +45,19 @@ pub fn may_learn(address: IpAddr) -> bool {
                 || address.is_unspecified()
                 || address.is_multicast()
                 || segments[0] & 0xffc0 == 0xfe80
+                || is_metadata_v6(address)
                 || address.to_ipv4_mapped().is_some())
         }
     }
+}
+
+/// Whether a cloud gives the credentials of its machines and pods away there, to whoever asks: over
+/// IPv6 the addresses of that are unique local ones. A name that somebody outside makes lead there
+/// must not open them, no more than 169.254.169.254.
+fn is_metadata_v6(address: Ipv6Addr) -> bool {
+    const AWS: [u16; 2] = [0xfd00, 0x0ec2];
+    const GOOGLE: Ipv6Addr = Ipv6Addr::new(0xfd20, 0xce, 0, 0, 0, 0, 0, 0x254);
+    address.segments().starts_with(&AWS) || address == GOOGLE
 }
 
 fn may_learn_v4(address: Ipv4Addr) -> bool {
@@ -56,4 +66,20 @@ fn may_learn_v4(address: Ipv4Addr) -> bool {
         || address.is_link_local()
         || address.is_multicast()
         || address.is_broadcast())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_do_not_lead_to_metadata() {
+        let may = |address: &str| may_learn(address.parse().unwrap());
+        for metadata in ["169.254.169.254", "fd00:ec2::254", "fd00:ec2::23", "fd20:ce::254"] {
+            assert!(!may(metadata), "{metadata}");
+        }
+        for other in ["93.184.216.34", "fd00:ec3::254", "fd20:ce::255", "2606:2800::1"] {
+            assert!(may(other), "{other}");
+        }
+    }
 }
