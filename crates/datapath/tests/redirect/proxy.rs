@@ -2,7 +2,6 @@
 
 use std::{
     io::{self, Read, Write},
-    iter,
     mem::{size_of, zeroed},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpListener, TcpStream, UdpSocket},
     os::fd::{AsRawFd, FromRawFd, OwnedFd, RawFd},
@@ -159,23 +158,13 @@ fn copy(mut from: &TcpStream, mut to: &TcpStream) {
     let _ = to.shutdown(Shutdown::Write);
 }
 
-/// Where questions of a family come in that nobody reads yet, with room for all of a flood.
-pub(crate) fn questions(node: &Place, ipv6: bool) -> UdpSocket {
+/// A socket of a proxy's for datagrams, which nobody reads yet.
+pub(crate) fn datagrams(node: &Place, address: SocketAddr) -> UdpSocket {
     node.run(move || {
-        let loopback: IpAddr =
-            if ipv6 { Ipv6Addr::LOCALHOST.into() } else { Ipv4Addr::LOCALHOST.into() };
-        let socket = socket(libc::SOCK_DGRAM, ipv6);
-        set(&socket, libc::SOL_SOCKET, libc::SO_RCVBUFFORCE, 64 << 20);
-        bind(&socket, SocketAddr::new(loopback, PROXY_PORT)).unwrap();
-        let socket = UdpSocket::from(socket);
-        socket.set_nonblocking(true).unwrap();
-        socket
+        let socket = socket(libc::SOCK_DGRAM, address.is_ipv6());
+        bind(&socket, address).unwrap();
+        UdpSocket::from(socket)
     })
-}
-
-/// How many came since the last call.
-pub(crate) fn arrived(questions: &UdpSocket) -> u64 {
-    iter::from_fn(|| questions.recv(&mut [0; 8]).ok()).count() as u64
 }
 
 /// A TCP socket that is nothing special.
