@@ -181,11 +181,15 @@ impl Installed {
 
     fn remarks(&self, out: &mut String, title: &str, remarks: &[Remark]) -> std::fmt::Result {
         let mut title = title;
-        let agents = usize::try_from(self.installation.agents.desired).unwrap_or_default();
-        for name in [AGENTS, OPERATORS] {
-            let of_component = remarks.iter().filter(|remark| remark.component == name);
-            let said = of_component.map(|it| (it.from.clone(), it.text.clone())).collect();
-            for (from, text) in health::at_once(said, agents) {
+        let of = |name: &str| {
+            let remarks = remarks.iter().filter(|remark| remark.component == name);
+            remarks.map(|it| (it.from.clone(), it.text.clone())).collect::<Vec<_>>()
+        };
+        let nodes = usize::try_from(self.installation.agents.desired).unwrap_or_default();
+        for (name, said) in
+            [(AGENTS, health::at_once(of(AGENTS), nodes)), (OPERATORS, of(OPERATORS))]
+        {
+            for (from, text) in said {
                 writeln!(out, "{title:<23}{name:<21}{from}    {text}")?;
                 title = "";
             }

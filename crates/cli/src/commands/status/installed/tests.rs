@@ -74,6 +74,18 @@ fn what_all_agents_say_is_said_once() {
 }
 
 #[test]
+fn operators_are_on_no_particular_node() {
+    let mut installed = installed();
+    for pod in ["palisade-operator-1", "palisade-operator-2"] {
+        let (component, text) = (OPERATORS, "container operator: ErrImagePull".to_owned());
+        installed.errors.push(Remark { component, from: pod.to_owned(), text });
+    }
+    let text = installed.text(false);
+    assert!(text.contains("palisade-operator-1    container operator: ErrImagePull"), "{text}");
+    assert!(!text.contains("all 2 nodes"), "{text}");
+}
+
+#[test]
 fn a_proxy_that_its_agent_does_not_hear_is_told() {
     let mut installed = installed();
     installed.installation.proxy = true;
