@@ -80,7 +80,7 @@ pub struct Admin {
     pub datapath: Arc<Datapath>,
     /// The way to the L7 proxy.
     pub proxy: Arc<ProxyLink>,
-    /// What is wrong with attached programs.
+    /// What is wrong on this node.
     pub health: Arc<Health>,
     /// When it was ready.
     pub readiness: Readiness,

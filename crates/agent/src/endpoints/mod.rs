@@ -78,7 +78,7 @@ pub struct Outputs {
     pub commands: mpsc::Sender<Command>,
     /// What the API server is to learn.
     pub publications: mpsc::UnboundedSender<Publication>,
-    /// What is wrong with attached programs.
+    /// What is wrong on this node.
     pub health: Arc<Health>,
 }
 
