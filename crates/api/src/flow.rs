@@ -258,6 +258,14 @@ pub struct Judgement {
     pub default_deny_by: Vec<String>,
 }
 
+impl Judgement {
+    /// That names neither a rule nor policies.
+    #[must_use]
+    pub const fn plain(outcome: Outcome) -> Self {
+        Self { outcome, rule: None, default_deny_by: Vec::new() }
+    }
+}
+
 /// The ground of a [`Judgement`].
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "kebab-case")]

@@ -6,7 +6,7 @@
 //! from then on is made under it.
 
 use std::{
-    collections::BTreeMap,
+    collections::{BTreeMap, HashMap},
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -24,7 +24,7 @@ pub const SOCKET: &str = "proxy.sock";
 /// socket.
 pub const USER: u32 = 14240;
 /// Version of these messages.
-pub const VERSION: u32 = 1;
+pub const VERSION: u32 = 2;
 /// Longest frame.
 pub const MAX_FRAME: usize = 64 << 20;
 
@@ -76,12 +76,7 @@ pub enum FromProxy {
         ttl: u32,
     },
     /// What happened.
-    Records {
-        /// In the order of their ends.
-        records: Vec<AccessRecord>,
-        /// How many more there were since the last message, that nobody kept.
-        lost: u64,
-    },
+    Records(Records),
 }
 
 /// The number of a table, as the kernel's.
@@ -217,9 +212,49 @@ fn change<K: Ord, V>(map: &mut BTreeMap<K, V>, changes: BTreeMap<K, Option<V>>) 
     }
 }
 
+/// What happened, as a message holds it. Many records name the same few rules: each is written and
+/// read once.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+pub struct Records {
+    rules: Vec<Arc<RuleSource>>,
+    records: Vec<AccessRecord<usize>>,
+    /// How many more there were since the last message, that nobody kept.
+    pub lost: u64,
+}
+
+impl Records {
+    /// Of records in the order of their ends.
+    #[must_use]
+    pub fn new(records: Vec<AccessRecord>, lost: u64) -> Self {
+        let mut rules = Vec::new();
+        let mut places = HashMap::new();
+        let mut place = |rule: Arc<RuleSource>| {
+            *places.entry(Arc::as_ptr(&rule)).or_insert_with(|| {
+                rules.push(rule);
+                rules.len() - 1
+            })
+        };
+        let placed = |record: AccessRecord| record.try_map(|rule| Some(place(rule)));
+        let records = records.into_iter().filter_map(placed).collect();
+        Self { rules, records, lost }
+    }
+
+    /// The records; those of the same rule share it.
+    ///
+    /// # Errors
+    ///
+    /// A record names a rule that the message does not hold.
+    pub fn into_records(self) -> io::Result<Vec<AccessRecord>> {
+        let Self { rules, records, .. } = self;
+        let named = |record: AccessRecord<usize>| record.try_map(|place| rules.get(place).cloned());
+        let records: Option<_> = records.into_iter().map(named).collect();
+        records.ok_or_else(|| io::Error::other("a record names a rule that is not with it"))
+    }
+}
+
 /// One exchange that the proxy judged: a request with its answer, or the refusal of one.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct AccessRecord {
+pub struct AccessRecord<R = Arc<RuleSource>> {
     /// When it was judged: nanoseconds since 1970, UTC.
     pub time: u64,
     /// IP protocol.
@@ -232,21 +267,35 @@ pub struct AccessRecord {
     pub allowed: bool,
     /// What the client's egress policy said; none where the client is no pod of this node, or no
     /// policy selects it.
-    pub egress: Option<EndRecord>,
+    pub egress: Option<EndRecord<R>>,
     /// What the server's ingress policy said; none where the server is no pod of this node, or no
     /// policy selects it.
-    pub ingress: Option<EndRecord>,
+    pub ingress: Option<EndRecord<R>>,
     /// What was asked and answered.
     pub l7: L7,
 }
 
 /// What one end's policy said to a request.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
-pub struct EndRecord {
+pub struct EndRecord<R = Arc<RuleSource>> {
     /// Whether it agreed.
     pub allowed: bool,
     /// The rule that decided; none: none of the rules matched.
-    pub rule: Option<Arc<RuleSource>>,
+    pub rule: Option<R>,
+}
+
+impl<R> AccessRecord<R> {
+    /// With rules named in another way, unless one has no such name.
+    fn try_map<S>(self, mut name: impl FnMut(R) -> Option<S>) -> Option<AccessRecord<S>> {
+        let mut end = |end: Option<EndRecord<R>>| {
+            let Some(EndRecord { allowed, rule }) = end else { return Some(None) };
+            let Some(rule) = rule else { return Some(Some(EndRecord { allowed, rule: None })) };
+            Some(Some(EndRecord { allowed, rule: Some(name(rule)?) }))
+        };
+        let (egress, ingress) = (end(self.egress)?, end(self.ingress)?);
+        let Self { time, protocol, client, server, allowed, l7, .. } = self;
+        Some(AccessRecord { time, protocol, client, server, allowed, egress, ingress, l7 })
+    }
 }
 
 /// A message as a frame.
@@ -278,4 +327,44 @@ pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<Option<(T, usize)
     }
     let Some(body) = rest.get(..length) else { return Ok(None) };
     Ok(Some((serde_json::from_slice(body)?, 4 + length)))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn record(rule: Option<&Arc<RuleSource>>) -> AccessRecord {
+        let address = ([10, 0, 0, 1], 80).into();
+        AccessRecord {
+            time: 0,
+            protocol: 6,
+            client: address,
+            server: address,
+            allowed: false,
+            egress: rule.map(|rule| EndRecord { allowed: true, rule: Some(Arc::clone(rule)) }),
+            ingress: Some(EndRecord { allowed: false, rule: None }),
+            l7: L7::Stream { error: String::new() },
+        }
+    }
+
+    #[test]
+    fn records_of_one_rule_share_it() {
+        let rules = [Arc::new(RuleSource::NoDefaultDeny), Arc::new(RuleSource::AllowLocalhost)];
+        let records: Vec<_> =
+            [Some(0), Some(1), None, Some(0)].map(|n| record(n.map(|n: usize| &rules[n]))).into();
+        let sent = Records::new(records.clone(), 3);
+        assert_eq!((sent.rules.len(), sent.lost), (2, 3));
+        let (got, _) = decode::<Records>(&encode(&sent).unwrap()).unwrap().unwrap();
+        let got = got.into_records().unwrap();
+        assert_eq!(got, records);
+        let rule = |n: usize| got[n].egress.as_ref().unwrap().rule.as_ref().unwrap();
+        assert!(Arc::ptr_eq(rule(0), rule(3)));
+    }
+
+    #[test]
+    fn a_rule_that_is_not_with_the_records_is_told_of() {
+        let sent = Records::new(vec![record(Some(&Arc::new(RuleSource::NoDefaultDeny)))], 0);
+        let error = Records { rules: Vec::new(), ..sent }.into_records().unwrap_err();
+        assert!(error.to_string().contains("rule"), "{error}");
+    }
 }

@@ -2,7 +2,7 @@
 
 use std::{collections::HashMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use palisade_api::proxy::{FromProxy, Hello, Rules, ToProxy, VERSION, decode, encode};
+use palisade_api::proxy::{FromProxy, Hello, Records, Rules, ToProxy, VERSION, decode, encode};
 use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
@@ -130,7 +130,7 @@ impl Link {
                     send(&mut write, &learn).await?;
                 }
                 (records, lost) = proxy.log.next() => {
-                    send(&mut write, &FromProxy::Records { records, lost }).await?;
+                    send(&mut write, &FromProxy::Records(Records::new(records, lost))).await?;
                 }
             }
         }

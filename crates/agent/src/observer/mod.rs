@@ -41,7 +41,7 @@ impl Observer {
     }
 
     /// Takes over what the L7 proxy saw; `lost` more it could not keep.
-    pub fn record_requests(&self, records: &[AccessRecord], lost: u64) {
+    pub fn record_requests(&self, records: Vec<AccessRecord>, lost: u64) {
         if lost > 0 {
             warn!(lost, "records of the L7 proxy were lost");
         }

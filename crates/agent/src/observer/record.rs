@@ -21,7 +21,7 @@ use rustix::time::{ClockId, clock_gettime};
 use tokio::sync::watch;
 
 use crate::{
-    engine::Progress,
+    engine::{InForce, Progress},
     names,
     reconcile::mirror::address_bytes,
     tables::{Tables, TablesReader},
@@ -49,10 +49,10 @@ impl Namer {
     }
 
     /// The flows of requests, each told once it was answered.
-    pub fn name_requests(&self, records: &[AccessRecord]) -> Vec<Flow> {
+    pub fn name_requests(&self, records: Vec<AccessRecord>) -> Vec<Flow> {
         let (tables, progress) = (self.tables.read(), self.progress.borrow());
         let mut naming = Naming::new(&self.node, &tables, &progress);
-        records.iter().map(|record| naming.request(record)).collect()
+        records.into_iter().map(|record| naming.request(record)).collect()
     }
 }
 
@@ -66,11 +66,20 @@ struct Naming<'a> {
     ends: HashMap<(Address, u32, u32), FlowEnd>,
     /// By table and rule.
     judgements: HashMap<(u32, u32), Option<Arc<Judgement>>>,
+    /// By what the proxy said and the rule that it names, which records share.
+    request_judgements: HashMap<(bool, *const RuleSource), Arc<Judgement>>,
 }
 
 impl<'a> Naming<'a> {
     fn new(node: &'a Arc<str>, tables: &'a Tables, progress: &'a Progress) -> Self {
-        Self { node, tables, progress, ends: HashMap::new(), judgements: HashMap::new() }
+        Self {
+            node,
+            tables,
+            progress,
+            ends: HashMap::new(),
+            judgements: HashMap::new(),
+            request_judgements: HashMap::new(),
+        }
     }
 
     fn event(&mut self, event: &Event, clock: &Clock) -> Option<Flow> {
@@ -123,24 +132,12 @@ impl<'a> Naming<'a> {
         })
     }
 
-    fn request(&mut self, record: &AccessRecord) -> Flow {
-        let Self { tables, progress, .. } = *self;
-        let local = |address: SocketAddr| {
-            let entry = tables.addresses.get(&address.ip())?;
-            progress.endpoints.get(&entry.row)
-        };
-        let egress_table = || local(record.client).map(|row| row.egress_table);
-        let ingress_table = || local(record.server).map(|row| row.ingress_table);
-        let mut end = |address: SocketAddr| {
-            let entry = tables.addresses.get(&address.ip());
-            let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
-            self.end(address_bytes(address.ip()), address.port(), identity, row)
-        };
+    fn request(&mut self, record: AccessRecord) -> Flow {
         let nanos = i128::from(record.time);
         Flow {
             time: Timestamp::from_nanosecond(nanos).unwrap_or_else(|_| Timestamp::now()),
-            source: end(record.client),
-            destination: end(record.server),
+            source: self.request_end(record.client),
+            destination: self.request_end(record.server),
             node: Arc::clone(self.node),
             kind: FlowKind::Request,
             verdict: if record.allowed { Verdict::Forwarded } else { Verdict::Dropped },
@@ -153,11 +150,50 @@ impl<'a> Naming<'a> {
             rejudged: false,
             protocol: names::protocol(record.protocol),
             tcp_flags: String::new(),
-            egress: request_judgement(progress, record.egress.as_ref(), egress_table),
-            ingress: request_judgement(progress, record.ingress.as_ref(), ingress_table),
+            egress: record.egress.map(|end| {
+                self.request_judgement(&end, record.client, |endpoint| endpoint.egress_table)
+            }),
+            ingress: record.ingress.map(|end| {
+                self.request_judgement(&end, record.server, |endpoint| endpoint.ingress_table)
+            }),
             counters: None,
-            l7: Some(record.l7.clone()),
+            l7: Some(record.l7),
         }
+    }
+
+    fn request_end(&mut self, address: SocketAddr) -> FlowEnd {
+        let entry = self.tables.addresses.get(&address.ip());
+        let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
+        self.end(address_bytes(address.ip()), address.port(), identity, row)
+    }
+
+    /// What the policy of a pod said to a request. The proxy names the rule that decided; that none
+    /// did is for the pod's `table` of now to explain.
+    fn request_judgement(
+        &mut self,
+        end: &EndRecord,
+        pod: SocketAddr,
+        table: impl FnOnce(&InForce) -> u32,
+    ) -> Arc<Judgement> {
+        if let (false, None) = (end.allowed, &end.rule) {
+            let entry = self.tables.addresses.get(&pod.ip());
+            let endpoint = entry.and_then(|entry| self.progress.endpoints.get(&entry.row));
+            let table =
+                endpoint.map(table).filter(|table| self.progress.compiled.contains_key(table));
+            let closed = table.and_then(|table| self.judgement(table, RULE_NONE));
+            return closed.unwrap_or_else(|| Arc::new(Judgement::plain(Outcome::DefaultDeny)));
+        }
+        let rule = end.rule.as_deref();
+        let said = (end.allowed, rule.map_or(std::ptr::null(), std::ptr::from_ref));
+        let judgement = self.request_judgements.entry(said).or_insert_with(|| {
+            let outcome = match (end.allowed, rule) {
+                (true, Some(_)) => Outcome::AllowedByRule,
+                (true, None) => Outcome::NoPolicy,
+                (false, _) => Outcome::DeniedByRule,
+            };
+            Arc::new(Judgement { rule: rule.map(rule_name), ..Judgement::plain(outcome) })
+        });
+        Arc::clone(judgement)
     }
 
     fn end(&mut self, address: Address, port: u16, identity: u32, row: u32) -> FlowEnd {
@@ -217,7 +253,7 @@ fn name_end(
 
 /// What a table said: the rule that decided, or the policies that close the endpoint.
 fn judgement(progress: &Progress, table: u32, rule: u32) -> Option<Judgement> {
-    let plain = |outcome| Judgement { outcome, rule: None, default_deny_by: Vec::new() };
+    let plain = Judgement::plain;
     match table {
         TABLE_NONE => return None,
         TABLE_ALLOW_ALL => return Some(plain(Outcome::NoPolicy)),
@@ -234,31 +270,6 @@ fn judgement(progress: &Progress, table: u32, rule: u32) -> Option<Judgement> {
         Action::Deny => Outcome::DeniedByRule,
     };
     Some(Judgement { rule: Some(rule_name(&rule.source)), ..plain(outcome) })
-}
-
-/// What one end said to a request. The proxy names the rule that decided; that none did is for the
-/// endpoint's `table` of now to explain.
-fn request_judgement(
-    progress: &Progress,
-    end: Option<&EndRecord>,
-    table: impl FnOnce() -> Option<u32>,
-) -> Option<Arc<Judgement>> {
-    let end = end?;
-    let plain = |outcome| Judgement { outcome, rule: None, default_deny_by: Vec::new() };
-    let ground = match (end.allowed, &end.rule) {
-        (true, Some(_)) => Outcome::AllowedByRule,
-        (true, None) => Outcome::NoPolicy,
-        (false, Some(_)) => Outcome::DeniedByRule,
-        (false, None) => {
-            let policy = table().and_then(|table| progress.compiled.get(&table));
-            let by = policy.map(|policy| policy.default_deny_by.iter().map(ToString::to_string));
-            let by = by.into_iter().flatten().collect();
-            let denied = Judgement { default_deny_by: by, ..plain(Outcome::DefaultDeny) };
-            return Some(Arc::new(denied));
-        }
-    };
-    let rule = end.rule.as_deref().map(rule_name);
-    Some(Arc::new(Judgement { rule, ..plain(ground) }))
 }
 
 /// A rule's policy and field.
@@ -314,10 +325,7 @@ mod tests {
     };
 
     use super::*;
-    use crate::{
-        engine::InForce,
-        tables::{TablesWriter, identities::AddressEntry},
-    };
+    use crate::tables::{TablesWriter, identities::AddressEntry};
 
     const ROW: u32 = 7;
 
@@ -368,7 +376,7 @@ mod tests {
             Some((Outcome::DefaultDeny, vec![policy]))
         };
         let namer = namer();
-        let mut flows = namer.name_requests(&[
+        let mut flows = namer.name_requests(vec![
             record(unmatched(), None),
             record(None, unmatched()),
             AccessRecord { server: "10.0.0.8:80".parse().unwrap(), ..record(None, unmatched()) },

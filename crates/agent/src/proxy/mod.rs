@@ -297,7 +297,10 @@ async fn hear(
                     let _ = answers.send(answer).await;
                 });
             }
-            FromProxy::Records { records, lost } => desk.observer.record_requests(&records, lost),
+            FromProxy::Records(records) => {
+                let lost = records.lost;
+                desk.observer.record_requests(records.into_records()?, lost);
+            }
         }
     }
 }

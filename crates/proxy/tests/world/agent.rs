@@ -71,7 +71,9 @@ impl Agent {
                 let mut state = heard.0.lock().unwrap();
                 match message {
                     FromProxy::Ack { version } => state.acknowledged = Some(version),
-                    FromProxy::Records { records, .. } => state.records.extend(records),
+                    FromProxy::Records(records) => {
+                        state.records.extend(records.into_records().unwrap());
+                    }
                     FromProxy::Learn { id, client, name, addresses, ttl } => {
                         state.learns.push(Learn { id, client, name, addresses, ttl });
                     }
