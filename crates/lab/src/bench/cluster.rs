@@ -20,7 +20,7 @@ use serde::de::DeserializeOwned;
 use serde_json::{Value, json};
 
 use super::{
-    l7,
+    dns, l7,
     paths::{Path, Port},
 };
 use crate::{
@@ -108,7 +108,8 @@ impl Cluster {
         Ok(self.pods().create(&PostParams::default(), &pod).await?)
     }
 
-    async fn place(&self, name: &str) -> Result<Place> {
+    /// Where a pod is.
+    pub(super) async fn place(&self, name: &str) -> Result<Place> {
         let pod = self.pods().get(name).await?;
         let status = pod.status.unwrap_or_default();
         let address = status.pod_ip.context("a pod without an address")?.parse()?;
@@ -145,12 +146,9 @@ impl Cluster {
         let port = |number: u16| json!([{"port": number.to_string(), "protocol": "TCP"}]);
         let rule = json!({"method": "GET", "path": "/public(/.*)?"});
         let ruled = json!({"ports": port(l7::RULED), "rules": {"http": [rule]}});
-        let select = |app: &str| json!({"matchLabels": {"app": app}});
-        let policy: DynamicObject = object(json!({
-            "apiVersion": "cilium.io/v2",
-            "kind": "CiliumNetworkPolicy",
-            "metadata": {"name": "http"},
-            "specs": [
+        self.rule(
+            "http",
+            json!([
                 {"endpointSelector": select("server"), "ingress": [{
                     "fromEndpoints": [select("client")],
                     "toPorts": [ruled, {"ports": port(l7::PLAIN)}],
@@ -159,14 +157,43 @@ impl Cluster {
                     "toEndpoints": [select("server")],
                     "toPorts": [{"ports": port(l7::RULED)}, {"ports": port(l7::PLAIN)}],
                 }]},
-            ],
+            ]),
+        )
+        .await
+    }
+
+    /// A rule on DNS for both who ask the server.
+    pub(super) async fn rule_dns(&self) -> Result<()> {
+        let ports = json!([{"port": dns::PORT.to_string(), "protocol": "UDP"}]);
+        let asks = |app: &str| {
+            let rules = json!({"dns": [{"matchPattern": "*.bench.test"}]});
+            json!({"endpointSelector": select(app), "egress": [{
+                "toEndpoints": [select("server")],
+                "toPorts": [{"ports": ports, "rules": rules}],
+            }]})
+        };
+        let answers = json!({"endpointSelector": select("server"), "ingress": [{
+            "fromEndpoints": [select("client"), select("bystander")],
+            "toPorts": [{"ports": ports}],
+        }]});
+        self.rule("dns", json!([asks("client"), asks("bystander"), answers])).await
+    }
+
+    /// Puts one more policy in force.
+    async fn rule(&self, name: &str, specs: Value) -> Result<()> {
+        let before = self.status().context("the agent does not answer")?.policies;
+        let policy: DynamicObject = object(json!({
+            "apiVersion": "cilium.io/v2",
+            "kind": "CiliumNetworkPolicy",
+            "metadata": {"name": name},
+            "specs": specs,
         }))?;
         let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNetworkPolicy");
         let resource = ApiResource::from_gvk_with_plural(&kind, "ciliumnetworkpolicies");
         let api: Api<DynamicObject> = Api::default_namespaced_with(self.client.clone(), &resource);
         api.create(&PostParams::default(), &policy).await?;
-        self.await_status("the rule on HTTP is in force", |now| {
-            now.policies == 3 && now.problems.is_empty()
+        self.await_status("a rule is in force", |now| {
+            now.policies == before + 1 && now.problems.is_empty()
         })
         .await?;
         Ok(())
@@ -246,6 +273,10 @@ fn lab(verb: &str) -> Result<()> {
         return Ok(());
     }
     bail!("palisade lab {verb}: {}", String::from_utf8_lossy(&output.stderr).trim())
+}
+
+fn select(app: &str) -> Value {
+    json!({"matchLabels": {"app": app}})
 }
 
 pub(super) fn object<T: DeserializeOwned>(json: Value) -> Result<T> {

@@ -3,6 +3,7 @@
 
 mod cluster;
 mod control;
+mod dns;
 mod l7;
 mod load;
 mod paths;
@@ -89,6 +90,9 @@ async fn measure(options: Options, report: &mut Report) -> Result<()> {
     progress("L7 policy");
     cluster.rule_http().await?;
     report.extend(l7::measure(&cluster, &pods).await?);
+    progress("DNS policy");
+    cluster.rule_dns().await?;
+    report.extend(dns::measure(&cluster, &pods).await?);
     for round in 1..=options.rounds {
         progress(&format!("data path, round {round} of {}", options.rounds));
         let paths = baselines.paths(pods.path());
