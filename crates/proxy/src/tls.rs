@@ -9,6 +9,7 @@
 use std::{io, time::Duration};
 
 use palisade_api::flow::{L7, escaped};
+use palisade_policy::l7;
 use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
@@ -158,14 +159,5 @@ fn hello_name(hello: &[u8]) -> Option<String> {
         }
         found = Some(name);
     }
-    after.is_empty().then(|| name(found?)).flatten()
-}
-
-/// A host name as it may stand there: no address, no final dot, nothing but letters, digits,
-/// hyphens and underscores in the labels.
-fn name(bytes: &[u8]) -> Option<String> {
-    let name = std::str::from_utf8(bytes).ok()?;
-    let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');
-    let label = |label: &str| (1..=63).contains(&label.len()) && label.bytes().all(letter);
-    (name.len() <= 253 && name.split('.').all(label)).then(|| name.to_ascii_lowercase())
+    after.is_empty().then(|| l7::server_name(found?)).flatten()
 }

@@ -13,7 +13,7 @@ pub use http::{
     Difference, HeaderChange, HeaderEdit, HeaderRule, HeaderValue, HttpMatcher, HttpRequest,
     HttpRule, L7Error, Match, Mismatch, SecretRef, Secrets,
 };
-pub use name::{NameError, NamePattern};
+pub use name::{NameError, NamePattern, server_name};
 pub use pattern::{Pattern, PatternError};
 
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr};

@@ -81,6 +81,15 @@ impl fmt::Display for NamePattern {
     }
 }
 
+/// The name of a server as a TLS client hello may have it, in lower case: no final dot, nothing
+/// but letters, digits, hyphens and underscores in the labels.
+#[must_use]
+pub fn server_name(bytes: &[u8]) -> Option<String> {
+    let name = std::str::from_utf8(bytes).ok()?;
+    let label = |label: &str| label.len() <= 63 && is_plain(label);
+    (name.len() <= 253 && name.split('.').all(label)).then(|| name.to_ascii_lowercase())
+}
+
 fn is_everything(pattern: &str) -> bool {
     matches!(pattern, "*" | "**")
 }
@@ -195,6 +204,15 @@ mod tests {
         }
         assert!(NamePattern::name("Deathstar.Empire.").unwrap().matches("deathstar.EMPIRE"));
         assert!(!NamePattern::name("a.b").unwrap().matches("a.b.c"));
+    }
+
+    #[test]
+    fn servers_are_named_in_one_way() {
+        assert_eq!(server_name(b"A.x-1_.io").as_deref(), Some("a.x-1_.io"));
+        let long = [&b"a."[..], &[b'a'; 64]].concat();
+        for bytes in [&b""[..], b".", b"a.com.", b".a", b"a..b", b"a b", b"*.a", b"\xff", &long] {
+            assert_eq!(server_name(bytes), None, "{bytes:?}");
+        }
     }
 
     #[test]
