@@ -5,7 +5,7 @@ mod files;
 
 use anyhow::{Result, bail};
 use palisade_api::admin::{Explain, Explanation, Inside, Request, Response, Translated};
-use palisade_policy::l7::target::split_url;
+use palisade_policy::l7::{field, target::split_url};
 
 use crate::{
     agents::{self, mismatch},
@@ -61,10 +61,7 @@ fn http(text: &str) -> Result<Inside> {
     let (Some(method), Some(target), None) = (words.next(), words.next(), words.next()) else {
         bail!("--http {text:?}: write a method and a path, such as 'PUT /v1/exhaust-port'");
     };
-    if !method
-        .bytes()
-        .all(|byte| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte))
-    {
+    if !method.bytes().all(field::is_token) {
         bail!("--http {text:?}: {method:?} is no method of HTTP");
     }
     let string = |bytes: &[u8]| String::from_utf8_lossy(bytes).into_owned();

@@ -1,4 +1,14 @@
-//! Fields of HTTP messages: which belong to the proxy, and what a value may be.
+//! Fields of HTTP messages: which belong to the proxy, and what names and values may be.
+
+/// Whether the byte may be in a method or the name of a field (RFC 9110 section 5.6.2).
+#[must_use]
+pub const fn is_token(byte: u8) -> bool {
+    let is_mark = matches!(
+        byte,
+        b'!' | b'#'..=b'\'' | b'*' | b'+' | b'-' | b'.' | b'^'..=b'`' | b'|' | b'~'
+    );
+    is_mark || byte.is_ascii_alphanumeric()
+}
 
 /// Whether a value can stand in a message as it is: nothing in it ends its line, and there is no
 /// blank around it, which readers take away.
@@ -37,6 +47,14 @@ pub fn is_hop(name: &str) -> bool {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn tokens_have_letters_digits_and_some_marks() {
+        let others: Vec<u8> = (0..=255).filter(|byte| !is_token(*byte)).collect();
+        let visible = others.into_iter().filter(u8::is_ascii_graphic).collect::<Vec<_>>();
+        assert_eq!(visible, b"\"(),/:;<=>?@[\\]{}");
+        assert!(!b" \t\n\0\x7f\x80\xff".iter().any(|byte| is_token(*byte)));
+    }
 
     #[test]
     fn values_are_one_line_without_blanks_around_it() {

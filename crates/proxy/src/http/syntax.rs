@@ -6,6 +6,7 @@
 
 use std::ops::Range;
 
+use palisade_policy::l7::field;
 pub use palisade_policy::l7::target::Malformed;
 
 /// Most fields in a head, or in trailers.
@@ -24,21 +25,20 @@ static CLASSES: [u8; 256] = classes();
 
 const fn classes() -> [u8; 256] {
     let mut table = [0; 256];
-    let mut byte = 0;
-    while byte < 256 {
+    let mut byte = u8::MIN;
+    loop {
         let visible = byte > 0x20 && byte != 0x7f;
         if visible || byte == 0x20 || byte == 0x09 {
-            table[byte] |= VALUE;
+            table[byte as usize] |= VALUE;
+        }
+        if field::is_token(byte) {
+            table[byte as usize] |= TOKEN;
+        }
+        if byte == u8::MAX {
+            return table;
         }
         byte += 1;
     }
-    let token = b"!#$%&'*+-.^_`|~0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ";
-    let mut at = 0;
-    while at < token.len() {
-        table[token[at] as usize] |= TOKEN;
-        at += 1;
-    }
-    table
 }
 
 /// Whether the byte may be in a method or the name of a field (RFC 9110 section 5.6.2).

@@ -252,8 +252,7 @@ fn header(reader: &mut Reader, value: &Value, path: &str) -> Option<HeaderRule> 
 
 /// The name of a header (RFC 9110 section 5.6.2), in lower case.
 fn header_name(reader: &mut Reader, name: &str, path: &str) -> Option<String> {
-    let known = |byte: u8| byte.is_ascii_alphanumeric() || b"!#$%&'*+-.^_`|~".contains(&byte);
-    if name.is_empty() || !name.bytes().all(known) {
+    if name.is_empty() || !name.bytes().all(field::is_token) {
         let suggestion = "write a name such as `x-token`";
         reader.problem(path, format!("`{name}` is no name of a header"), suggestion);
         return None;
