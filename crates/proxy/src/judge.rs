@@ -17,8 +17,8 @@ use palisade_api::{
 use palisade_policy::{
     CompiledPolicy, RuleInfo, RuleSource,
     l7::{
-        Demand, HeaderChange, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, NamePattern, Secrets,
-        field,
+        Demand, Editable, HeaderEdit, HttpMatcher, HttpRequest, HttpRule, NamePattern, Secrets,
+        Unwritable, edit,
     },
     model,
 };
@@ -27,7 +27,7 @@ use tokio::net::TcpStream;
 use crate::{
     Proxy,
     http::{
-        syntax::{Fields, Malformed, is_token},
+        syntax::{Fields, Malformed},
         target::Authority,
     },
     log::{self, Gist},
@@ -330,32 +330,8 @@ impl Asked<'_> {
     }
 }
 
-/// A change that would make another message of a request than the one that was judged.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub struct Unwritable;
-
-impl Unwritable {
-    /// For the log.
-    pub const WHY: &str = "a rule would write a header that is none, or that is not a rule's";
-}
-
-/// Fields that rules may change.
-pub trait Editable {
-    /// Adds one.
-    ///
-    /// # Errors
-    ///
-    /// It is no field.
-    fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable>;
-    /// Removes those of a name, but for one value.
-    fn remove(&mut self, name: &str, except: Option<&str>);
-}
-
 impl Editable for Fields {
     fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable> {
-        if !name.bytes().all(is_token) || !field::is_value(value.as_bytes()) {
-            return Err(Unwritable);
-        }
         self.push(name, value.as_bytes());
         Ok(())
     }
@@ -366,44 +342,24 @@ impl Editable for Fields {
     }
 }
 
-impl Editable for HeaderMap {
+/// The fields of a request over HTTP/2.
+pub struct Headers<'a>(pub &'a mut HeaderMap);
+
+impl Editable for Headers<'_> {
     fn add(&mut self, name: &str, value: &str) -> Result<(), Unwritable> {
-        if !field::is_value(value.as_bytes()) {
-            return Err(Unwritable);
-        }
         let name = HeaderName::try_from(name).map_err(|_| Unwritable)?;
         let value = HeaderValue::try_from(value).map_err(|_| Unwritable)?;
-        self.try_append(name, value).map(|_| ()).map_err(|_| Unwritable)
+        self.0.try_append(name, value).map(|_| ()).map_err(|_| Unwritable)
     }
 
     fn remove(&mut self, name: &str, except: Option<&str>) {
         let Ok(name) = HeaderName::try_from(name) else { return };
-        let values = self.get_all(&name).iter().cloned();
+        let values = self.0.get_all(&name).iter().cloned();
         let kept = values.filter(|value| Some(value.as_bytes()) == except.map(str::as_bytes));
         let kept: Vec<HeaderValue> = kept.collect();
-        self.remove(&name);
-        self.extend(kept.into_iter().map(|value| (name.clone(), value)));
+        self.0.remove(&name);
+        self.0.extend(kept.into_iter().map(|value| (name.clone(), value)));
     }
-}
-
-/// Makes changes. Whoever wrote the rules of one end must not get past the other end with them:
-/// rules were checked when they were read, and what they would write is checked here all the same.
-fn edit(edits: &[HeaderEdit], fields: &mut impl Editable) -> Result<(), Unwritable> {
-    for HeaderEdit { name, change } in edits {
-        if *change != HeaderChange::Log && field::is_own(name) {
-            return Err(Unwritable);
-        }
-        match change {
-            HeaderChange::Log => {}
-            HeaderChange::Add(value) => fields.add(name, value)?,
-            HeaderChange::Remove { except } => fields.remove(name, except.as_deref()),
-            HeaderChange::Replace(value) => {
-                fields.remove(name, None);
-                fields.add(name, value)?;
-            }
-        }
-    }
-    Ok(())
 }
 
 /// What was said to a request.

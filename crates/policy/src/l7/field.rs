@@ -29,7 +29,8 @@ pub fn is_own(name: &str) -> bool {
         || name.contains('_')
 }
 
-/// Fields between two neighbours.
+/// Fields between two neighbours. `proxy-authorization` is none of them: nobody asked for this proxy,
+/// so it is the server's, and rules may speak of it as of any other.
 #[must_use]
 pub fn is_hop(name: &str) -> bool {
     matches!(
@@ -54,6 +55,14 @@ mod tests {
         let visible = others.into_iter().filter(u8::is_ascii_graphic).collect::<Vec<_>>();
         assert_eq!(visible, b"\"(),/:;<=>?@[\\]{}");
         assert!(!b" \t\n\0\x7f\x80\xff".iter().any(|byte| is_token(*byte)));
+    }
+
+    #[test]
+    fn what_says_who_asks_is_for_rules() {
+        for name in ["authorization", "proxy-authorization", "cookie"] {
+            assert!(!is_own(name), "{name}");
+        }
+        assert!(["host", "te", "proxy-connection"].into_iter().all(is_own));
     }
 
     #[test]

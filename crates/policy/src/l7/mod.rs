@@ -2,6 +2,7 @@
 //! proxy, and to explain either.
 
 mod demand;
+mod edit;
 pub mod field;
 mod http;
 mod name;
@@ -9,6 +10,7 @@ mod pattern;
 pub mod target;
 
 pub use demand::Demand;
+pub use edit::{Editable, Unwritable, edit};
 pub use http::{
     Difference, HeaderChange, HeaderEdit, HeaderRule, HeaderValue, HttpMatcher, HttpRequest,
     HttpRule, L7Error, Match, Mismatch, SecretRef, Secrets,

@@ -10,6 +10,7 @@ use std::{
     time::Duration,
 };
 
+use palisade_policy::l7::Unwritable;
 use tokio::{
     net::TcpStream,
     time::{Instant, timeout, timeout_at},
@@ -27,7 +28,7 @@ use super::{
 };
 use crate::{
     buffer::{Buffer, write_all},
-    judge::{Asked, Gate, Judged, Unwritable},
+    judge::{Asked, Gate, Judged},
     log::Gist,
     net, relay,
 };

@@ -23,6 +23,7 @@ use h2::{
     server::{self, SendResponse},
 };
 use http::{HeaderMap, HeaderValue, Method, Request, Response, StatusCode, Uri, header};
+use palisade_policy::l7::Unwritable;
 use tokio::{
     io::{AsyncRead, AsyncWrite, ReadBuf},
     net::TcpStream,
@@ -42,7 +43,7 @@ use super::{
 };
 use crate::{
     buffer::Buffer,
-    judge::{Asked, Gate, Judged, Unwritable},
+    judge::{Asked, Gate, Headers, Judged},
     log::Gist,
 };
 
@@ -180,7 +181,7 @@ impl Shared<'_> {
         let Ok(mut forward) = asking.request(&parts) else {
             return answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
         };
-        if judged.edit(forward.headers_mut()).is_err() {
+        if judged.edit(&mut Headers(forward.headers_mut())).is_err() {
             self.gate.log(&asked, &judged.refused(), Some(403), Some(Unwritable::WHY));
             return answer(&mut respond, Reply::DENIED, parts.method == Method::HEAD);
         }
