@@ -12,7 +12,7 @@ use clap::Parser;
 use palisade_api::{
     client,
     routing::{self, Routing},
-    settings,
+    secrets, settings,
 };
 use palisade_datapath::{
     Config as DatapathConfig, Datapath, Side,
@@ -79,7 +79,7 @@ pub struct Options {
     #[arg(long, env = "PALISADE_AGENT_CLUSTER_NAME", default_value = "default")]
     pub cluster_name: String,
     /// The one namespace whose Secrets policies may refer to: the agent needs no rights on others.
-    #[arg(long, env = "PALISADE_AGENT_SECRETS_NAMESPACE", default_value = "palisade-secrets")]
+    #[arg(long, env = "PALISADE_AGENT_SECRETS_NAMESPACE", default_value = secrets::NAMESPACE)]
     pub secrets_namespace: String,
     /// Interface to the other nodes, and to what is outside the cluster.
     #[arg(long, env = "PALISADE_AGENT_UPLINK")]

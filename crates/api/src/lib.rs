@@ -16,4 +16,6 @@ pub mod pool;
 #[cfg(feature = "proxy")]
 pub mod proxy;
 pub mod routing;
+#[cfg(feature = "crd")]
+pub mod secrets;
 pub mod settings;

@@ -3,7 +3,7 @@
 use std::{collections::BTreeMap, fmt};
 
 use palisade_policy::{
-    l7::{HeaderValue, SecretRef, Secrets, field},
+    l7::{HeaderValue, SecretRef, Secrets},
     model::{Application, Direction, Policy},
 };
 
@@ -40,30 +40,9 @@ impl Row for Secret {
     }
 }
 
-/// The values that the proxy may compare headers with: those that are text and that a header can
-/// have. Whoever wants a policy to use the Secret `NAME` of a namespace copies it as
-/// `NAMESPACE.NAME` (namespaces have no dots). A reference names no key where there is only one.
+/// The values that headers are compared with.
 pub fn values(secrets: &Table<Secret>) -> Secrets {
-    let mut values = Vec::new();
-    for secret in secrets.rows() {
-        let Some((namespace, name)) = secret.name.name.split_once('.') else { continue };
-        let reference = |key: Option<&String>| SecretRef {
-            namespace: namespace.into(),
-            name: name.into(),
-            key: key.cloned(),
-        };
-        for (key, value) in &secret.data {
-            let text = std::str::from_utf8(value).ok();
-            let Some(value) = text.filter(|text| field::is_value(text.as_bytes())) else {
-                continue;
-            };
-            values.push((reference(Some(key)), value.to_owned()));
-            if secret.data.len() == 1 {
-                values.push((reference(None), value.to_owned()));
-            }
-        }
-    }
-    values.into()
+    palisade_api::secrets::values(secrets.rows().map(|secret| (&*secret.name.name, &secret.data)))
 }
 
 /// Whether a header rule of the policy refers to a Secret.
@@ -77,7 +56,7 @@ pub fn missing(policy: &Policy, secrets: &Secrets, home: &str) -> Option<String>
     let missing = used_by(policy).filter(|(_, _, secret)| secrets.get(secret).is_none());
     let problems = missing.map(|(path, header, secret)| {
         let SecretRef { namespace, name, key } = secret;
-        let copy = format!("{namespace}.{name}");
+        let copy = secret.copy();
         let which = match key {
             Some(key) => format!("with one line of text under the key `{key}`"),
             None => "with one key and one line of text under it".to_owned(),

@@ -109,6 +109,15 @@ pub struct SecretRef {
     pub key: Option<String>,
 }
 
+impl SecretRef {
+    /// The name of the copy that is read: policies are given Secrets of one namespace only.
+    /// Namespaces have no dots.
+    #[must_use]
+    pub fn copy(&self) -> String {
+        format!("{}.{}", self.namespace, self.name)
+    }
+}
+
 impl fmt::Display for SecretRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
         write!(f, "Secret {}/{}", self.namespace, self.name)
