@@ -6,7 +6,7 @@ use palisade_policy::{
     evaluate::End,
     explain::{self, Reason},
     l7::{
-        HttpRequest, Question, Secrets,
+        HttpRequest, Question, Secrets, server_name,
         target::{Authority, Malformed, Target},
     },
     model::Policy,
@@ -23,24 +23,28 @@ pub struct NamedEnd {
     pub end: End,
 }
 
-/// The answer. Values of secrets are not looked at: headers that have to equal one do not.
+/// The answer. Requests have no headers but those that rules add.
 #[must_use]
 pub fn explain(
     policies: &[&Policy],
+    secrets: &Secrets,
     from: &NamedEnd,
     to: &NamedEnd,
     asked: &Explain,
 ) -> Explanation {
-    let secrets = Secrets::default();
     let request = match &asked.inside {
         Some(Inside::Http { method, target, host }) => Some(Request::read(method, target, host)),
         _ => None,
     };
+    let server = match &asked.inside {
+        Some(Inside::Tls(name)) => server_name(name.as_bytes()),
+        _ => None,
+    };
     let question = match (&request, &asked.inside) {
-        (Some(Ok(request)), _) => Some(Question::Http(request.judged(), &secrets)),
+        (Some(Ok(request)), _) => Some(Question::Http(request.judged(), secrets)),
         (Some(Err(fault)), _) => Some(Question::Malformed(*fault)),
         (None, Some(Inside::Dns(name))) => Some(Question::Dns(name)),
-        (None, Some(Inside::Tls(name))) => Some(Question::Tls(Some(name))),
+        (None, Some(Inside::Tls(_))) => Some(Question::Tls(server.as_deref())),
         (None, _) => None,
     };
     let (protocol, port) = (asked.protocol, asked.port);
@@ -146,7 +150,7 @@ fn end(reason: &Reason) -> ExplainedEnd {
         direction: reason.direction.to_string(),
         allowed: reason.verdict.allowed,
         proxied: reason.verdict.proxied,
-        verdict: Reason { nearest: None, ..reason.clone() }.to_string(),
+        verdict: reason.ground(),
         rules: rules.collect(),
         nearest: reason.nearest.as_ref().map(ToString::to_string),
     }

@@ -266,9 +266,8 @@ pub(crate) struct ExplainArgs {
     /// TLS for a server name.
     #[arg(long, value_name = "NAME", group = "inside")]
     pub(crate) server_name: Option<String>,
-    /// Pods (or what makes them), namespaces, Services and policies from files instead of the
-    /// cluster;
-    /// `-` is standard input.
+    /// Pods (or what makes them), namespaces, Services, policies and the Secrets of the namespace
+    /// `palisade-secrets` from files instead of the cluster; `-` is standard input.
     #[arg(short, long, value_name = "FILE")]
     pub(crate) file: Vec<PathBuf>,
 }

@@ -12,7 +12,10 @@ use palisade_abi::{identity as number, protocol};
 use crate::{
     evaluate::End,
     identity,
-    l7::{HttpRequest, HttpRule, NamePattern, Pattern, Question, Secrets},
+    l7::{
+        HeaderRule, HeaderValue, HttpRequest, HttpRule, Mismatch, NamePattern, Pattern, Question,
+        SecretRef, Secrets,
+    },
     label::{CLUSTER, Label, Labels, POD_NAMESPACE},
     model::{
         Action, Application, Cidr, Direction, Entity, Entry, NamedPort, Peer, Peers, Policy,
@@ -177,6 +180,7 @@ const DNS_NAMES: [&str; 5] = ["x.io", "a.x.io", "b.x.io", "c.a.x.io", "a.y.io"];
 const PATTERNS: [&str; 5] = ["*.x.io", "**.x.io", "a.*.io", "*", "b*.x.io"];
 const METHODS: [&str; 3] = ["GET", "PUT", "GET|HEAD"];
 const PATHS: [&str; 4] = ["/", "/a", "/a.*", "/(a|b)"];
+const HEADERS: [&[(&str, &[u8])]; 3] = [&[], &[("x", b"1")], &[("x", b"2"), ("y", b"2")]];
 
 /// A random pattern of names.
 fn name_pattern(random: &mut Random) -> NamePattern {
@@ -191,7 +195,29 @@ fn http_rule(random: &mut Random) -> HttpRule {
         let text = *random.pick(texts);
         random.once_in(2).then(|| Pattern::new(text).ok()).flatten()
     };
-    HttpRule { method: maybe(&METHODS), path: maybe(&PATHS), ..HttpRule::default() }
+    let (method, path) = (maybe(&METHODS), maybe(&PATHS));
+    let headers = (0..random.below(4) / 3).map(|_| header_rule(random)).collect();
+    HttpRule { method, path, host: None, headers }
+}
+
+fn header_rule(random: &mut Random) -> HeaderRule {
+    let value = match random.below(4) {
+        0 => None,
+        1 => Some(HeaderValue::Text("1".into())),
+        2 => Some(HeaderValue::Secret(secret("there"))),
+        _ => Some(HeaderValue::Secret(secret("gone"))),
+    };
+    HeaderRule { name: "x".into(), value, mismatch: *random.pick(&Mismatch::ALL) }
+}
+
+fn secret(name: &str) -> SecretRef {
+    SecretRef { namespace: "a".into(), name: name.into(), key: None }
+}
+
+/// The values of one of the Secrets that random rules refer to; the other is not there.
+#[must_use]
+pub fn secrets() -> Secrets {
+    Secrets::from_iter([(secret("there"), "2".to_owned())])
 }
 
 fn application(random: &mut Random) -> Application {
@@ -203,7 +229,7 @@ fn application(random: &mut Random) -> Application {
     }
 }
 
-/// A random question for what may be inside a connection; all requests have no headers.
+/// A random question for what may be inside a connection.
 pub fn question<'a>(random: &mut Random, secrets: &'a Secrets) -> Question<'a> {
     match random.below(4) {
         0 => Question::Dns(random.pick::<&str>(&DNS_NAMES)),
@@ -212,7 +238,8 @@ pub fn question<'a>(random: &mut Random, secrets: &'a Secrets) -> Question<'a> {
         _ => {
             let method = *random.pick(&["GET", "PUT", "POST"]);
             let target = *random.pick(&["/", "/a", "/ab", "/b"]);
-            Question::Http(HttpRequest { method, target, host: "x.io", headers: &[] }, secrets)
+            let headers = *random.pick(&HEADERS);
+            Question::Http(HttpRequest { method, target, host: "x.io", headers }, secrets)
         }
     }
 }

@@ -7,7 +7,7 @@ use palisade_abi::identity as number;
 
 use crate::{
     compile::RuleSource,
-    l7::{HttpMatcher, Question, may_learn},
+    l7::{HeaderEdit, HttpMatcher, HttpRequest, HttpRule, Question, Secrets, may_learn},
     label::Labels,
     model::{
         Action, Application, Direction, Entry, NamedPort, Peer, Peers, Policy, PortMatch, PortSpec,
@@ -122,37 +122,76 @@ impl<'a> Heard<'a> {
         }
     }
 
-    /// The rules that admit what is asked for inside a proxied connection; the first decides.
-    fn admitting(&self, asked: &Asked<'_>, question: &Question<'_>) -> Vec<RuleSource> {
+    /// What admits what is asked for inside a proxied connection.
+    fn admitting(&self, asked: &Asked<'_>, question: &Question<'_>) -> Admitted {
         let proxied = |entry: &Entry| entry.application != Application::Any;
         let first = self.allowing(proxied).map(|(_, entry)| &entry.application).next();
-        let Some(kind) = first else { return Vec::new() };
         let open = (!self.default_deny).then_some(RuleSource::NoDefaultDeny);
-        if let (Application::Tls(_), Some(open)) = (kind, &open) {
-            return vec![open.clone()];
+        // Another protocol than the first of the rules asks for is admitted by none.
+        match (first, question) {
+            (Some(Application::Http(_)), Question::Http(request, secrets)) => {
+                self.admitting_request(asked, request, secrets, open.as_ref())
+            }
+            (Some(Application::Dns(_)), Question::Dns(_)) => {
+                let plain = |entry: &Entry| {
+                    entry.application == Application::Any
+                        && how_spoken_of(entry, asked) == Spoken::ByItself
+                };
+                let rules = self.admitting_name(question).chain(self.allowing(plain));
+                Admitted::by(rules.map(|(rule, _)| rule.clone()).chain(open).collect())
+            }
+            (Some(Application::Tls(_)), _) if open.is_some() => {
+                Admitted::by(open.into_iter().collect())
+            }
+            (Some(Application::Tls(_)), Question::Tls(_)) => {
+                Admitted::by(self.admitting_name(question).map(|(rule, _)| rule.clone()).collect())
+            }
+            _ => Admitted::default(),
         }
-        // Another protocol than the first of the rules asks for.
-        let same = matches!(
-            (kind, question),
-            (Application::Http(_), Question::Http(..))
-                | (Application::Dns(_), Question::Dns(_))
-                | (Application::Tls(_), Question::Tls(_))
-        );
-        if !same {
-            return Vec::new();
+    }
+
+    fn admitting_name(
+        &self,
+        question: &Question<'_>,
+    ) -> impl Iterator<Item = &(RuleSource, &'a Entry)> {
+        self.allowing(move |entry| match (&entry.application, question) {
+            (Application::Dns(names), Question::Dns(name))
+            | (Application::Tls(names), Question::Tls(Some(name))) => {
+                names.iter().any(|pattern| pattern.matches(name))
+            }
+            _ => false,
+        })
+    }
+
+    /// All rules are asked together, as the proxy asks them: what one of them would have changed
+    /// does not pass unchanged because another allows it.
+    fn admitting_request(
+        &self,
+        asked: &Asked<'_>,
+        request: &HttpRequest<'_>,
+        secrets: &Secrets,
+        open: Option<&RuleSource>,
+    ) -> Admitted {
+        let mut asks: Vec<(&RuleSource, HttpRule)> = Vec::new();
+        for (source, entry) in self.allowing(|_| true) {
+            if let Application::Http(rules) = &entry.application {
+                asks.extend(rules.iter().map(|rule| (source, rule.clone())));
+            }
         }
         let plain = |entry: &Entry| {
-            let spoken = how_spoken_of(entry, asked);
             entry.application == Application::Any
-                && match kind {
-                    Application::Http(_) => spoken != Spoken::AmongOthers,
-                    Application::Dns(_) => spoken == Spoken::ByItself,
-                    _ => false,
-                }
+                && how_spoken_of(entry, asked) != Spoken::AmongOthers
         };
-        let by_content = self.allowing(|entry| application_admits(&entry.application, question));
-        let found = by_content.chain(self.allowing(plain)).map(|(rule, _)| rule.clone());
-        found.chain(open).collect()
+        let everything = self.allowing(plain).map(|(source, _)| source).chain(open);
+        asks.extend(everything.map(|source| (source, HttpRule::default())));
+        let (sources, rules): (Vec<&RuleSource>, Vec<HttpRule>) = asks.into_iter().unzip();
+        let (matcher, _) = HttpMatcher::new(&rules, secrets);
+        let Some(found) = matcher.judge(request) else { return Admitted::default() };
+        let admits = |rule: &usize| matcher.judge_by(request, |other| other == *rule).is_some();
+        let admitting = (0..rules.len()).filter(admits);
+        let mut rules: Vec<RuleSource> = admitting.map(|rule| sources[rule].clone()).collect();
+        rules.dedup();
+        Admitted { rules, edits: found.edits }
     }
 
     /// All rules that match, in the order of their precedence.
@@ -169,6 +208,20 @@ impl<'a> Heard<'a> {
             _ => {}
         }
         rules
+    }
+}
+
+/// The rules that admit what is asked for inside a connection, and what they do to it.
+#[derive(Default)]
+struct Admitted {
+    /// The first decides; none: it is denied.
+    rules: Vec<RuleSource>,
+    edits: Vec<HeaderEdit>,
+}
+
+impl Admitted {
+    const fn by(rules: Vec<RuleSource>) -> Self {
+        Self { rules, edits: Vec::new() }
     }
 }
 
@@ -200,20 +253,6 @@ fn how_spoken_of(entry: &Entry, asked: &Asked<'_>) -> Spoken {
         Spoken::NotAtAll
     } else {
         Spoken::AmongOthers
-    }
-}
-
-/// Whether what is inside is what an application asks for.
-pub(crate) fn application_admits(application: &Application, question: &Question<'_>) -> bool {
-    match (application, question) {
-        (Application::Http(rules), Question::Http(request, secrets)) => {
-            HttpMatcher::new(rules, secrets).0.judge(request).is_some()
-        }
-        (Application::Dns(names), Question::Dns(name))
-        | (Application::Tls(names), Question::Tls(Some(name))) => {
-            names.iter().any(|pattern| pattern.matches(name))
-        }
-        _ => false,
     }
 }
 
@@ -255,25 +294,33 @@ pub fn evaluate_inside<'a>(
     question: &Question<'_>,
 ) -> Verdict {
     let asked = Asked { direction, subject, peer, protocol, port };
-    judge(policies, &asked, Some(question)).0
+    judge(policies, &asked, Some(question)).verdict
 }
 
-/// The verdict, and all rules that match, in the order of their precedence.
+/// All that is said of a packet, or of what is asked for inside the connection.
+pub(crate) struct Judged {
+    pub(crate) verdict: Verdict,
+    /// The rules that match, in the order of their precedence.
+    pub(crate) matched: Vec<(Action, RuleSource)>,
+    /// What they make of a request.
+    pub(crate) edits: Vec<HeaderEdit>,
+}
+
 pub(crate) fn judge<'a>(
     policies: impl IntoIterator<Item = &'a Policy>,
     asked: &Asked<'_>,
     question: Option<&Question<'_>>,
-) -> (Verdict, Vec<(Action, RuleSource)>) {
+) -> Judged {
     let heard = Heard::ask(policies, asked);
     let verdict = heard.verdict(asked);
     let Some(question) = question.filter(|_| verdict.proxied) else {
-        let matching = heard.matching(&verdict);
-        return (verdict, matching);
+        return Judged { matched: heard.matching(&verdict), verdict, edits: Vec::new() };
     };
-    let rules = heard.admitting(asked, question);
+    let Admitted { rules, edits } = heard.admitting(asked, question);
     let rule = rules.first().cloned();
-    let matching = rules.into_iter().map(|rule| (Action::Allow, rule)).collect();
-    (Verdict { allowed: rule.is_some(), proxied: true, rule }, matching)
+    let verdict = Verdict { allowed: rule.is_some(), proxied: true, rule };
+    let matched = rules.into_iter().map(|rule| (Action::Allow, rule)).collect();
+    Judged { verdict, matched, edits }
 }
 
 /// A peer that is not known yet is matched by whatever matches everybody, by what matches its

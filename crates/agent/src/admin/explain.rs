@@ -26,6 +26,7 @@ use crate::{
         fqdns::LearnedNames,
         pods::Pod,
         policies::PolicyContent,
+        secrets,
         services::{Frontend, Service, ServiceEntry},
     },
 };
@@ -70,6 +71,7 @@ pub(super) fn explain(
         .map(|policy| tables.api_servers.spelled_out(policy))
         .collect();
     let policies: Vec<&Policy> = spelled_out.iter().map(AsRef::as_ref).collect();
+    let secrets = secrets::values(&tables.secrets);
     if let Some(service) = service(tables, &asked.from)? {
         let why = "which opens no connections: name a pod, or an address of one";
         return Err(format!("{} is Service {}, {why}", asked.from, service.name).into());
@@ -79,7 +81,7 @@ pub(super) fn explain(
         if number::is_world(to.end.identity) && asks_for_names(&policies, &from) {
             to.end.names = learned(scope, tables, &from, to.end.address)?;
         }
-        Ok(explain::explain(&policies, &from, &to, asked))
+        Ok(explain::explain(&policies, &secrets, &from, &to, asked))
     };
     let Some(service) = service(tables, &asked.to)? else {
         return judge(find(scope, tables, &asked.to)?, asked);

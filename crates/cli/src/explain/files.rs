@@ -1,4 +1,5 @@
-//! The ends and the policies from files: pods, workloads that would make pods, namespaces, Services.
+//! The ends and the policies from files: pods, workloads that would make pods, namespaces, Services,
+//! Secrets.
 
 mod services;
 
@@ -9,10 +10,12 @@ use std::{
 };
 
 use anyhow::{Context, Result, anyhow, bail};
+use k8s_openapi::api::core::v1::Secret;
 use palisade_api::{
     admin::{Explain, Explanation, Translated},
     convert::convert,
     explain::{self, NamedEnd},
+    secrets,
 };
 use palisade_policy::{
     evaluate::End,
@@ -43,6 +46,8 @@ struct Objects {
     namespaces: BTreeMap<String, BTreeMap<String, String>>,
     pods: Vec<Pod>,
     services: Services,
+    /// What policies may use of Secrets: values by name and key.
+    secrets: BTreeMap<String, BTreeMap<String, Vec<u8>>>,
 }
 
 struct Pod {
@@ -71,17 +76,19 @@ pub(super) fn explain(files: &[PathBuf], asked: &Explain) -> Result<Explanation>
     }
     let policies: Vec<&Policy> = objects.policies.iter().collect();
     let services = &objects.services;
+    let secrets = secrets::values(objects.secrets.iter().map(|(name, data)| (&**name, data)));
     if let Some(service) = services.find(&objects, &asked.from)? {
         let name = full_name(service);
         bail!("--from {}: Service {name} opens no connections; name a pod", asked.from);
     }
     let from = objects.find(&asked.from)?;
     let Some(service) = services.find(&objects, &asked.to)? else {
-        return Ok(explain::explain(&policies, &from, &objects.find(&asked.to)?, asked));
+        return Ok(explain::explain(&policies, &secrets, &from, &objects.find(&asked.to)?, asked));
     };
     let target = services.translate(&objects, service, asked)?;
     let backends = target.backends.iter().map(|(to, port)| {
-        explain::explain(&policies, &from, to, &Explain { port: *port, ..asked.clone() })
+        let asked = Explain { port: *port, ..asked.clone() };
+        explain::explain(&policies, &secrets, &from, to, &asked)
     });
     let backends = backends.collect();
     let service = Translated { name: target.name, frontend: target.frontend, backends };
@@ -105,6 +112,10 @@ impl Objects {
             "Namespace" => {
                 let name = text("/metadata/name").unwrap_or_default().to_owned();
                 self.namespaces.insert(name, strings(object.pointer("/metadata/labels")));
+                return Ok(());
+            }
+            "Secret" => {
+                self.secrets.extend(usable(serde_json::from_value(object.clone())?));
                 return Ok(());
             }
             "Pod" => {
@@ -211,6 +222,18 @@ impl Pod {
                 .collect(),
         }
     }
+}
+
+/// The name and the values of a Secret that policies may use.
+fn usable(secret: Secret) -> Option<(String, BTreeMap<String, Vec<u8>>)> {
+    let Secret { metadata, data, string_data, .. } = secret;
+    if metadata.namespace.as_deref() != Some(secrets::NAMESPACE) {
+        return None;
+    }
+    let data = data.into_iter().flatten().map(|(key, value)| (key, value.0));
+    // As the API server has it, the plain text counts.
+    let plain = string_data.into_iter().flatten().map(|(key, text)| (key, text.into_bytes()));
+    Some((metadata.name?, data.chain(plain).collect()))
 }
 
 fn named_port(port: &Value) -> Option<NamedPort> {

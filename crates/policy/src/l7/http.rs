@@ -2,7 +2,10 @@ use std::{collections::BTreeMap, fmt};
 
 use serde::{Deserialize, Serialize};
 
-use super::pattern::{Case, Compiled, Pattern, PatternError, Patterns};
+use super::{
+    edit::{Unwritable, edit},
+    pattern::{Case, Compiled, Pattern, PatternError, Patterns},
+};
 
 /// Matches a request if all that it says is true of it; the default matches every request.
 #[derive(Clone, Debug, Default, PartialEq, Eq, PartialOrd, Ord, Hash, Serialize, Deserialize)]
@@ -39,11 +42,14 @@ impl fmt::Display for HttpRule {
 }
 
 impl HttpRule {
-    /// What a rule that does not match a request says otherwise.
+    /// What keeps a rule from admitting a request.
     #[must_use]
-    pub fn difference(&self, request: &HttpRequest<'_>) -> Difference {
-        let matches =
-            |rule| HttpMatcher::new(&[rule], &Secrets::default()).0.judge(request).is_some();
+    pub fn difference(&self, request: &HttpRequest<'_>, secrets: &Secrets) -> Difference {
+        let matcher = |rule| HttpMatcher::new(&[rule], secrets).0;
+        if matcher(self.clone()).wants_secret(request) {
+            return Difference::Secret;
+        }
+        let matches = |rule| matcher(rule).judge(request).is_some();
         let method = matches(Self { method: self.method.clone(), ..Self::default() });
         let path = matches(Self { path: self.path.clone(), ..Self::default() });
         match (path, method) {
@@ -53,11 +59,27 @@ impl HttpRule {
             (false, false) => Difference::Both,
         }
     }
+
+    /// A value that is not there, and without which the rule admits nothing that has not the header
+    /// already.
+    #[must_use]
+    pub fn lacks(&self, secrets: &Secrets) -> Option<&SecretRef> {
+        let admitting = |header: &&HeaderRule| {
+            matches!(header.mismatch, Mismatch::Fail | Mismatch::Add | Mismatch::Replace)
+        };
+        let mut values = self.headers.iter().filter(admitting).map(|header| &header.value);
+        values.find_map(|value| match value {
+            Some(HeaderValue::Secret(secret)) if secrets.get(secret).is_none() => Some(secret),
+            _ => None,
+        })
+    }
 }
 
 /// What a request is not as a rule says; the least first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord)]
 pub enum Difference {
+    /// Nothing, but a value that the rule would write into it is not there.
+    Secret,
     /// The host or a header.
     Rest,
     /// The method of a path that matches.
@@ -120,7 +142,11 @@ impl SecretRef {
 
 impl fmt::Display for SecretRef {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        write!(f, "Secret {}/{}", self.namespace, self.name)
+        write!(f, "Secret {}/{}", self.namespace, self.name)?;
+        match &self.key {
+            Some(key) => write!(f, " (key `{key}`)"),
+            None => Ok(()),
+        }
     }
 }
 
@@ -137,6 +163,11 @@ pub enum Mismatch {
     Delete,
     /// The headers are replaced by one with the value.
     Replace,
+}
+
+impl Mismatch {
+    /// All of them.
+    pub const ALL: [Self; 5] = [Self::Fail, Self::Log, Self::Add, Self::Delete, Self::Replace];
 }
 
 /// Values of the secrets that rules refer to.
@@ -187,6 +218,20 @@ pub struct HttpRequest<'a> {
     pub host: &'a str,
     /// Headers, names in lower case.
     pub headers: &'a [(&'a str, &'a [u8])],
+}
+
+impl HttpRequest<'_> {
+    /// The headers as changes leave them.
+    ///
+    /// # Errors
+    ///
+    /// The request must not be sent.
+    pub fn edited(&self, edits: &[HeaderEdit]) -> Result<Vec<(String, Vec<u8>)>, Unwritable> {
+        let owned = self.headers.iter().map(|(name, value)| ((*name).into(), value.to_vec()));
+        let mut headers = owned.collect();
+        edit(edits, &mut headers)?;
+        Ok(headers)
+    }
 }
 
 /// Which rule lets a request pass.
@@ -394,6 +439,14 @@ impl HttpMatcher {
         }
         found
     }
+
+    /// Whether a rule matches a request for which it would need a value that is not there: then
+    /// nothing lets the request pass.
+    fn wants_secret(&self, request: &HttpRequest<'_>) -> bool {
+        let paths = self.paths.matching(request.target.as_bytes());
+        let mut rules = self.rules.iter().enumerate().filter(|(rule, _)| paths[*rule]);
+        rules.any(|(_, ready)| matches!(ready.judge(request), Said::Unknown))
+    }
 }
 
 impl Ready {
@@ -591,9 +644,6 @@ mod tests {
         Pattern::new(&text).ok()
     }
 
-    const MISMATCHES: [Mismatch; 5] =
-        [Mismatch::Fail, Mismatch::Log, Mismatch::Add, Mismatch::Delete, Mismatch::Replace];
-
     fn digit(random: &mut Random) -> String {
         (*random.pick(&["1", "2"])).to_owned()
     }
@@ -607,7 +657,7 @@ mod tests {
         let header = |random: &mut Random| HeaderRule {
             name: "x".into(),
             value: random.once_in(2).then(|| HeaderValue::Text(digit(random))),
-            mismatch: *random.pick(&MISMATCHES),
+            mismatch: *random.pick(&Mismatch::ALL),
         };
         HttpRule {
             method: word(random, &["GET", "GET|PUT", "PUT"]),
@@ -690,7 +740,7 @@ mod tests {
     fn a_rule_that_does_not_compile_is_left_out() {
         for (field, mismatch) in ["method", "path", "host"]
             .into_iter()
-            .flat_map(|field| MISMATCHES.map(|one| (field, one)))
+            .flat_map(|field| Mismatch::ALL.map(|one| (field, one)))
         {
             let mut rules = good_and_broken(field, mismatch);
             for (good, broken) in [(0, 1), (1, 0)] {
@@ -735,7 +785,7 @@ mod tests {
         let forged: [(&str, &[u8]); 1] = [("x", b"forged")];
         let headers = &forged[..];
         let request = HttpRequest { method: "GET", target: "/", host: "a", headers };
-        for mismatch in MISMATCHES {
+        for mismatch in Mismatch::ALL {
             let value = Some(HeaderValue::Secret(secret.clone()));
             let header = HeaderRule { name: "x".into(), value, mismatch };
             let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
@@ -755,6 +805,26 @@ mod tests {
             let mut other = both;
             other[1].headers.push(demanded);
             assert!(judge(&other, &Secrets::default()).is_some(), "{mismatch:?}");
+        }
+    }
+
+    #[test]
+    fn a_rule_tells_the_secret_that_it_lacks() {
+        let secret = SecretRef { namespace: "a".into(), name: "s".into(), key: Some("k".into()) };
+        assert_eq!(secret.to_string(), "Secret a/s (key `k`)");
+        let there = Secrets::from_iter([(secret.clone(), "right".to_owned())]);
+        let request = HttpRequest { method: "GET", target: "/", host: "a", headers: &[] };
+        for mismatch in Mismatch::ALL {
+            let value = Some(HeaderValue::Secret(secret.clone()));
+            let header = HeaderRule { name: "x".into(), value, mismatch };
+            let rule = HttpRule { headers: vec![header], ..HttpRule::default() };
+            assert_eq!(rule.lacks(&there), None);
+            let harmless = matches!(mismatch, Mismatch::Log | Mismatch::Delete);
+            assert_eq!(rule.lacks(&Secrets::default()), Some(&secret).filter(|_| !harmless));
+            let writes = matches!(mismatch, Mismatch::Add | Mismatch::Replace);
+            let wants = rule.difference(&request, &Secrets::default()) == Difference::Secret;
+            assert_eq!(wants, writes, "{mismatch:?}");
+            assert_ne!(rule.difference(&request, &there), Difference::Secret);
         }
     }
 

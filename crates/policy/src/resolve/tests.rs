@@ -5,7 +5,7 @@ use crate::{
     arbitrary::{self, Packet, Random, World},
     compile::{Chunk, RuleSource},
     evaluate::{End, Verdict, evaluate, evaluate_inside},
-    l7::{Demand, HttpMatcher, HttpRule, Question, Secrets},
+    l7::{Demand, HttpMatcher, HttpRule, Question},
     label::Label,
     model::{
         Action, Application, Cidr, Entry, Peer, Peers, PolicyKind, PortMatch, PortSpec, Ports,
@@ -118,7 +118,7 @@ fn scope(world: &World, subject: &End) -> (bool, Vec<(PolicyRef, usize)>) {
 #[test]
 fn tables_say_what_the_oracle_says() {
     let (mut pairs, mut proxied, mut admitted, mut by_name) = (0, 0, 0, 0);
-    let secrets = Secrets::default();
+    let secrets = arbitrary::secrets();
     for seed in 0..3000 {
         let mut random = Random::new(seed);
         let world = arbitrary::world(&mut random);

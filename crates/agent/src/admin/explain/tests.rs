@@ -1,6 +1,6 @@
 //! By tables that the resolver filled, as in the agent.
 
-use palisade_api::{convert::convert, routing::Routing};
+use palisade_api::{admin::Inside, convert::convert, routing::Routing};
 use palisade_policy::model::PolicyKind;
 use serde_json::{Value, json};
 
@@ -13,6 +13,7 @@ use crate::{
         namespaces::Namespace,
         pods::Endpoint,
         policies::PolicyObject,
+        secrets::Secret,
         services::{EndpointSlice, ServicePort, SliceBackend},
     },
 };
@@ -97,6 +98,16 @@ impl World {
     }
 
     fn explain(&self, from: &str, to: &str, port: u16) -> Result<Explanation, NoAnswer> {
+        self.explain_inside(from, to, port, None)
+    }
+
+    fn explain_inside(
+        &self,
+        from: &str,
+        to: &str,
+        port: u16,
+        inside: Option<Inside>,
+    ) -> Result<Explanation, NoAnswer> {
         let refused = self.tables.policies.rows();
         let last_good = refused
             .filter_map(|object| {
@@ -104,7 +115,7 @@ impl World {
             })
             .collect();
         let (from, to) = (from.to_owned(), to.to_owned());
-        let asked = Explain { from, to, protocol: 6, port, inside: None };
+        let asked = Explain { from, to, protocol: 6, port, inside };
         explain(&self.scope, &self.tables, &last_good, &asked)
     }
 
@@ -188,6 +199,39 @@ fn names_learned_on_another_node_are_asked_for_there() {
     world.pod("client", OWN, 9);
     let error = unknown(world.explain("client", "203.0.113.5", 80));
     assert!(error.contains("once it is connected"), "{error}");
+}
+
+#[test]
+fn rules_have_the_values_of_secrets_as_the_proxy_has_them() {
+    let mut world = World::with(&["client", "server"]);
+    let secret = json!({ "name": "x-token", "secret": { "name": "token" }, "mismatch": "REPLACE" });
+    world.policy(&json!({
+        "endpointSelector": { "matchLabels": { "app": "server" } },
+        "ingress": [{ "toPorts": [{
+            "ports": [{ "port": "80", "protocol": "TCP" }],
+            "rules": { "http": [{}, { "path": "/x", "headerMatches": [secret] }] },
+        }] }],
+    }));
+    let ask = |world: &World, target: &str| {
+        let (method, target, host) = ("GET".into(), target.into(), String::new());
+        let inside = Some(Inside::Http { method, target, host });
+        let found = world.explain_inside("client", "server", 80, inside).unwrap();
+        (found.allowed, found.ends.into_iter().find(|end| end.direction == "ingress").unwrap())
+    };
+    assert!(ask(&world, "/y").0);
+    let (allowed, end) = ask(&world, "/x");
+    assert!(!allowed, "another rule allows it, and the header would stay as it is");
+    assert!(end.verdict.ends_with("for want of Secret default/token"), "{end:?}");
+    assert!(end.nearest.unwrap().contains("rules.http[1] allows /x, and needs Secret"));
+    let name = ObjectName::new("palisade-secrets", "default.token");
+    let data = |value: &[u8]| BTreeMap::from([("value".to_owned(), value.to_vec())]);
+    world.put(Intent::Secret(Change::Put(Secret { name: name.clone(), data: data(b"1\n") })));
+    assert!(!ask(&world, "/x").0, "no value of a header");
+    world.put(Intent::Secret(Change::Put(Secret { name: name.clone(), data: data(b"1") })));
+    let (allowed, end) = ask(&world, "/x");
+    assert!(allowed && end.rules.len() == 1, "{end:?}");
+    world.put(Intent::Secret(Change::Delete(name)));
+    assert!(!ask(&world, "/x").0);
 }
 
 const CLUSTER_IP: &str = "10.96.0.9";

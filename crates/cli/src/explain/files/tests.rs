@@ -1,6 +1,6 @@
 use std::{fs, thread};
 
-use palisade_api::admin::Inside;
+use palisade_api::admin::{ExplainedEnd, Inside};
 
 use super::*;
 
@@ -38,18 +38,22 @@ fn ask(from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
 }
 
 fn ask_in(world: &str, from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
-    let name = format!("explain-{}-{:?}.yaml", std::process::id(), thread::current().id());
-    let file = std::env::temp_dir().join(name);
-    fs::write(&file, world).unwrap();
     let inside = inside.map(|(method, target)| Inside::Http {
         method: method.into(),
         target: target.into(),
         host: String::new(),
     });
-    let asked = Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside };
-    let explanation = explain(std::slice::from_ref(&file), &asked).unwrap();
+    answer(world, Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside })
+        .unwrap()
+}
+
+fn answer(world: &str, asked: Explain) -> Result<Explanation> {
+    let name = format!("explain-{}-{:?}.yaml", std::process::id(), thread::current().id());
+    let file = std::env::temp_dir().join(name);
+    fs::write(&file, world).unwrap();
+    let answer = explain(std::slice::from_ref(&file), &asked);
     fs::remove_file(file).unwrap();
-    explanation
+    answer
 }
 
 const SERVICE: &str = r#"
@@ -60,14 +64,8 @@ spec: {clusterIP: 10.96.0.9, selector: {class: star}, ports: [{port: 8000, targe
 "#;
 
 fn ask_service(world: &str, from: &str, to: &str, port: u16) -> Result<Explanation> {
-    let name = format!("explain-{}-{:?}.yaml", std::process::id(), thread::current().id());
-    let file = std::env::temp_dir().join(name);
-    fs::write(&file, world).unwrap();
     let (from, to) = (from.into(), to.into());
-    let asked = Explain { from, to, protocol: 6, port, inside: None };
-    let answer = explain(std::slice::from_ref(&file), &asked);
-    fs::remove_file(file).unwrap();
-    answer
+    answer(world, Explain { from, to, protocol: 6, port, inside: None })
 }
 
 #[test]
@@ -222,4 +220,181 @@ fn files_answer_as_the_cluster_would() {
     }
     let connection = ask("ship", 80, None);
     assert!(connection.allowed && connection.ends.iter().any(|end| end.proxied));
+}
+
+/// Port 81 of the star, for requests by these rules.
+fn into_star(http: &str) -> String {
+    format!(
+        "{WORLD}---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: rule2}}
+spec:
+  endpointSelector: {{matchLabels: {{class: star}}}}
+  ingress:
+  - toPorts: [{{ports: [{{port: '81', protocol: TCP}}], rules: {{http: {http}}}}}]
+"
+    )
+}
+
+fn secret(namespace: &str, name: &str, data: &str) -> String {
+    format!(
+        "---\n{{apiVersion: v1, kind: Secret, metadata: {{name: {name}, namespace: {namespace}}}, \
+         {data}}}\n"
+    )
+}
+
+/// Whether the ship may ask the star for a page, and what the star's policies say.
+fn page(world: &str) -> (bool, ExplainedEnd) {
+    let answer = ask_in(world, "ship", 81, Some(("GET", "/")));
+    let end = answer.ends.into_iter().find(|end| end.direction == "ingress").unwrap();
+    (answer.allowed, end)
+}
+
+#[test]
+fn a_rule_has_the_value_of_its_secret_or_says_that_it_lacks_it() {
+    let there = secret("palisade-secrets", "default.token", "stringData: {value: s3cret}");
+    for (mismatch, with, without) in [
+        ("", false, false),
+        (", mismatch: LOG", true, true),
+        (", mismatch: DELETE", true, true),
+        (", mismatch: ADD", true, false),
+        (", mismatch: REPLACE", true, false),
+    ] {
+        let world = into_star(&format!(
+            "[{{headerMatches: [{{name: x-token, secret: {{name: token}}{mismatch}}}]}}]"
+        ));
+        let (allowed, end) = page(&format!("{world}{there}"));
+        assert_eq!((allowed, end.rules.len()), (with, usize::from(with)), "{mismatch}: {end:?}");
+        let lack = "rules.http[0] allows ";
+        let copy = "Secret default/token, of which there is no copy `default.token`";
+        let lacks = |end: &ExplainedEnd| {
+            let nearest = end.nearest.as_deref().unwrap_or_default();
+            assert_eq!(nearest.contains(copy), nearest.contains("and needs"), "{nearest}");
+            nearest.contains(lack) && nearest.contains(copy)
+        };
+        assert!(!lacks(&end), "{mismatch}: {end:?}");
+        let (allowed, end) = page(&world);
+        assert_eq!((allowed, lacks(&end)), (without, !without), "{mismatch}: {end:?}");
+        let wanting = end.verdict.ends_with("for want of Secret default/token");
+        assert_eq!(wanting, with && !without, "{mismatch}: {end:?}");
+    }
+}
+
+#[test]
+fn secrets_count_as_in_the_cluster() {
+    let world =
+        into_star("[{headerMatches: [{name: x-token, secret: {name: token}, mismatch: REPLACE}]}]");
+    let (home, copy) = ("palisade-secrets", "default.token");
+    for (namespace, name, data, counts) in [
+        (home, copy, "data: {value: czNjcmV0}", true),
+        (home, copy, "data: {value: Cg==}, stringData: {value: s3cret}", true),
+        (home, copy, "data: {value: Cg==}", false),
+        (home, copy, "stringData: {a: s3cret, b: s3cret}", false),
+        (home, "other.token", "stringData: {value: s3cret}", false),
+        ("default", copy, "stringData: {value: s3cret}", false),
+        ("default", "token", "stringData: {value: s3cret}", false),
+    ] {
+        let (allowed, end) = page(&format!("{world}{}", secret(namespace, name, data)));
+        assert_eq!(allowed, counts, "{namespace}/{name} {data}: {end:?}");
+    }
+}
+
+#[test]
+fn rules_are_judged_together_as_the_proxy_does() {
+    let setting = "{headerMatches: [{name: x-token, secret: {name: token}, mismatch: REPLACE}]}";
+    let there = secret("palisade-secrets", "default.token", "stringData: {value: s3cret}");
+    for rules in [format!("[{{}}, {setting}]"), format!("[{setting}, {{}}]")] {
+        let world = into_star(&rules);
+        let (allowed, end) = page(&world);
+        assert!(!allowed && end.verdict.contains("for want of Secret default/token"), "{end:?}");
+        assert!(end.nearest.unwrap().contains("Secret default/token"));
+        assert!(page(&format!("{world}{there}")).0);
+    }
+    // Those of other policies too, and what asks for nothing.
+    let plain = "---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: rule3}
+spec:
+  endpointSelector: {matchLabels: {class: star}}
+  ingress: [{toPorts: [{ports: [{port: '81', protocol: TCP}]}]}]
+";
+    let world = format!("{}{plain}", into_star(&format!("[{setting}]")));
+    assert!(!page(&world).0);
+    let (allowed, end) = page(&format!("{world}{there}"));
+    let rules: Vec<&str> = end.rules.iter().map(|rule| &*rule.policy).collect();
+    let both = ["CiliumNetworkPolicy default/rule2", "CiliumNetworkPolicy default/rule3"];
+    assert!(allowed && rules == both, "{rules:?}");
+    let elsewhere =
+        into_star(&format!("[{{}}, {}]", setting.replace("{header", "{path: /x, header")));
+    assert!(page(&elsewhere).0, "a rule for another path has no say");
+}
+
+#[test]
+fn the_receiver_is_asked_about_what_the_sender_sends() {
+    let from_ship = |http: &str| {
+        format!(
+            "---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {{name: rule3}}
+spec:
+  endpointSelector: {{matchLabels: {{org: empire}}}}
+  egress:
+  - toPorts: [{{ports: [{{port: '81', protocol: TCP}}], rules: {{http: {http}}}}}]
+"
+        )
+    };
+    let there = secret("palisade-secrets", "default.token", "stringData: {value: s3cret}");
+    let adds = |name: &str, value: &str| {
+        format!("[{{headerMatches: [{{name: {name}, {value}, mismatch: ADD}}]}}]")
+    };
+    let demands = into_star("[{headerMatches: [{name: X-Token, secret: {name: token}}]}]");
+    for (sends, allowed) in [
+        (String::new(), false),
+        (from_ship("[{}]"), false),
+        (from_ship(&adds("x-token", "value: s3cret")), true),
+        (from_ship(&adds("x-token", "secret: {name: token}")), true),
+        (from_ship(&adds("x-token", "value: wrong")), false),
+        (from_ship(&adds("x-tok", "value: s3cret")), false),
+        (from_ship("[{path: /other}]"), false),
+    ] {
+        let (found, end) = page(&format!("{demands}{sends}{there}"));
+        assert_eq!(found, allowed, "{sends}: {end:?}");
+    }
+    // A header that says who asks is one like others.
+    let demands = into_star("[{headers: ['Proxy-Authorization: Basic eA==']}]");
+    assert!(!page(&demands).0);
+    let sends = from_ship(&adds("proxy-authorization", "value: Basic eA=="));
+    assert!(page(&format!("{demands}{sends}")).0);
+}
+
+#[test]
+fn server_names_are_those_that_the_proxy_reads() {
+    let policy = "---
+apiVersion: cilium.io/v2
+kind: CiliumNetworkPolicy
+metadata: {name: rule2}
+spec:
+  endpointSelector: {matchLabels: {class: star}}
+  ingress:
+  - toPorts: [{ports: [{port: '443', protocol: TCP}], serverNames: [a.com]}]
+";
+    let world = format!("{WORLD}{policy}");
+    for (name, allowed, resets) in [
+        ("a.com", true, false),
+        ("A.com", true, false),
+        ("b.com", false, false),
+        ("a.com.", false, true),
+        ("", false, true),
+    ] {
+        let (from, to) = ("ship".into(), "star".into());
+        let inside = Some(Inside::Tls(name.into()));
+        let found = answer(&world, Explain { from, to, protocol: 6, port: 443, inside }).unwrap();
+        let end = found.ends.iter().find(|end| end.direction == "ingress").unwrap();
+        assert_eq!(found.allowed, allowed, "{name}");
+        assert_eq!(end.verdict.contains("the proxy resets"), resets, "{end:?}");
+        assert_eq!(end.nearest.is_some(), !allowed && !resets, "{end:?}");
+    }
 }
