@@ -24,7 +24,9 @@ const NAMES: &str = "spec: {endpointSelector: {matchLabels: {app: near}}, egress
 const SECRETIVE: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
     fromEndpoints: [{matchLabels: {app: near}}],
     toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [
-        {path: '/secret', headerMatches: [{name: x-token, secret: {name: token}}]}]}}]}]}";
+        {path: '/secret', headerMatches: [{name: x-token, secret: {name: token}}]},
+        {path: '/(set|open)'},
+        {path: '/set', headerMatches: [{name: x-token, secret: {name: token}, mismatch: REPLACE}]}]}}]}]}";
 
 /// Waits until `palisade observe` prints just one line that holds all of the words.
 fn sees(lab: &Lab, args: &[&str], words: &[&str]) {
@@ -178,20 +180,48 @@ fn a_secret_that_is_not_there(lab: &Lab) {
     let field = "spec.ingress[0].toPorts[0].rules.http[0].headerMatches";
     says("False", &["SecretMissing", field, "default.token", "palisade-secrets"]);
     let (server, near) = (lab.pod("default", "server"), lab.pod("default", "near"));
-    let ask = |token: &str| {
+    let get = |target: &str, token: &str| {
         let mut client = Client::connect(&near, SocketAddr::new(server.addresses[0], PORT)).ok()?;
-        client.ask_with("GET", "/secret", &format!("x-token: {token}\r\n")).ok()
+        client.ask_with("GET", target, &format!("x-token: {token}\r\n")).ok()
     };
+    let ask = |token: &str| get("/secret", token);
     for token in ["", "right"] {
         assert_eq!(ask(token), Some(403), "nothing opens without the Secret");
     }
+    let wanting = "denied by the proxy for want of Secret default/token";
+    assert_eq!((get("/set", "own"), get("/open", "own")), (Some(403), Some(200)));
+    is_explained(lab, "/set", false, wanting);
+    is_explained(lab, "/secret", false, "needs Secret default/token, of which there is no copy");
+    is_explained(lab, "/open", true, "rules.http");
     lab.try_kubectl(&["create", "namespace", "palisade-secrets"]);
     let create = ["create", "secret", "generic", "default.token", "--from-literal=value=right"];
     lab.kubectl(&[&["-n", "palisade-secrets"], &create[..]].concat());
     says("True", &["Accepted"]);
     eventually("the right header passes", || ask("right") == Some(200));
     assert_eq!(ask("wrong"), Some(403));
+    assert_eq!(get("/set", "own"), Some(200));
+    is_explained(lab, "/set", true, "rules.http");
+    is_explained(lab, "/secret", false, "with header x-token as in Secret default/token\n");
     lab.kubectl(&["-n", "palisade-secrets", "delete", "secret", "default.token"]);
     says("False", &["SecretMissing", field, "default.token", "palisade-secrets"]);
     assert_eq!(ask("right"), Some(403), "what was taken away opens nothing any more");
+    assert_eq!(get("/set", "own"), Some(403));
+    is_explained(lab, "/set", false, wanting);
+}
+
+/// Of a request without headers of its own: by the agent, and from files.
+fn is_explained(lab: &Lab, target: &str, allowed: bool, words: &str) {
+    let objects = lab.kubectl(&["get", "pods,cnp", "-o", "yaml"]);
+    let secrets = lab.kubectl(&["-n", "palisade-secrets", "get", "secrets", "-o", "yaml"]);
+    let file = std::env::temp_dir().join(format!("explained-{}.yaml", std::process::id()));
+    std::fs::write(&file, format!("{objects}\n---\n{secrets}")).unwrap();
+    let request = format!("GET {target}");
+    let live = ["policy", "explain", "--from", "near", "--to", "server", "--port", "8080"];
+    let live = [&live[..], &["--http", &request]].concat();
+    let from_files = [&live[..], &["-f", file.to_str().unwrap()]].concat();
+    for args in [live, from_files] {
+        let (code, text) = palisade(lab, &args);
+        assert_eq!((code, text.contains(words)), (i32::from(!allowed), true), "{args:?}: {text}");
+    }
+    std::fs::remove_file(file).unwrap();
 }
