@@ -74,13 +74,13 @@ pub enum L7 {
     Tls {
         /// Server name, where there was one.
         server_name: Option<String>,
-        /// Why the proxy ended the connection that it had let pass.
+        /// Why the connection ended that the proxy had let pass.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         error: Option<String>,
     },
     /// A connection whose content nobody asked about.
     Stream {
-        /// Why the proxy ended it.
+        /// Why it ended, or did not begin.
         error: String,
     },
 }
@@ -141,6 +141,9 @@ pub struct Dns {
     pub ttl: Option<u32>,
     /// From the question to the answer.
     pub latency_ns: u64,
+    /// Why there was no answer, or not the server's, where the code does not tell it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub error: Option<String>,
 }
 
 /// Text from the network as one printable word: whatever is not a visible ASCII character becomes

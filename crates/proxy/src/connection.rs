@@ -10,7 +10,7 @@ use crate::{
     Proxy,
     buffer::Buffer,
     dns, http,
-    judge::{Application, Gate},
+    judge::{Application, Gate, Judged},
     net, relay, tls,
 };
 
@@ -26,50 +26,47 @@ pub(crate) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, client: SocketA
     match gate.application() {
         Application::Http => http::serve(&gate, stream).await,
         Application::Anything => {
-            let is_allowed = || gate.application() == Application::Anything;
-            if pass(&gate, stream, Buffer::default(), is_allowed).await == Passed::Cut {
-                let error = gate.why_cut().to_owned();
-                gate.record(&gate.judge_stream().refused(), L7::Stream { error });
+            let judge = || gate.judge_stream();
+            if let Some((judged, why)) = pass(&gate, stream, Buffer::default(), judge).await {
+                gate.record(&judged, L7::Stream { error: why.to_owned() });
             }
         }
         Application::Dns => dns::serve_tcp(proxy, stream, client).await,
         Application::Tls => tls::serve(&gate, stream).await,
-        Application::Denied => net::reset(&stream),
+        Application::Denied => {
+            let error = gate.why_denied();
+            gate.record(&gate.judge_stream().refused(), L7::Stream { error });
+            net::reset(&stream);
+        }
     }
 }
 
-/// How a connection ended.
-#[derive(PartialEq, Eq)]
-pub(crate) enum Passed {
-    /// By itself.
-    ToItsEnd,
-    /// It was no longer allowed.
-    Cut,
-}
-
-/// Relays whatever is said, what was read already first, as long as it is allowed.
+/// Relays whatever is said, what was read already first, as long as it is allowed. Returns what is
+/// to be told where neither side ended it.
 pub(crate) async fn pass(
     gate: &Gate,
     client: TcpStream,
     mut from_client: Buffer,
-    is_allowed: impl FnMut() -> bool,
-) -> Passed {
+    judge: impl Fn() -> Judged,
+) -> Option<(Judged, &'static str)> {
     let Ok(server) = gate.connect().await else {
         net::reset(&client);
-        return Passed::ToItsEnd;
+        return Some((judge(), Gate::UNREACHABLE));
     };
     let mut from_server = Buffer::default();
-    let (relayed, passed) = tokio::select! {
+    let (relayed, told) = tokio::select! {
         // The rules may be others than before the connection was made.
         biased;
-        () = gate.until(gate.generation(), is_allowed) => (false, Passed::Cut),
+        () = gate.until(gate.generation(), || judge().allowed) => {
+            (false, Some((judge().refused(), gate.why_cut())))
+        }
         relayed = relay::run((&client, &mut from_client), (&server, &mut from_server)) => {
-            (relayed.is_ok(), Passed::ToItsEnd)
+            (relayed.is_ok(), None)
         }
     };
     if !relayed {
         net::reset(&client);
         net::reset(&server);
     }
-    passed
+    told
 }

@@ -50,6 +50,18 @@ pub enum Application {
     Tls,
 }
 
+impl Application {
+    /// Name of the protocol, where it is one.
+    const fn protocol(self) -> Option<&'static str> {
+        match self {
+            Self::Denied | Self::Anything => None,
+            Self::Http => Some("HTTP"),
+            Self::Dns => Some("DNS"),
+            Self::Tls => Some("TLS"),
+        }
+    }
+}
+
 /// What the rules of one end ask, ready to be asked.
 pub enum End {
     /// Nothing passes.
@@ -288,6 +300,17 @@ impl Ends {
             _ => Application::Denied,
         }
     }
+
+    /// Why they agree on nothing.
+    fn why_denied(&self) -> String {
+        let asks = |end: &Option<Arc<End>>| end.as_ref()?.application().protocol();
+        match (asks(&self.egress), asks(&self.ingress)) {
+            (Some(client), Some(server)) => {
+                format!("the client's policy asks for {client}, the server's for {server}")
+            }
+            _ => "no rule allows it".into(),
+        }
+    }
 }
 
 /// Judges what is said on one connection, always by the newest rules.
@@ -420,6 +443,9 @@ impl Judged {
 }
 
 impl Gate {
+    /// For the log: a server does not take the connection.
+    pub const UNREACHABLE: &str = "the server cannot be reached";
+
     /// Looks up what is asked of a connection.
     #[must_use]
     pub fn new(proxy: &Arc<Proxy>, protocol: u8, client: SocketAddr, server: SocketAddr) -> Self {
@@ -534,7 +560,7 @@ impl Gate {
     ///
     /// # Errors
     ///
-    /// As `connect` has it.
+    /// As [`net::connect_as`].
     pub async fn connect(&self) -> io::Result<TcpStream> {
         let own = self.proxy.rules.load().peer(self.server.ip()).host;
         if own {
@@ -572,6 +598,12 @@ impl Gate {
     pub fn log_cut(&self, asked: &Asked<'_>, fields: &Fields) {
         let judged = self.judge(asked, &fields.iter().collect::<Vec<_>>()).refused();
         self.log(asked, &judged, None, Some(self.why_cut()));
+    }
+
+    /// Why nothing may be said, by the newest rules.
+    #[must_use]
+    pub fn why_denied(&self) -> String {
+        self.ends().why_denied()
     }
 
     /// Why something ends that was allowed.

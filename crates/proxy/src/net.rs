@@ -9,9 +9,14 @@ use std::{
 
 use palisade_abi::mark;
 use socket2::{Domain, Protocol, SockAddr, Socket, TcpKeepalive, Type};
-use tokio::net::{TcpSocket, TcpStream};
+use tokio::{
+    net::{TcpSocket, TcpStream},
+    time::timeout,
+};
 
 const BACKLOG: i32 = 4096;
+/// For a server to take a connection.
+pub(crate) const CONNECT_TIME: Duration = Duration::from_secs(5);
 const PROBE_AFTER: Duration = Duration::from_secs(120);
 const PROBE_EVERY: Duration = Duration::from_secs(30);
 
@@ -55,7 +60,7 @@ pub fn transparent(address: SocketAddr, kind: Type, protocol: Protocol) -> io::R
 ///
 /// # Errors
 ///
-/// As `connect` has it.
+/// As `connect` has it, or the server says nothing for long.
 pub async fn connect_as(client: SocketAddr, server: SocketAddr) -> io::Result<TcpStream> {
     match connect_from(Some(client), server).await {
         Err(error) if is_taken(&error) => {
@@ -69,7 +74,7 @@ pub async fn connect_as(client: SocketAddr, server: SocketAddr) -> io::Result<Tc
 ///
 /// # Errors
 ///
-/// As `connect` has it.
+/// As [`connect_as`].
 pub async fn connect_own(server: SocketAddr) -> io::Result<TcpStream> {
     connect_from(None, server).await
 }
@@ -82,7 +87,8 @@ async fn connect_from(local: Option<SocketAddr>, server: SocketAddr) -> io::Resu
         socket.set_reuse_address(true)?;
         socket.bind(&SockAddr::from(local))?;
     }
-    let stream = TcpSocket::from_std_stream(socket.into()).connect(server).await?;
+    let connected = TcpSocket::from_std_stream(socket.into()).connect(server);
+    let stream = timeout(CONNECT_TIME, connected).await??;
     keep_alive(&stream);
     Ok(stream)
 }

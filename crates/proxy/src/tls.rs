@@ -14,7 +14,7 @@ use tokio::{net::TcpStream, time::timeout};
 
 use crate::{
     buffer::Buffer,
-    connection::{self, Passed},
+    connection,
     judge::{Application, Gate},
     net,
 };
@@ -38,10 +38,8 @@ pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
         return net::reset(&client);
     };
     gate.record(&judged, L7::Tls { server_name: server_name.clone(), error: None });
-    let passed = connection::pass(gate, client, buffer, || allowed(&name).allowed).await;
-    if passed == Passed::Cut {
-        let error = Some(gate.why_cut().to_owned());
-        gate.record(&allowed(&name).refused(), L7::Tls { server_name, error });
+    if let Some((judged, why)) = connection::pass(gate, client, buffer, || allowed(&name)).await {
+        gate.record(&judged, L7::Tls { server_name, error: Some(why.to_owned()) });
     }
 }
 

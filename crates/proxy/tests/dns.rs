@@ -15,11 +15,12 @@ use std::{
     io::Write,
     net::{Ipv6Addr, Shutdown, UdpSocket},
     thread,
-    time::Instant,
+    time::{Duration, Instant},
 };
 
 use message::{A, AAAA, Message, RESPONSE, TRUNCATED, address, cname, opt, option, question, raw};
 use name_server::{Asked, NameServer, Say, frame, framed};
+use palisade_abi::protocol;
 use palisade_api::{
     flow::{Dns, L7},
     proxy::{AccessRecord, Rules, ToProxy},
@@ -405,10 +406,22 @@ fn one_pod_cannot_use_up_what_others_need() {
     server.wait(256 + 1);
     silent(&greedy);
     assert_eq!(server.asked().len(), 256 + 1);
+    let excess = |is_tcp: bool| {
+        world.agent.record(|record| {
+            let error = dns_of(record).error.as_deref();
+            let protocol = if is_tcp { protocol::TCP } else { protocol::UDP };
+            record.protocol == protocol && error.is_some_and(|why| why.contains("too many"))
+        })
+    };
+    let record = excess(false);
+    assert!(!record.allowed && record.client.ip() == CLIENT4);
+    assert_eq!(dns_of(&record).query, "mute.cdn.example.com");
     // Nor can it by streams.
+    thread::sleep(Duration::from_secs(1));
     let mut stream = connect(&world, SERVER4);
     stream.write_all(&frame(&query("api.example.com"))).unwrap();
     assert!(framed(&mut stream).is_none());
+    assert!(!excess(true).allowed);
 }
 
 #[test]

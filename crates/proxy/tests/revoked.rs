@@ -13,7 +13,6 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream, UdpSocket},
-    process::Command,
     thread,
     time::{Duration, Instant},
 };
@@ -29,7 +28,7 @@ use nix::{
 use palisade_api::{flow::L7, proxy::ToProxy};
 use palisade_policy::{l7::NamePattern, model::Application};
 use world::{
-    CLIENT4, CLIENT6, Namespace, SERVER4, SERVER6, WAIT, World,
+    CLIENT4, CLIENT6, HOLD, Namespace, RELEASE, SERVER4, SERVER6, WAIT, World,
     agent::{http, rules},
     origin::Origin,
 };
@@ -53,10 +52,6 @@ fn question() -> Vec<u8> {
 fn framed_question() -> Vec<u8> {
     let message = question();
     [&u16::try_from(message.len()).unwrap().to_be_bytes()[..], &message].concat()
-}
-
-fn nft(namespace: &Namespace, rules: &'static str) {
-    namespace.run(move || assert!(Command::new("nft").arg(rules).status().unwrap().success()));
 }
 
 /// Waits until the proxy asks for so many connections and has none of them.
@@ -126,15 +121,13 @@ fn nothing_that_waits_for_its_connection_outlives_the_rules() {
     };
     for (kind, before, after, bytes, end) in cases {
         for server in [SERVER4, SERVER6] {
-            let hold = "add table inet hold; add chain inet hold in { type filter hook input priority 0; }; \
-                        add rule inet hold in tcp flags & (syn|ack) == syn drop";
-            nft(&world.server, hold);
+            world.server.nft(HOLD);
             put(before.clone());
             let mut stream = world.connect(server);
             stream.write_all(&bytes).unwrap();
             await_begun(&world, 1);
             put(after.clone());
-            nft(&world.server, "delete table inet hold");
+            world.server.nft(RELEASE);
             read_until(&mut stream, end);
             drop(stream);
             await_begun(&world, 0);

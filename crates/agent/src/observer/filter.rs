@@ -179,6 +179,7 @@ mod tests {
             addresses: Vec::new(),
             ttl: None,
             latency_ns: 1,
+            error: None,
         })))
     }
 

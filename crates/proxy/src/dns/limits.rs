@@ -13,6 +13,9 @@ const MOST_OF_CLIENT: usize = 256;
 /// For clients that have none yet.
 const RESERVED: usize = 512;
 
+/// For the log.
+pub(super) const TOO_MANY: &str = "dropped: too many questions are under way";
+
 /// Questions under way.
 #[derive(Default)]
 pub(super) struct Limits(Mutex<UnderWay>);

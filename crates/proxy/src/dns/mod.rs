@@ -9,12 +9,14 @@
 //! | `upstream` | what does the server say? |
 //! | `known` | what was the client told before? |
 //! | `pace`, `limits` | may the client ask one more? |
+//! | `excess` | of whom is it told that it may not? |
 //! | `turns` | whose question is next? |
 //! | `udp`, `raw`, `tcp` | how do questions come in, and answers go out? |
 //!
 //! The client's bytes are passed on as they are, but for the id; so are the server's.
 
 mod answer;
+mod excess;
 mod known;
 mod limits;
 mod message;
@@ -49,6 +51,7 @@ pub use self::{
     udp::{Sockets, sockets},
 };
 use self::{
+    excess::Told,
     known::{Knowledge, Known, Pod},
     limits::Limits,
 };
@@ -97,13 +100,14 @@ pub struct Dns {
     agent: Agent,
     limits: Arc<Limits>,
     known: Mutex<Known>,
+    told: Mutex<Told>,
 }
 
 impl Dns {
     /// Asks `agent` to have learned addresses in force.
     #[must_use]
     pub fn new(agent: Agent) -> Self {
-        Self { agent, limits: Arc::default(), known: Mutex::default() }
+        Self { agent, limits: Arc::default(), known: Mutex::default(), told: Mutex::default() }
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
@@ -152,25 +156,40 @@ pub(crate) async fn serve_tcp(proxy: &Arc<Proxy>, stream: TcpStream, client: Soc
 async fn exchange(proxy: &Arc<Proxy>, flow: Flow, message: &[u8]) -> Option<Vec<u8>> {
     let begun = Instant::now();
     let gate = Gate::new(proxy, flow.transport.protocol(), flow.client, flow.server);
+    let received = Question::read(message);
     if gate.application() == Application::Denied {
+        let denied = flow::Dns { error: Some(gate.why_denied()), ..asked(&received, begun) };
+        gate.record(&gate.judge_stream().refused(), L7::Dns(denied));
         return None;
     }
-    match Question::read(message) {
+    match received {
         Received::Noise => None,
-        Received::Rejected(rejected) => {
-            let (name, kind) = rejected.question.as_ref().map_or_else(
-                || (String::new(), String::new()),
-                |(name, kind)| (name.text(), type_name(*kind)),
-            );
+        Received::Rejected(ref rejected) => {
             let rcode = Some(rejected.rcode.to_string());
-            gate.record(&Judged::unasked(), record(&name, kind, rcode, None, begun));
-            Some(rejected.reply)
+            let refused = flow::Dns { rcode, ..asked(&received, begun) };
+            gate.record(&Judged::unasked(), L7::Dns(refused));
+            Some(rejected.reply.clone())
         }
         Received::Question(question) => {
             let name = question.name.text();
             Exchange { proxy, flow, gate, question, name, begun }.run(message).await
         }
     }
+}
+
+/// Records a question that is dropped unjudged, unless another one of the client was just now.
+fn record_excess(proxy: &Arc<Proxy>, flow: Flow, message: &[u8], why: &str) {
+    let begun = Instant::now();
+    let is_due = {
+        let mut told = proxy.dns.told.lock().unwrap_or_else(PoisonError::into_inner);
+        told.is_due(flow.client.ip(), begun)
+    };
+    if !is_due {
+        return;
+    }
+    let asked = asked(&Question::read(message), begun);
+    let gate = Gate::new(proxy, flow.transport.protocol(), flow.client, flow.server);
+    gate.record(&Judged::unasked(), L7::Dns(flow::Dns { error: Some(why.into()), ..asked }));
 }
 
 /// What a client is about to hear, of a name that opens addresses.
@@ -210,7 +229,7 @@ impl Exchange<'_> {
             Ok(Ok(answered)) => answered,
             Ok(Err(error)) => {
                 tracing::debug!(%error, server = %self.flow.server, "the server cannot be asked");
-                return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+                return Some(self.fail(&judged, "the server cannot be asked"));
             }
             Err(_) => {
                 self.record(&judged, None, None);
@@ -293,9 +312,27 @@ impl Exchange<'_> {
         self.question.reply(rcode)
     }
 
+    /// The same, for something that is neither the rules' nor the server's doing.
+    fn fail(&self, judged: &Judged, why: &str) -> Vec<u8> {
+        let rcode = Rcode::SERVER_FAILURE;
+        let (code, error) = (Some(rcode.to_string()), Some(why.to_owned()));
+        self.gate.record(judged, L7::Dns(flow::Dns { rcode: code, error, ..self.unanswered() }));
+        self.question.reply(rcode)
+    }
+
     fn record(&self, judged: &Judged, rcode: Option<Rcode>, answer: Option<&Answer>) {
-        let (kind, rcode) = (type_name(self.question.kind), rcode.map(|rcode| rcode.to_string()));
-        self.gate.record(judged, record(&self.name, kind, rcode, answer, self.begun));
+        let told = answer.filter(|answer| !answer.addresses.is_empty());
+        let record = flow::Dns {
+            rcode: rcode.map(|rcode| rcode.to_string()),
+            addresses: told.map_or_else(Vec::new, |answer| answer.addresses.clone()),
+            ttl: told.map(|answer| answer.ttl),
+            ..self.unanswered()
+        };
+        self.gate.record(judged, L7::Dns(record));
+    }
+
+    fn unanswered(&self) -> flow::Dns {
+        unanswered(self.name.clone(), type_name(self.question.kind), self.begun)
     }
 }
 
@@ -306,20 +343,25 @@ fn is_outside(snapshot: &Snapshot, address: IpAddr) -> bool {
         && identity::is_world(snapshot.peer(address).identity)
 }
 
-fn record(
-    name: &str,
-    qtype: String,
-    rcode: Option<String>,
-    answer: Option<&Answer>,
-    begun: Instant,
-) -> L7 {
-    let told = answer.filter(|answer| !answer.addresses.is_empty());
-    L7::Dns(flow::Dns {
-        query: name.to_owned(),
+/// As much as can be told of what a client sent.
+fn asked(received: &Received, begun: Instant) -> flow::Dns {
+    let (name, kind) = match received {
+        Received::Question(question) => (&question.name, question.kind),
+        Received::Rejected(Rejected { question: Some((name, kind)), .. }) => (name, *kind),
+        _ => return unanswered(String::new(), String::new(), begun),
+    };
+    unanswered(name.text(), type_name(kind), begun)
+}
+
+/// A question without an answer.
+fn unanswered(query: String, qtype: String, begun: Instant) -> flow::Dns {
+    flow::Dns {
+        query,
         qtype,
-        rcode,
-        addresses: told.map_or_else(Vec::new, |answer| answer.addresses.clone()),
-        ttl: told.map(|answer| answer.ttl),
+        rcode: None,
+        addresses: Vec::new(),
+        ttl: None,
         latency_ns: u64::try_from(begun.elapsed().as_nanos()).unwrap_or(u64::MAX),
-    })
+        error: None,
+    }
 }

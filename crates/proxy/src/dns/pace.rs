@@ -21,6 +21,9 @@ const MANY: usize = 1024;
 /// How often it is told that somebody is too fast.
 const TELL: Duration = Duration::from_secs(10);
 
+/// For the log.
+pub(super) const TOO_FAST: &str = "dropped: more questions a second than one client may ask";
+
 /// When each client has asked as much as it may (the generic cell rate algorithm, ITU-T I.371).
 #[derive(Default)]
 pub(super) struct Pace {

@@ -13,7 +13,7 @@ use tokio::{
     time::timeout,
 };
 
-use super::{Flow, exchange, upstream::write_framed};
+use super::{Flow, exchange, limits::TOO_MANY, record_excess, upstream::write_framed};
 use crate::Proxy;
 
 /// A connection in which nothing is asked for so long ends.
@@ -32,7 +32,10 @@ pub(super) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, flow: Flow) {
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let Ok(Ok(message)) = timeout(IDLE, next(&mut read)).await else { break };
-        let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { break };
+        let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else {
+            record_excess(proxy, flow, &message, TOO_MANY);
+            break;
+        };
         let (proxy, write) = (Arc::clone(proxy), Arc::clone(&write));
         answering.spawn(async move {
             let _held = (slot, under_way);

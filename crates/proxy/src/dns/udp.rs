@@ -20,11 +20,20 @@ use nix::{
 use socket2::{Protocol, Type};
 use tokio::{io::Interest, net::UdpSocket};
 
-use super::{Flow, Transport, exchange, limits::UnderWayOne, pace::Pace, raw::Raw, turns::Turns};
+use super::{
+    Flow, Transport, exchange,
+    limits::{TOO_MANY, UnderWayOne},
+    pace::{Pace, TOO_FAST},
+    raw::Raw,
+    record_excess,
+    turns::Turns,
+};
 use crate::{Proxy, net};
 
 /// Longest question that is read; real ones have no more than a name and some options.
 const MAX_QUESTION: usize = 4096;
+/// For the log.
+const TOO_LONG: &str = "dropped: longer than a question in a datagram may be";
 /// Answers up to this length are in one packet wherever they go (RFC 8200, section 5).
 const SHORT: usize = 1280 - 40 - 8;
 /// Room for questions that wait to be read, in bytes: what 50,000 of them a second take in a fifth
@@ -70,21 +79,38 @@ pub(super) async fn serve(
     loop {
         // An error belongs to one datagram, or to an answer that met nobody.
         let Ok((length, flow)) = receive(&socket, &mut buffer).await else { continue };
-        if length > MAX_QUESTION {
-            continue;
-        }
-        if !pace.admit(flow.client.ip(), Instant::now()) {
-            continue;
-        }
-        // Whoever has many under way is not even read: the questions of all wait in one queue.
-        let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else { continue };
-        let question = Asked { flow, message: buffer[..length].to_vec(), _held: under_way };
+        let message = &buffer[..length];
+        let under_way = match admit(proxy, &mut pace, flow.client.ip(), length) {
+            Ok(under_way) => under_way,
+            Err(why) => {
+                record_excess(proxy, flow, message, why);
+                continue;
+            }
+        };
+        let question = Asked { flow, message: message.to_vec(), _held: under_way };
         let Some(questions) = turns.put(flow.client.ip(), question) else { continue };
         let (proxy, raw, turns) = (Arc::clone(proxy), Arc::clone(raw), Arc::clone(&turns));
         proxy.main.clone().spawn(async move {
             turns.serve(questions, |asked| answer(&proxy, asked, &raw)).await;
         });
     }
+}
+
+/// Whether a client may ask a question of some length now, or why not.
+fn admit(
+    proxy: &Proxy,
+    pace: &mut Pace,
+    client: IpAddr,
+    length: usize,
+) -> Result<UnderWayOne, &'static str> {
+    if length > MAX_QUESTION {
+        return Err(TOO_LONG);
+    }
+    if !pace.admit(client, Instant::now()) {
+        return Err(TOO_FAST);
+    }
+    // Whoever has many under way is not even read: the questions of all wait in one queue.
+    proxy.dns.limits.admit(client).ok_or(TOO_MANY)
 }
 
 /// A question, and what it holds until it is answered.

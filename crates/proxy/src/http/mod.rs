@@ -29,8 +29,6 @@ use crate::{buffer::Buffer, judge::Gate, net};
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
-/// For the server to take a connection.
-const CONNECT_TIME: Duration = Duration::from_secs(5);
 
 /// What every connection over HTTP/2 begins with (RFC 9113 section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    CONNECT_TIME, HEAD_TIME, IDLE_TIME,
+    HEAD_TIME, IDLE_TIME,
     activity::Activity,
     body::{Framing, Piece, Reader},
     may_trail,
@@ -187,10 +187,10 @@ impl Connection<'_> {
                     judged = judge();
                     continue;
                 }
-                connected = timeout(CONNECT_TIME, self.gate.connect()) => connected,
+                connected = self.gate.connect() => connected,
             };
-            let Ok(Ok(stream)) = connected else {
-                self.gate.log(&asked, &judged, Some(503), Some("the server cannot be reached"));
+            let Ok(stream) = connected else {
+                self.gate.log(&asked, &judged, Some(503), Some(Gate::UNREACHABLE));
                 return self.answer_alone(&request, Reply::NO_SERVER).await;
             };
             self.server = Some(Server { stream, buffer: Buffer::default() });

@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use super::{
-    CONNECT_TIME, HEAD_TIME, IDLE_TIME,
+    HEAD_TIME, IDLE_TIME,
     activity::Activity,
     may_trail,
     reply::{DENIED, Reply, SERVER, date},
@@ -45,6 +45,7 @@ use crate::{
     buffer::Buffer,
     judge::{Asked, Gate, Headers, Judged},
     log::Gist,
+    net::CONNECT_TIME,
 };
 
 const VERSION: &str = "HTTP/2";
@@ -220,6 +221,7 @@ impl Shared<'_> {
             let stream = self.gate.connect().await?;
             Server::handshake(stream, Arc::clone(&self.gone)).await.map_err(io::Error::other)
         });
+        // One who waits for a connection that fails begins anew, after those who waited before.
         Ok(timeout(CONNECT_TIME, server).await??.send.clone())
     }
 }
@@ -517,7 +519,7 @@ impl Exchange<'_> {
 
     /// The connection to the server, once it takes a request.
     async fn ready(&self) -> Result<SendRequest<Bytes>, Break> {
-        let unreachable = |_| Break::Reply(Reply::NO_SERVER, "the server cannot be reached");
+        let unreachable = |_| Break::Reply(Reply::NO_SERVER, Gate::UNREACHABLE);
         let send = self.shared.server().await.map_err(unreachable)?;
         send.ready().await.map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))
     }

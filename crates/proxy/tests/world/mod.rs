@@ -65,6 +65,10 @@ impl Namespace {
         self.run(move || command("ip", &arguments))
     }
 
+    pub(crate) fn nft(&self, rules: &'static str) {
+        self.run(move || assert!(Command::new("nft").arg(rules).status().unwrap().success()));
+    }
+
     /// The end of a pair that is up before the other drops what it is to send until the kernel has
     /// come to it (`dev_activate` by linkwatch).
     fn await_link(&self, name: &str) {
@@ -93,6 +97,12 @@ const NFT: &str = "table inet proxy {
     iifname s0 icmpv6 type destination-unreachable meta mark set 0x200
   }
 }";
+
+/// A server under this takes no connection, and refuses none.
+pub(crate) const HOLD: &str = "add table inet hold; \
+     add chain inet hold in { type filter hook input priority 0; }; \
+     add rule inet hold in tcp flags & (syn|ack) == syn drop";
+pub(crate) const RELEASE: &str = "delete table inet hold";
 
 pub(crate) struct World {
     pub(crate) client: Namespace,

@@ -170,7 +170,9 @@ fn dns_summary(dns: &Dns) -> String {
     if let Some(ttl) = dns.ttl {
         text += &format!(", ttl {ttl} s");
     }
-    text + ", " + &millis(dns.latency_ns)
+    text += ", ";
+    text += &millis(dns.latency_ns);
+    with_error(text, dns.error.as_ref())
 }
 
 #[expect(clippy::cast_precision_loss, reason = "for people")]
@@ -348,6 +350,7 @@ mod tests {
             addresses: vec!["192.0.2.1".parse().unwrap(), "192.0.2.2".parse().unwrap()],
             ttl: Some(30),
             latency_ns: 250_000,
+            error: None,
         };
         ends(
             L7::Dns(dns.clone()),
@@ -355,8 +358,8 @@ mod tests {
         );
         let (rcode, addresses, ttl) = (None, Vec::new(), None);
         ends(
-            L7::Dns(Dns { rcode, addresses, ttl, ..dns }),
-            "(DNS A api.example.com: no answer, 0.2 ms)",
+            L7::Dns(Dns { rcode, addresses, ttl, error: Some("too many".to_owned()), ..dns }),
+            "(DNS A api.example.com: no answer, 0.2 ms; too many)",
         );
         let server_name = Some("api.example.com".to_owned());
         let error = Some("cut".to_owned());
