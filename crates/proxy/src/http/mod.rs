@@ -21,11 +21,14 @@ pub mod two;
 use std::{io, time::Duration};
 
 pub use palisade_policy::l7::target;
-use tokio::{net::TcpStream, time::timeout};
+use tokio::{
+    net::TcpStream,
+    time::{Instant, timeout_at},
+};
 
 use crate::{buffer::Buffer, judge::Gate, net};
 
-/// From the first byte of a head to its last.
+/// From the first byte of a head to its last; for the first one, from when the connection began.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
@@ -36,10 +39,10 @@ pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";
 /// Serves a connection on which HTTP must be spoken.
 pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
     let mut buffer = Buffer::default();
-    let begun = timeout(HEAD_TIME, is_two(&client, &mut buffer)).await;
-    match begun {
-        Ok(Ok(true)) => two::serve(gate, client, buffer).await,
-        Ok(Ok(false)) => one::serve(gate, client, buffer).await,
+    let deadline = Instant::now() + HEAD_TIME;
+    match timeout_at(deadline, is_two(&client, &mut buffer)).await {
+        Ok(Ok(true)) => two::serve(gate, client, buffer, deadline).await,
+        Ok(Ok(false)) => one::serve(gate, client, buffer, deadline).await,
         // Whoever says nothing, or goes away, asked for nothing.
         _ => net::reset(&client),
     }

@@ -42,10 +42,11 @@ const LINGER_TIME: Duration = Duration::from_secs(1);
 /// Bytes that are copied together, so that they need one write.
 const GATHER: usize = 16 << 10;
 
-/// Serves the connection to its end.
-pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer) {
+/// Serves the connection to its end. The first head, of which the buffer holds a part, has to be
+/// there at the deadline.
+pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
     let mut connection = Connection { gate, client, buffer, server: None };
-    if connection.serve().await.is_err() {
+    if connection.serve(deadline).await.is_err() {
         net::reset(&connection.client);
         if let Some(server) = &connection.server {
             net::reset(&server.stream);
@@ -97,9 +98,9 @@ struct Connection<'g> {
 }
 
 impl Connection<'_> {
-    async fn serve(&mut self) -> Result<(), Broken> {
+    async fn serve(&mut self, mut deadline: Instant) -> Result<(), Broken> {
         loop {
-            let head = match self.read_head().await? {
+            let head = match self.read_head(deadline).await? {
                 Some(Ok(head)) => head,
                 Some(Err(fault)) => {
                     return self.refuse(fault, Gist::of_head(self.buffer.data())).await;
@@ -114,14 +115,18 @@ impl Connection<'_> {
                 Err((fault, gist)) => return self.refuse(fault, gist).await,
             };
             match self.answer(request).await? {
-                Next::Request => {}
+                Next::Request => deadline = Instant::now() + HEAD_TIME,
                 Next::Close => return self.linger().await,
             }
         }
     }
 
-    /// Waits for the head of the next request; `None` when either side ends the connection.
-    async fn read_head(&mut self) -> Result<Option<Result<usize, Malformed>>, Broken> {
+    /// Waits for the head of the next request; `None` when either side ends the connection. The
+    /// deadline is that of a head that has begun.
+    async fn read_head(
+        &mut self,
+        mut deadline: Instant,
+    ) -> Result<Option<Result<usize, Malformed>>, Broken> {
         if self.buffer.is_empty() {
             let server = self.server.as_ref().map(|server| &server.stream);
             let more = tokio::select! {
@@ -133,11 +138,11 @@ impl Connection<'_> {
             if !matches!(more, Ok(Ok(1..))) {
                 return Ok(None);
             }
+            deadline = Instant::now() + HEAD_TIME;
         }
         if self.buffer.data().starts_with(b"\r\n") {
             self.buffer.consume(2);
         }
-        let deadline = Instant::now() + HEAD_TIME;
         let mut scanner = Scanner::default();
         loop {
             let data = self.buffer.data();

@@ -16,7 +16,7 @@ use tokio::{
     runtime::Handle,
     sync::mpsc,
     task::JoinHandle,
-    time::Instant,
+    time::timeout,
 };
 
 use super::*;

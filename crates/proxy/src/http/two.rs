@@ -29,11 +29,11 @@ use tokio::{
     net::TcpStream,
     sync::{Notify, OnceCell},
     task::JoinHandle,
-    time::{Instant, sleep_until, timeout},
+    time::{Instant, sleep_until, timeout, timeout_at},
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME,
+    IDLE_TIME,
     activity::Activity,
     may_trail,
     reply::{DENIED, Reply, SERVER, date},
@@ -64,8 +64,8 @@ const END_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 10 });
 /// Answers with an error that a client can provoke in the protocol itself.
 const MOST_ERRORS: usize = 100;
 
-/// Serves the connection to its end.
-pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer) {
+/// Serves the connection to its end, if it has begun at the deadline.
+pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
     let handshake = server::Builder::new()
         .max_concurrent_streams(MOST_STREAMS)
         .max_header_list_size(MOST_HEAD as u32)
@@ -74,7 +74,7 @@ pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer) {
         .max_send_buffer_size(WINDOW as usize)
         .max_local_error_reset_streams(Some(MOST_ERRORS))
         .handshake(Prefixed { buffer, stream: client });
-    if let Ok(Ok(connection)) = timeout(HEAD_TIME, handshake).await {
+    if let Ok(Ok(connection)) = timeout_at(deadline, handshake).await {
         let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default() };
         shared.serve(connection).await;
     }
