@@ -167,6 +167,7 @@ fn answer(waiting: &mut Waiting, id: u64, outcome: Result<(), NotLearned>) {
 /// behind them, and nothing that was judged before goes on.
 async fn put(rules: Rules, proxy: &Proxy) -> io::Result<FromProxy> {
     let version = rules.version;
+    proxy.dns.forget_gone(&rules);
     proxy.rules.put(rules);
     proxy.rules.save()?;
     proxy.workers.settle().await;

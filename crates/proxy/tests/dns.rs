@@ -462,6 +462,30 @@ fn an_answer_waits_until_its_addresses_are_in_force() {
     drop(server);
 }
 
+/// A pod goes, and the next one has its address and its number: the agent learned nothing for it.
+#[test]
+fn what_one_pod_was_told_the_next_one_learns_anew() {
+    let world = world(rules(1, &["*"], &["*"]));
+    let _server = NameServer::new(&world.server, plain);
+    let mut without = rules(2, &["*"], &["*"]);
+    without.endpoints.retain(|address, _| *address == OTHER4);
+    let there = [rules(3, &["*"], &["*"]), rules(5, &["*"], &["*"])];
+    for (after, (client, server)) in there.into_iter().zip([(CLIENT4, SERVER4), (CLIENT6, SERVER6)])
+    {
+        let socket = socket(&world, client, server);
+        let learned = || {
+            socket.send(&query("api.example.com")).unwrap();
+            let learn = world.agent.learn();
+            world.agent.send(&ToProxy::Learned { id: learn.id });
+            assert_eq!((rcode(&receive(&socket)), learn.client), (0, client));
+        };
+        learned();
+        world.agent.put(Rules { version: after.version - 1, ..without.clone() });
+        world.agent.put(after);
+        learned();
+    }
+}
+
 /// The rules change while the agent is asked, and are in force before it answers.
 #[test]
 fn an_answer_that_waited_is_judged_by_the_newest_rules() {

@@ -87,6 +87,14 @@ impl Known {
         }
         client.count += known.len() - before;
     }
+
+    /// Forgets the pods that are gone: the next one may have the same address and number, and was
+    /// told nothing.
+    pub(super) fn retain(&mut self, is_there: impl Fn(Pod) -> bool) {
+        self.0.retain(|address, client| {
+            is_there(Pod { address: *address, endpoint: client.endpoint })
+        });
+    }
 }
 
 fn end(now: Instant, ttl: u32) -> Instant {
@@ -127,6 +135,19 @@ mod tests {
         assert_eq!(known.of(other, "x.org", &[address(1)], 30, now), Knowledge::New);
         known.put(other, "y.org", &[address(1)], 30, now);
         assert_eq!(known.of(POD, "x.org", &[address(1)], 30, now), Knowledge::New);
+    }
+
+    #[test]
+    fn pods_that_are_gone_are_forgotten() {
+        let (mut known, now) = (Known::default(), Instant::now());
+        let other = Pod { address: IpAddr::from([10, 0, 0, 2]), endpoint: 8 };
+        for pod in [POD, other] {
+            known.put(pod, "x.org", &[address(1)], 30, now);
+        }
+        known.retain(|pod| pod.endpoint == POD.endpoint);
+        assert_eq!(known.of(POD, "x.org", &[address(1)], 30, now), Knowledge::Whole);
+        assert_eq!(known.of(other, "x.org", &[address(1)], 30, now), Knowledge::New);
+        assert_eq!(known.0.len(), 1);
     }
 
     #[test]

@@ -40,7 +40,10 @@ use std::{
 };
 
 use palisade_abi::{identity, protocol};
-use palisade_api::flow::{self, L7};
+use palisade_api::{
+    flow::{self, L7},
+    proxy::Rules,
+};
 use palisade_policy::l7::may_learn;
 use tokio::{net::TcpStream, time::timeout};
 
@@ -108,6 +111,12 @@ impl Dns {
     #[must_use]
     pub fn new(agent: Agent) -> Self {
         Self { agent, limits: Arc::default(), known: Mutex::default(), told: Mutex::default() }
+    }
+
+    /// Forgets what pods were told that these rules do not know any more.
+    pub(crate) fn forget_gone(&self, rules: &Rules) {
+        let number = |pod: Pod| rules.endpoints.get(&pod.address).map(|endpoint| endpoint.id);
+        self.known().retain(|pod| number(pod) == Some(pod.endpoint));
     }
 
     fn known(&self) -> MutexGuard<'_, Known> {
