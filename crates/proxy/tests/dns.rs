@@ -544,7 +544,12 @@ fn no_answer_overtakes_its_addresses() {
 #[test]
 fn only_addresses_of_the_name_outside_the_cluster_are_learned() {
     let world = world(rules(1, &["*"], &["*"]));
-    let _server = NameServer::new(&world.server, |asked| {
+    let many = |answer: Message, count: u32| {
+        (0..count).fold(answer, |answer, n| {
+            answer.answer(raw(&[0xc0, 12], A, 1, 60, &(0x5db8_0000 + n).to_be_bytes()))
+        })
+    };
+    let _server = NameServer::new(&world.server, move |asked| {
         let own = asked.name();
         let answer = Message::answer_to(&asked.message);
         let answer = match own.as_str() {
@@ -581,9 +586,8 @@ fn only_addresses_of_the_name_outside_the_cluster_are_learned() {
                 0,
                 ip("2606:2800::1"),
             )),
-            "big.org" => (0..4000u32).fold(answer, |answer, n| {
-                answer.answer(raw(&[0xc0, 12], A, 1, 60, &(0x5db8_0000 + n).to_be_bytes()))
-            }),
+            "full.org" => many(answer, 1000),
+            "over.org" => many(answer, 1001),
             "part.org" if asked.tcp => answer.answer(address(&own, 60, ip("93.184.216.36"))),
             "part.org" => {
                 answer.flags(RESPONSE | TRUNCATED).answer(address(&own, 60, ip("93.184.216.37")))
@@ -628,9 +632,18 @@ fn only_addresses_of_the_name_outside_the_cluster_are_learned() {
     let mut stream = over_tcp("part.org");
     assert_eq!(learned("part.org"), (vec![ip("93.184.216.36")], 60));
     assert_eq!(rcode(&framed(&mut stream).unwrap()), 0);
-    let mut stream = over_tcp("big.org");
-    assert_eq!(learned("big.org").0.len(), 1000);
-    assert_eq!(framed(&mut stream).unwrap()[6..8], 4000u16.to_be_bytes());
+    let mut stream = over_tcp("full.org");
+    assert_eq!(learned("full.org").0.len(), 1000);
+    assert_eq!(framed(&mut stream).unwrap()[6..8], 1000u16.to_be_bytes());
+    // What has no room would be closed, so nobody is told of it; of a name that opens nothing, all.
+    let mut stream = over_tcp("over.org");
+    assert_eq!(rcode(&framed(&mut stream).unwrap()), SERVFAIL);
+    let record = recorded(&world, "over.org", Some("SERVFAIL"));
+    assert!(dns_of(&record).error.as_deref().unwrap().contains("more addresses"));
+    assert!(world.agent.unheard().is_empty());
+    world.agent.put(rules(2, &["*"], &["other.org"]));
+    let mut stream = over_tcp("over.org");
+    assert_eq!(framed(&mut stream).unwrap()[6..8], 1001u16.to_be_bytes());
 }
 
 #[test]

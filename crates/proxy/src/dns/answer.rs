@@ -13,7 +13,7 @@ use super::{
 
 /// Most aliases between a name and its addresses.
 const MAX_CHAIN: usize = 16;
-/// Most addresses that are learned of a name.
+/// Most addresses that a name has room for.
 pub const MAX_ADDRESSES: usize = 1000;
 /// From here on a TTL counts as negative, that is as none (RFC 2181, section 8).
 const TTL_LIMIT: u32 = 1 << 31;
@@ -27,6 +27,8 @@ pub struct Answer {
     pub truncated: bool,
     /// Addresses of the name that was asked for.
     pub addresses: Vec<IpAddr>,
+    /// There are more of them, which are not listed.
+    pub excess: bool,
     /// Seconds for which all of them hold.
     pub ttl: u32,
 }
@@ -62,6 +64,7 @@ impl Answer {
             rcode: Rcode(header.flags & flags::RCODE),
             truncated: header.flags & flags::TRUNCATED != 0,
             addresses: Vec::new(),
+            excess: false,
             ttl: 0,
         };
         if is_bare_error(&header, answer.rcode) && reader.is_at_end() {
@@ -76,7 +79,7 @@ impl Answer {
         let records = Records::read(&mut reader, header.answers)?;
         answer.rcode.0 |= rest(&mut reader, &header)?;
         if answer.rcode == Rcode::NO_ERROR {
-            (answer.addresses, answer.ttl) = records.resolve(&question.name);
+            records.resolve(&question.name, &mut answer);
         }
         Ok(answer)
     }
@@ -151,26 +154,30 @@ impl Records {
         Ok(records)
     }
 
-    /// The addresses of a name and of what it is an alias of, and the least TTL on the way.
-    fn resolve(&self, name: &Name) -> (Vec<IpAddr>, u32) {
-        let mut found = Vec::new();
+    /// Finds the addresses of a name and of what it is an alias of, and the least TTL on the way.
+    fn resolve(&self, name: &Name, answer: &mut Answer) {
+        let found = &mut answer.addresses;
         let mut seen = HashSet::new();
         let mut least = u32::MAX;
         let mut name = name.clone();
         for _ in 0..=MAX_CHAIN {
             if let Some(owned) = self.owners.get(&name) {
                 for (address, ttl) in &owned.addresses {
-                    if found.len() < MAX_ADDRESSES && seen.insert(*address) {
-                        found.push(*address);
-                    }
                     least = least.min(*ttl);
+                    if !seen.insert(*address) {
+                        continue;
+                    }
+                    match found.len() < MAX_ADDRESSES {
+                        true => found.push(*address),
+                        false => answer.excess = true,
+                    }
                 }
             }
             let Some((next, ttl)) = self.next(&name) else { break };
             least = least.min(ttl);
             name = next;
         }
-        if found.is_empty() { (found, 0) } else { (found, least) }
+        answer.ttl = if found.is_empty() { 0 } else { least };
     }
 
     /// What the name is an alias of.

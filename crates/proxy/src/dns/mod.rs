@@ -251,8 +251,8 @@ impl Exchange<'_> {
         if !judged.allowed {
             return Some(self.reply(&judged, Rcode::REFUSED));
         }
-        if !self.may_hear(&answer).await {
-            return Some(self.reply(&judged, Rcode::SERVER_FAILURE));
+        if let Err(why) = self.may_hear(&answer).await {
+            return Some(self.fail(&judged, why));
         }
         let judged = self.judge();
         if !judged.allowed {
@@ -275,42 +275,50 @@ impl Exchange<'_> {
         upstream::ask(transport, name, server, &self.question, message).await
     }
 
-    /// Whether the client may hear the answer: it can reach what the answer says, as far as the
-    /// rules for the name let it.
-    async fn may_hear(&self, answer: &Answer) -> bool {
-        let Some(learn) = self.to_learn(answer) else { return true };
+    /// Whether the client may hear the answer, or why not: it can reach what the answer says, as
+    /// far as the rules for the name let it.
+    async fn may_hear(&self, answer: &Answer) -> Result<(), &'static str> {
+        const HELD_BACK: &str = "what the answer says could not be put in force";
+        let Some(pod) = self.learner() else { return Ok(()) };
+        if answer.excess {
+            return Err("the answer says more addresses than a name has room for");
+        }
+        let Some(learn) = self.to_learn(pod, answer) else { return Ok(()) };
         let Learn { pod, name, addresses, ttl } = &learn;
         let knowledge = self.proxy.dns.known().of(*pod, name, addresses, *ttl, Instant::now());
         match knowledge {
-            Knowledge::Whole => true,
+            Knowledge::Whole => Ok(()),
             Knowledge::Shorter => {
                 let proxy = Arc::clone(self.proxy);
                 // What fails now is asked again when it expired.
                 tokio::spawn(async move { _ = proxy.dns.learn(&learn).await });
-                true
+                Ok(())
             }
             Knowledge::Expired | Knowledge::New => match self.proxy.dns.learn(&learn).await {
-                Ok(()) => true,
+                Ok(()) => Ok(()),
                 // An agent that is away takes nothing back.
-                Err(NotLearned::Away) => knowledge == Knowledge::Expired,
-                Err(NotLearned::Refused) => false,
+                Err(NotLearned::Away) if knowledge == Knowledge::Expired => Ok(()),
+                Err(_) => Err(HELD_BACK),
             },
         }
     }
 
-    /// What has to be in force before the client hears the answer.
-    fn to_learn(&self, answer: &Answer) -> Option<Learn> {
+    /// The client, where the name opens addresses to it.
+    fn learner(&self) -> Option<Pod> {
         let snapshot = self.proxy.rules.load();
         let address = self.flow.client.ip();
         let endpoint = snapshot.rules.endpoints.get(&address)?;
         let table = snapshot.rules.tables.get(&endpoint.egress?)?;
-        if !table.fqdns.iter().any(|pattern| pattern.matches(&self.name)) {
-            return None;
-        }
+        let opens = table.fqdns.iter().any(|pattern| pattern.matches(&self.name));
+        opens.then_some(Pod { address, endpoint: endpoint.id })
+    }
+
+    /// What has to be in force before the client hears the answer.
+    fn to_learn(&self, pod: Pod, answer: &Answer) -> Option<Learn> {
+        let snapshot = self.proxy.rules.load();
         let addresses = answer.addresses.iter().copied();
         let addresses: Vec<_> =
             addresses.filter(|address| is_outside(&snapshot, *address)).collect();
-        let pod = Pod { address, endpoint: endpoint.id };
         let (name, ttl) = (self.name.clone(), answer.ttl);
         (!addresses.is_empty()).then_some(Learn { pod, name, addresses, ttl })
     }

@@ -188,6 +188,7 @@ fn big_messages_take_no_time() {
     }
     let answer = within_a_millisecond("many addresses", &message.bytes()).unwrap();
     assert_eq!(answer.addresses.len(), MAX_ADDRESSES);
+    assert!(answer.excess);
 }
 
 #[test]
