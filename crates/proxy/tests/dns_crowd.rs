@@ -23,6 +23,7 @@ use std::{
 
 use message::{A, Message, address, cname, raw};
 use name_server::{Asked, NameServer, Say, frame, framed};
+use palisade_abi::limits;
 use palisade_api::proxy::ToProxy;
 use pods::{
     OTHER4, QUIET, REFUSED, SERVFAIL, connect, ip, plain, query, rcode, receive, rules, socket,
@@ -324,6 +325,37 @@ fn a_stream_that_is_not_read_holds_little() {
     let mut stream = connect(&world, SERVER4);
     stream.write_all(&frame(&query("api.example.com"))).unwrap();
     assert_eq!(rcode(&framed(&mut stream).unwrap()), 0);
+}
+
+/// A pod asks in connections, as fast as they are read: all is answered, at the pace of datagrams.
+#[test]
+fn questions_in_streams_have_the_pace_of_those_in_datagrams() {
+    const STREAMS: usize = 4;
+    const EACH: usize = 2500;
+    const PACED: u64 = (STREAMS * EACH) as u64 - limits::QUESTIONS_AT_ONCE;
+    const TIME: Duration = Duration::from_nanos(PACED * limits::QUESTION_NANOS);
+    let world = world(usual());
+    let _server = NameServer::new(&world.server, plain);
+    let questions = frame(&query("evil.org")).repeat(EACH);
+    for server in [SERVER4, SERVER6] {
+        let begun = Instant::now();
+        thread::scope(|scope| {
+            for _ in 0..STREAMS {
+                let mut read = connect(&world, server);
+                let mut write = read.try_clone().unwrap();
+                let questions = &questions;
+                scope.spawn(move || write.write_all(questions).unwrap());
+                scope.spawn(move || {
+                    for _ in 0..EACH {
+                        assert_eq!(rcode(&framed(&mut read).unwrap()), REFUSED);
+                    }
+                });
+            }
+        });
+        let took = begun.elapsed();
+        println!("{server}: {} questions in {took:?}", STREAMS * EACH);
+        assert!(took >= TIME, "{took:?} are less than {TIME:?}");
+    }
 }
 
 /// One pod asks 50,000 times a second; the questions of another are answered, none is lost, and soon.

@@ -57,6 +57,7 @@ use self::{
     excess::Told,
     known::{Knowledge, Known, Pod},
     limits::Limits,
+    pace::Pace,
 };
 use crate::{
     Proxy,
@@ -104,13 +105,21 @@ pub struct Dns {
     limits: Arc<Limits>,
     known: Mutex<Known>,
     told: Mutex<Told>,
+    /// Of those who ask in connections.
+    pace: Mutex<Pace>,
 }
 
 impl Dns {
     /// Asks `agent` to have learned addresses in force.
     #[must_use]
     pub fn new(agent: Agent) -> Self {
-        Self { agent, limits: Arc::default(), known: Mutex::default(), told: Mutex::default() }
+        Self {
+            agent,
+            limits: Arc::default(),
+            known: Mutex::default(),
+            told: Mutex::default(),
+            pace: Mutex::default(),
+        }
     }
 
     /// Forgets what pods were told that these rules do not know any more.

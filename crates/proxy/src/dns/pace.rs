@@ -2,7 +2,9 @@
 //!
 //! Pods of this node are held to it by the data path (`ebpf/src/pace.rs`), before they cost the
 //! proxy anything. But clients of other nodes, which come here by the policy of a server, have no
-//! row by which the data path could tell them apart.
+//! row by which the data path could tell them apart; and of what is in a connection the data path
+//! knows nothing. Those who ask in connections may ask as much as in datagrams: their connections
+//! are read no faster.
 
 use std::{
     collections::HashMap,
@@ -34,17 +36,30 @@ pub(super) struct Pace {
 impl Pace {
     /// Whether a client may ask one more now.
     pub(super) fn admit(&mut self, client: IpAddr, now: Instant) -> bool {
-        if self.clients.len() >= MANY {
-            self.clients.retain(|_, due| *due > now);
-        }
-        let due = self.clients.entry(client).or_insert(now);
-        *due = now.max(*due);
+        let due = self.due(client, now);
         if *due - now > BURST {
             self.tell(client, now);
             return false;
         }
         *due += QUESTION;
         true
+    }
+
+    /// How long a client has to wait that asks one more.
+    pub(super) fn delay(&mut self, client: IpAddr, now: Instant) -> Duration {
+        let due = self.due(client, now);
+        let delay = (*due - now).saturating_sub(BURST);
+        *due += QUESTION;
+        delay
+    }
+
+    fn due(&mut self, client: IpAddr, now: Instant) -> &mut Instant {
+        if self.clients.len() >= MANY {
+            self.clients.retain(|_, due| *due > now);
+        }
+        let due = self.clients.entry(client).or_insert(now);
+        *due = now.max(*due);
+        due
     }
 
     fn tell(&mut self, client: IpAddr, now: Instant) {
@@ -76,6 +91,23 @@ mod tests {
         assert!(pace.admit(OTHER, at(100_000)));
         assert!(!(0..2).all(|_| pace.admit(GREEDY, at(100_000))));
         assert!(pace.admit(GREEDY, at(150_000)), "it waited");
+    }
+
+    #[test]
+    fn a_client_that_waits_asks_at_its_pace() {
+        let (mut pace, begin) = (Pace::default(), Instant::now());
+        let mut now = begin;
+        let delays = (0..20_000).map(|_| {
+            let delay = pace.delay(GREEDY, now);
+            now += delay;
+            delay
+        });
+        assert_eq!(delays.take_while(Duration::is_zero).count(), 1001);
+        // The last of 20,000 in connections that all wait.
+        let last = (1002..20_000).map(|_| pace.delay(GREEDY, begin)).last().unwrap();
+        assert_eq!(last, QUESTION * 18_999);
+        assert!(pace.delay(OTHER, begin).is_zero());
+        assert!(pace.delay(GREEDY, begin + Duration::from_secs(3)).is_zero(), "it waited");
     }
 
     #[test]

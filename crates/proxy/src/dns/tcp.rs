@@ -1,6 +1,11 @@
 //! Questions in connections: each with its length before it, answered in any order.
 
-use std::{io, sync::Arc, time::Duration};
+use std::{
+    io,
+    net::IpAddr,
+    sync::{Arc, PoisonError},
+    time::{Duration, Instant},
+};
 
 use tokio::{
     io::AsyncReadExt,
@@ -10,7 +15,7 @@ use tokio::{
     },
     sync::{Mutex, Semaphore},
     task::JoinSet,
-    time::timeout,
+    time::{sleep, timeout},
 };
 
 use super::{Flow, exchange, limits::TOO_MANY, record_excess, upstream::write_framed};
@@ -32,6 +37,7 @@ pub(super) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, flow: Flow) {
     loop {
         let Ok(slot) = Arc::clone(&slots).acquire_owned().await else { return };
         let Ok(Ok(message)) = timeout(IDLE, next(&mut read)).await else { break };
+        keep_pace(proxy, flow.client.ip()).await;
         let Some(under_way) = proxy.dns.limits.admit(flow.client.ip()) else {
             record_excess(proxy, flow, &message, TOO_MANY);
             break;
@@ -50,6 +56,18 @@ pub(super) async fn serve(proxy: &Arc<Proxy>, stream: TcpStream, flow: Flow) {
     }
     // The client asks no more, and may still hear what it asked before.
     answering.join_all().await;
+}
+
+/// Waits until a client may ask one more: nothing is lost, its connections are read no faster.
+async fn keep_pace(proxy: &Proxy, client: IpAddr) {
+    let delay = {
+        let mut pace = proxy.dns.pace.lock().unwrap_or_else(PoisonError::into_inner);
+        pace.delay(client, Instant::now())
+    };
+    // Even a sleep of no time ends with the next tick only.
+    if !delay.is_zero() {
+        sleep(delay).await;
+    }
 }
 
 async fn next(read: &mut OwnedReadHalf) -> io::Result<Vec<u8>> {
