@@ -7,6 +7,7 @@ use std::{
 };
 
 use palisade_api::{flow::escaped, proxy::AccessRecord};
+use percent_encoding::percent_decode_str;
 use tokio::{
     sync::Notify,
     time::{Duration, Instant},
@@ -102,22 +103,47 @@ const SECRET: [&str; 11] = [
 /// password.
 const SECRET_NAMES: [&str; 2] = ["code", "otp"];
 
-/// A URL without the values of parameters whose names sound like secrets.
+/// Parameters inside the values of others are looked into this deep; a value with more is not told.
+const MOST_NESTED: usize = 4;
+
+/// A URL without the values of parameters whose names sound like secrets, or in which there are
+/// credentials, as in a URL to go on to.
 #[must_use]
 pub fn without_credentials(url: &str) -> Cow<'_, str> {
     let Some((path, query)) = url.split_once('?') else { return url.into() };
-    let is_secret = |name: &str| {
-        let name = name.to_ascii_lowercase();
-        SECRET.iter().any(|word| name.contains(word)) || SECRET_NAMES.contains(&&*name)
-    };
     let parts = query.split_inclusive(['&', ';']).map(|part| match part.split_once('=') {
-        Some((name, value)) if is_secret(name) => {
+        Some((name, value)) if is_secret(name) || has_credentials(value, MOST_NESTED) => {
             let end = value.strip_suffix(['&', ';']).map_or("", |kept| &value[kept.len()..]);
             Cow::from(format!("{name}=[redacted]{end}"))
         }
         _ => part.into(),
     });
     format!("{path}?{}", parts.collect::<String>()).into()
+}
+
+/// By the name as the server reads it.
+fn is_secret(name: &str) -> bool {
+    let name = decoded(name).to_ascii_lowercase();
+    SECRET.iter().any(|word| name.contains(word)) || SECRET_NAMES.contains(&&*name)
+}
+
+/// Whether a value is, or has inside, a URL with a user or with parameters that are secrets.
+fn has_credentials(value: &str, depth: usize) -> bool {
+    let value = decoded(value);
+    let has_user = |rest: &str| {
+        let mut parts = rest.split(['/', '?', '#']);
+        parts.next().is_some_and(|authority| authority.contains('@'))
+    };
+    if value.split("//").skip(1).any(has_user) {
+        return true;
+    }
+    let mut parameters = value.split(['?', '#', '&', ';']).filter_map(|part| part.split_once('='));
+    parameters
+        .any(|(name, value)| depth == 0 || is_secret(name) || has_credentials(value, depth - 1))
+}
+
+fn decoded(text: &str) -> Cow<'_, str> {
+    percent_decode_str(text).decode_utf8_lossy()
 }
 
 /// Longest text that a record holds of one: many records wait for the agent at times.
@@ -274,8 +300,29 @@ mod tests {
                 "http://a/b?code=[redacted]&jwt=[redacted]&pass=[redacted]",
             ),
             ("http://a/b?zipcode=4&Bearer=5", "http://a/b?zipcode=4&Bearer=[redacted]"),
+            // Names as servers read them.
+            ("http://a/b?%74oken=s3&x=%31", "http://a/b?%74oken=[redacted]&x=%31"),
+            ("http://a/b?acc%65ss%5Ft%6Fken=s3", "http://a/b?acc%65ss%5Ft%6Fken=[redacted]"),
+            ("http://a/b?%2574oken=s3&%=1&%zz=2&%é=3", "http://a/b?%2574oken=s3&%=1&%zz=2&%é=3"),
+            // URLs inside.
+            ("http://a/b?next=https%3A%2F%2Fu:s3@h%2Fc&x=1", "http://a/b?next=[redacted]&x=1"),
+            ("http://a/b?next=https://h/c&x=1", "http://a/b?next=https://h/c&x=1"),
+            (
+                "http://a/b?next=https%3A%2F%2Fh%2F%3Fx%3D1",
+                "http://a/b?next=https%3A%2F%2Fh%2F%3Fx%3D1",
+            ),
+            ("http://a/b?next=//u:s3@h", "http://a/b?next=[redacted]"),
+            ("http://a/b?mail=u@h&x=http://h/u@h", "http://a/b?mail=u@h&x=http://h/u@h"),
+            ("http://a/b?u=http://h/?token=s3", "http://a/b?u=[redacted]"),
+            ("http://a/b?u=http%3A%2F%2Fh%2F%3Fx%3D1%26%74oken%3Ds3", "http://a/b?u=[redacted]"),
+            ("http://a/b?u=http://h/%23access_token=s3", "http://a/b?u=[redacted]"),
+            ("http://a/b?u=%2F%3Fu%3D%252F%253Fjwt%253Ds3", "http://a/b?u=[redacted]"),
+            ("http://a/b?x=a=b=c&y=?z==", "http://a/b?x=a=b=c&y=?z=="),
         ] {
             assert_eq!(without_credentials(url), told);
         }
+        // However deep, it takes no time and no stack.
+        let deep = format!("http://a/?{}", "u=".repeat(20_000));
+        assert_eq!(without_credentials(&deep), "http://a/?u=[redacted]");
     }
 }
