@@ -11,12 +11,15 @@ use tokio::{
         unix::{OwnedReadHalf, OwnedWriteHalf},
     },
     sync::{mpsc, oneshot},
+    time::{MissedTickBehavior, interval},
 };
 
 use crate::Proxy;
 
 /// Between two attempts to reach an agent that is away.
 const PAUSE: Duration = Duration::from_millis(100);
+/// Between two attempts to keep rules that the disk had no room for.
+const AGAIN: Duration = Duration::from_secs(5);
 /// Questions that wait to be sent.
 const QUEUE: usize = 1024;
 
@@ -111,6 +114,8 @@ impl Link {
         }
         let mut waiting = HashMap::new();
         let mut next_id = 0u64;
+        let mut again = interval(AGAIN);
+        again.set_missed_tick_behavior(MissedTickBehavior::Delay);
         loop {
             tokio::select! {
                 message = frames.next() => {
@@ -129,6 +134,7 @@ impl Link {
                     let learn = FromProxy::Learn { id: next_id, client, name, addresses, ttl };
                     send(&mut write, &learn).await?;
                 }
+                _ = again.tick(), if !proxy.rules.is_kept() => proxy.rules.save()?,
                 (records, lost) = proxy.log.next() => {
                     send(&mut write, &FromProxy::Records(Records::new(records, lost))).await?;
                 }
@@ -164,7 +170,7 @@ fn answer(waiting: &mut Waiting, id: u64, outcome: Result<(), NotLearned>) {
 }
 
 /// Puts rules in force, and says so once a process that starts from the file does not go back
-/// behind them, and nothing that was judged before goes on.
+/// behind them, if there is a file, and nothing that was judged before goes on.
 async fn put(rules: Rules, proxy: &Proxy) -> io::Result<FromProxy> {
     let version = rules.version;
     proxy.dns.forget_gone(&rules);

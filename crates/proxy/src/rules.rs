@@ -7,7 +7,10 @@ use std::{
     net::IpAddr,
     os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicBool, Ordering},
+    },
 };
 
 use anyhow::Context;
@@ -104,6 +107,8 @@ pub struct Store {
     generation: watch::Sender<u64>,
     file: PathBuf,
     boot: String,
+    /// The file has the newest rules.
+    kept: AtomicBool,
 }
 
 impl Store {
@@ -125,7 +130,8 @@ impl Store {
         };
         let snapshot = Snapshot::new(rules, &Snapshot::default());
         let generation = watch::Sender::new(snapshot.generation);
-        Ok(Self { current: ArcSwap::from_pointee(snapshot), generation, file, boot })
+        let (current, kept) = (ArcSwap::from_pointee(snapshot), AtomicBool::new(true));
+        Ok(Self { current, generation, file, boot, kept })
     }
 
     /// The newest rules.
@@ -146,12 +152,39 @@ impl Store {
         self.generation.send_replace(generation);
     }
 
-    /// Keeps the rules for the process that comes after this one.
+    /// Keeps the rules for the process that comes after this one. Where there is no room for them
+    /// that one has none, rather than older ones, and denies until the agent is there.
     ///
     /// # Errors
     ///
-    /// They cannot be written.
+    /// They cannot be written, and the older ones cannot be taken away.
     pub fn save(&self) -> io::Result<()> {
+        let mut written = self.write();
+        if written.is_err() {
+            self.remove()?;
+            // In the room that the older ones had.
+            written = self.write();
+        }
+        self.kept.store(written.is_ok(), Ordering::Relaxed);
+        if let Err(error) = written {
+            tracing::error!(%error, "the rules cannot be kept: without the agent a restart denies");
+        }
+        Ok(())
+    }
+
+    fn remove(&self) -> io::Result<()> {
+        match fs::remove_file(&self.file) {
+            Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
+            _ => Ok(()),
+        }
+    }
+
+    /// Whether the rules were kept when that was tried last.
+    pub fn is_kept(&self) -> bool {
+        self.kept.load(Ordering::Relaxed)
+    }
+
+    fn write(&self) -> io::Result<()> {
         let snapshot = self.load();
         let kept = Kept { boot: &self.boot, rules: &snapshot.rules };
         let aside = self.file.with_extension("new");

@@ -177,6 +177,7 @@ const CALLS: &[i64] = &[
 
 /// Older names for some of these, which the C library prefers where they exist.
 #[cfg(target_arch = "x86_64")]
-const OLD_CALLS: &[i64] = &[libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_rename];
+const OLD_CALLS: &[i64] =
+    &[libc::SYS_epoll_wait, libc::SYS_poll, libc::SYS_rename, libc::SYS_unlink];
 #[cfg(not(target_arch = "x86_64"))]
 const OLD_CALLS: &[i64] = &[];

@@ -23,8 +23,12 @@ use palisade_api::{
     proxy::{Endpoint, Peer, Rules, RulesDelta, ToProxy, USER},
 };
 use palisade_policy::{
-    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, SecretRef},
+    l7::{HeaderRule, HeaderValue, HttpRule, Mismatch, NamePattern, SecretRef},
     model::Application,
+};
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags},
+    thread::UnshareFlags,
 };
 use world::{
     CLIENT4, CLIENT6, Namespace, SERVER4, WAIT, World,
@@ -97,6 +101,66 @@ fn rules_from_before_the_machine_started_are_none() {
     // Of the first version there is an acknowledgement already.
     world.agent.put(rules(2, &[http(&["GET /public"])]));
     assert_eq!(status(&world.ask(REQUEST)), 200);
+}
+
+/// Rules count that the disk has no room for; a process that starts then has none, rather than
+/// older ones.
+#[test]
+fn rules_that_a_full_disk_cannot_keep_are_in_force() {
+    let mut world = World::new(rules(1, &[http(&["GET /public"])]));
+    let origin = Origin::ok(&world.server);
+    let state = world.directory.join("state");
+    let place = state.clone();
+    world.node.run(move || {
+        unshare_mounts();
+        let (flags, size) = (MountFlags::empty(), Some(c"size=64k"));
+        rustix::mount::mount("tmpfs", &place, "tmpfs", flags, size).unwrap();
+    });
+    let is_kept = |world: &World| {
+        let path = state.join("rules.json");
+        world.node.run(move || path.exists())
+    };
+    let names = (0..4000).map(|n| NamePattern::name(&format!("n{n}.example.com")).unwrap());
+    let long = Application::Tls(names.collect());
+    world.restart();
+    world.agent.accept();
+    world.agent.put(rules(2, &[http(&["GET /public"])]));
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+    assert!(is_kept(&world));
+    world.agent.put(rules(3, &[http(&["GET /other"]), long.clone()]));
+    assert_eq!(status(&world.ask(REQUEST)), 403);
+    assert!(!is_kept(&world));
+    world.agent.hang_up();
+    world.restart();
+    world.await_listener();
+    origin.forget();
+    assert_eq!(world.ask(REQUEST), b"");
+    assert_eq!(origin.seen().connections, 0);
+    // Once there is room they are kept, though they do not change again.
+    world.agent.come_back();
+    world.agent.put(rules(4, &[http(&["GET /public"]), long]));
+    let place = state.clone();
+    world.node.run(move || {
+        let (flags, size) = (MountFlags::empty(), c"size=4m");
+        rustix::mount::mount_remount(&place, flags, size).unwrap();
+    });
+    let begun = Instant::now();
+    while !is_kept(&world) {
+        assert!(begun.elapsed() < WAIT, "the rules are not kept");
+        thread::sleep(Duration::from_millis(50));
+    }
+    world.agent.hang_up();
+    world.restart();
+    world.await_listener();
+    assert_eq!(status(&world.ask(REQUEST)), 200);
+}
+
+#[expect(unsafe_code, reason = "rustix marks unshare unsafe for what may be done to file tables")]
+fn unshare_mounts() {
+    // SAFETY: only the mounts of this thread change, and its working directory is its own.
+    unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+    let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+    rustix::mount::mount_change("/", private).unwrap();
 }
 
 /// The last policy that asks for a proxy is gone, and the agent knows of none any more.
