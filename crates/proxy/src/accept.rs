@@ -1,12 +1,11 @@
 //! The way in: accepts connections, bounds them, and spreads them over the workers.
 
 use std::{
-    collections::HashMap,
     io,
-    net::{IpAddr, SocketAddr, TcpListener},
+    net::{SocketAddr, TcpListener},
     num::NonZero,
     sync::{
-        Arc, Mutex, PoisonError,
+        Arc,
         atomic::{AtomicUsize, Ordering},
     },
     thread,
@@ -15,15 +14,12 @@ use std::{
 
 use tokio::{net::TcpStream, runtime::Handle, sync::mpsc};
 
-use crate::{Proxy, connection, net, runtime};
+use crate::{Proxy, connection, net, runtime, shares::Shares};
 
 /// Connections at a time, if there are descriptors for so many.
 const MOST_CONNECTIONS: usize = 50_000;
 /// Descriptors for everything but connections.
 const OTHER_DESCRIPTORS: usize = 256;
-/// A client may have no more than this share of the connections that are left: a few greedy ones
-/// do not leave the others without.
-const CLIENT_SHARE: usize = 4;
 
 /// A thread for each core, each with a runtime of its own.
 pub struct Workers(Vec<Worker>);
@@ -73,14 +69,14 @@ impl Workers {
 ///
 /// A listener cannot be used.
 pub async fn serve(listeners: [TcpListener; 2], proxy: Arc<Proxy>) -> anyhow::Result<()> {
-    let limits = Arc::new(Limits::of_the_process());
+    let connections = Arc::new(Shares::new(most_connections()));
     let (sender, mut accepted) = mpsc::channel(1);
     for listener in listeners {
         let listener = tokio::net::TcpListener::from_std(listener)?;
         tokio::spawn(accept(listener, sender.clone()));
     }
     while let Some((stream, client)) = accepted.recv().await {
-        let (Some(permit), Some(worker)) = (limits.admit(client.ip()), proxy.workers.idlest())
+        let (Some(permit), Some(worker)) = (connections.admit(client.ip()), proxy.workers.idlest())
         else {
             net::reset(&stream);
             continue;
@@ -136,92 +132,9 @@ impl Drop for Counted {
     }
 }
 
-/// How many connections there may be.
-struct Limits {
-    most: usize,
-    open: Mutex<Open>,
-}
-
-#[derive(Default)]
-struct Open {
-    total: usize,
-    clients: HashMap<IpAddr, usize>,
-}
-
-impl Limits {
-    /// Each connection takes two descriptors.
-    fn of_the_process() -> Self {
-        let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
-        let descriptors =
-            descriptors.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
-        let most = (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).clamp(1, MOST_CONNECTIONS);
-        Self { most, open: Mutex::default() }
-    }
-
-    fn admit(self: &Arc<Self>, client: IpAddr) -> Option<Permit> {
-        let mut open = self.open.lock().unwrap_or_else(PoisonError::into_inner);
-        let of_client = open.clients.get(&client).copied().unwrap_or(0);
-        let free = self.most.saturating_sub(open.total);
-        if of_client * CLIENT_SHARE >= free {
-            return None;
-        }
-        open.total += 1;
-        open.clients.insert(client, of_client + 1);
-        Some(Permit { limits: Arc::clone(self), client })
-    }
-}
-
-/// A connection that counts, until it is dropped.
-struct Permit {
-    limits: Arc<Limits>,
-    client: IpAddr,
-}
-
-impl Drop for Permit {
-    fn drop(&mut self) {
-        let mut open = self.limits.open.lock().unwrap_or_else(PoisonError::into_inner);
-        open.total -= 1;
-        let left = open.clients.get_mut(&self.client).map(|count| {
-            *count -= 1;
-            *count
-        });
-        if left == Some(0) {
-            open.clients.remove(&self.client);
-        }
-    }
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_client_gets_its_share_and_gives_it_back() {
-        let limits = Arc::new(Limits { most: 8, open: Mutex::default() });
-        let (one, other) = (IpAddr::from([10, 0, 0, 1]), IpAddr::from([10, 0, 0, 2]));
-        let held: Vec<_> = (0..2).map(|_| limits.admit(one).unwrap()).collect();
-        assert!(limits.admit(one).is_none());
-        assert!(limits.admit(other).is_some());
-        drop(held);
-        assert!(limits.admit(one).is_some());
-        assert!(limits.open.lock().unwrap().clients.is_empty());
-    }
-
-    #[test]
-    fn greedy_clients_leave_something() {
-        let limits = Arc::new(Limits { most: 1000, open: Mutex::default() });
-        let client = |n| IpAddr::from([10, 0, 1, n]);
-        let take = |n| std::iter::from_fn(|| limits.admit(client(n))).collect::<Vec<_>>();
-        let held: Vec<_> = (0..10).map(take).collect();
-        assert!(held[0].len() > 100);
-        assert!(limits.admit(client(101)).is_some());
-    }
-
-    #[test]
-    fn all_together_get_no_more_than_there_is() {
-        let limits = Arc::new(Limits { most: 3, open: Mutex::default() });
-        let client = |n| IpAddr::from([10, 0, 0, n]);
-        let _held: Vec<_> = (0..3).map(|n| limits.admit(client(n)).unwrap()).collect();
-        assert!(limits.admit(client(9)).is_none());
-    }
+/// How many connections there may be: each takes two descriptors.
+fn most_connections() -> usize {
+    let descriptors = rustix::process::getrlimit(rustix::process::Resource::Nofile).current;
+    let descriptors = descriptors.map_or(usize::MAX, |n| usize::try_from(n).unwrap_or(usize::MAX));
+    (descriptors.saturating_sub(OTHER_DESCRIPTORS) / 2).clamp(1, MOST_CONNECTIONS)
 }

@@ -33,6 +33,7 @@ use crate::{
     log::{self, Gist},
     net,
     rules::Snapshot,
+    shares::Share,
 };
 
 /// What has to be spoken on a connection.
@@ -567,6 +568,11 @@ impl Gate {
             return net::connect_own(self.server).await;
         }
         net::connect_as(self.client, self.server).await
+    }
+
+    /// One more of the long heads that may be in memory, if the client may have one more.
+    pub(crate) fn long_head(&self) -> Option<Share> {
+        self.proxy.long_heads.admit(self.client.ip())
     }
 
     /// What the newest rules say to a connection whose content nobody asked about.

@@ -11,6 +11,7 @@
 //! | [`tls`] | whom does a TLS client want? |
 //! | [`http`] | what does an HTTP message say, and how is it said again? |
 //! | [`log`] | who hears what happened? |
+//! | `shares` | how many of something may a client have? |
 //! | `sandbox` | what is given up once all is open? |
 
 pub mod accept;
@@ -25,13 +26,14 @@ pub mod net;
 mod relay;
 pub mod rules;
 mod sandbox;
+mod shares;
 pub mod tls;
 
 use std::{path::PathBuf, sync::Arc, thread};
 
 use tokio::runtime::{Builder, Handle, Runtime};
 
-use crate::{accept::Workers, dns::Dns, log::Log, rules::Store};
+use crate::{accept::Workers, dns::Dns, log::Log, rules::Store, shares::Shares};
 
 /// What the proxy is told when it starts.
 #[derive(Debug, clap::Parser)]
@@ -56,6 +58,8 @@ pub struct Proxy {
     pub log: Log,
     /// What is asked of name servers.
     pub dns: Dns,
+    /// Long heads of requests that are in memory.
+    pub(crate) long_heads: Arc<Shares>,
     /// Who serves the connections.
     pub workers: Workers,
     /// Where questions in datagrams are answered.
@@ -78,7 +82,9 @@ pub fn run(options: &Options) -> anyhow::Result<()> {
     sandbox::enter(&options.state_dir)?;
     let (log, dns, workers) = (Log::default(), Dns::new(agent), Workers::start(cores)?);
     let main = runtime()?;
-    let proxy = Arc::new(Proxy { rules, log, dns, workers, main: main.handle().clone() });
+    let long_heads = Arc::new(Shares::new(http::MOST_LONG_HEADS));
+    let main_handle = main.handle().clone();
+    let proxy = Arc::new(Proxy { rules, log, dns, long_heads, workers, main: main_handle });
     // Rules may be many: no connection and no question waits until they are read and made ready.
     let (link, linked) = (link.run(Arc::clone(&proxy)), runtime()?);
     thread::Builder::new().name("agent".into()).spawn(move || linked.block_on(link))?;

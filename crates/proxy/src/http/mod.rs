@@ -26,12 +26,27 @@ use tokio::{
     time::{Instant, timeout_at},
 };
 
-use crate::{buffer::Buffer, judge::Gate, net};
+use self::syntax::Malformed;
+use crate::{buffer::Buffer, judge::Gate, net, shares::Share};
 
 /// From the first byte of a head to its last; for the first one, from when the connection began.
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
+
+/// A head up to this length is in memory as long as its connection needs it.
+const SHORT_HEAD: usize = 8 << 10;
+/// Longer ones in memory, of all connections: 256 MiB where each is as long as one may be.
+pub(crate) const MOST_LONG_HEADS: usize = 4096;
+
+/// Room for a head of which this much is there, until it is dropped; a short one needs none.
+fn room_for(gate: &Gate, length: usize) -> Result<Option<Share>, Malformed> {
+    const NONE: Malformed = Malformed { status: 503, why: "there are too many long heads" };
+    match length > SHORT_HEAD {
+        true => gate.long_head().ok_or(NONE).map(Some),
+        false => Ok(None),
+    }
+}
 
 /// What every connection over HTTP/2 begins with (RFC 9113 section 3.4).
 pub const PREFACE: &[u8] = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n";

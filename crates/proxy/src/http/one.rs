@@ -24,6 +24,7 @@ use super::{
     reply::Reply,
     request::{Request, read_method},
     response::Response,
+    room_for,
     syntax::{Fields, Malformed, Scanner},
 };
 use crate::{
@@ -31,6 +32,7 @@ use crate::{
     judge::{Asked, Gate, Judged},
     log::Gist,
     net, relay,
+    shares::Share,
 };
 
 /// Interim answers to one request.
@@ -45,7 +47,7 @@ const GATHER: usize = 16 << 10;
 /// Serves the connection to its end. The first head, of which the buffer holds a part, has to be
 /// there at the deadline.
 pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
-    let mut connection = Connection { gate, client, buffer, server: None };
+    let mut connection = Connection { gate, client, buffer, room: None, server: None };
     if connection.serve(deadline).await.is_err() {
         net::reset(&connection.client);
         if let Some(server) = &connection.server {
@@ -94,6 +96,8 @@ struct Connection<'g> {
     gate: &'g Gate,
     client: TcpStream,
     buffer: Buffer,
+    /// What the head takes that was read last, if it is long.
+    room: Option<Share>,
     server: Option<Server>,
 }
 
@@ -127,6 +131,7 @@ impl Connection<'_> {
         &mut self,
         mut deadline: Instant,
     ) -> Result<Option<Result<usize, Malformed>>, Broken> {
+        self.room = None;
         if self.buffer.is_empty() {
             let server = self.server.as_ref().map(|server| &server.stream);
             let more = tokio::select! {
@@ -146,10 +151,18 @@ impl Connection<'_> {
         let mut scanner = Scanner::default();
         loop {
             let data = self.buffer.data();
-            match read_method(data).and_then(|_| scanner.find(data)) {
-                Ok(Some(length)) => return Ok(Some(Ok(length))),
-                Ok(None) => {}
+            let found = match read_method(data).and_then(|_| scanner.find(data)) {
+                Ok(found) => found,
                 Err(fault) => return Ok(Some(Err(fault))),
+            };
+            if self.room.is_none() {
+                self.room = match room_for(self.gate, found.unwrap_or(data.len())) {
+                    Ok(room) => room,
+                    Err(fault) => return Ok(Some(Err(fault))),
+                };
+            }
+            if let Some(length) = found {
+                return Ok(Some(Ok(length)));
             }
             match timeout_at(deadline, self.buffer.fill(&self.client)).await {
                 Ok(Ok(1..)) => {}

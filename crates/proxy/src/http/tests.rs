@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::*;
-use crate::{Proxy, accept::Workers, agent, dns::Dns, log::Log, rules::Store};
+use crate::{Proxy, accept::Workers, agent, dns::Dns, log::Log, rules::Store, shares::Shares};
 
 /// Whatever is to happen happens long before.
 const WAIT: Duration = Duration::from_secs(20);
@@ -28,6 +28,7 @@ const GET: &[u8] = b"GET / HTTP/1.1\r\nhost: a\r\n\r\n";
 
 /// The proxy's task that serves a client.
 struct Bench {
+    proxy: Arc<Proxy>,
     serving: JoinHandle<()>,
     directory: PathBuf,
 }
@@ -44,15 +45,21 @@ impl Bench {
         let workers = Workers::start(NonZero::<usize>::MIN).unwrap();
         let (log, dns) = (Log::default(), Dns::new(agent));
         let main = Handle::current();
-        let proxy = Arc::new(Proxy { rules: store, log, dns, workers, main });
+        let long_heads = Arc::new(Shares::new(MOST_LONG_HEADS));
+        let proxy = Arc::new(Proxy { rules: store, log, dns, long_heads, workers, main });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
         let (stream, peer) = listener.accept().await.unwrap();
-        let serving = tokio::spawn(async move {
-            let gate = Gate::new(&proxy, protocol::TCP, peer, origin);
-            serve(&gate, stream).await;
-        });
-        (Self { serving, directory }, client)
+        let gate = Gate::new(&proxy, protocol::TCP, peer, origin);
+        let serving = tokio::spawn(async move { serve(&gate, stream).await });
+        (Self { proxy, serving, directory }, client)
+    }
+
+    /// Takes the room for long heads, as other clients do.
+    fn fill_room(&self) -> Vec<Share> {
+        let all = &self.proxy.long_heads;
+        let of = |n: u32| std::iter::from_fn(move || all.admit(n.to_be_bytes().into()));
+        (0..).flat_map(of).take(MOST_LONG_HEADS).collect()
     }
 
     /// Waits until the proxy lets the client go, which is not before it has been idle.
@@ -172,6 +179,44 @@ async fn who_asks_no_more_is_let_go() {
     assert!(rest(&mut client).await.ends_with(b"ok"));
     bench.let_go(begun).await;
     timeout(WAIT, waiting).await.expect("the server may stop").unwrap();
+}
+
+/// Long heads are refused that there is no room for, and short ones are not.
+#[tokio::test]
+async fn long_heads_have_a_bound() {
+    let ok = b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok";
+    let (address, _serving) = origin(move |mut stream| async move {
+        stream.write_all(ok).await.unwrap();
+        rest(&mut stream).await;
+    })
+    .await;
+    let (bench, mut client) = Bench::new("long", address).await;
+    let _held = bench.fill_room();
+    client.write_all(GET).await.unwrap();
+    let mut heard = Vec::new();
+    while !heard.ends_with(b"ok") {
+        heard.push(client.read_u8().await.unwrap());
+    }
+    let field = "x".repeat(SHORT_HEAD);
+    // It does not end.
+    client.write_all(format!("GET / HTTP/1.1\r\nx: {field}").as_bytes()).await.unwrap();
+    let heard = rest(&mut client).await;
+    assert!(heard.starts_with(b"HTTP/1.1 503 "), "{}", String::from_utf8_lossy(&heard));
+
+    let (address, _) = endless().await;
+    let (bench, client) = Bench::new("long2", address).await;
+    let (send, connection) = h2::client::handshake(client).await.unwrap();
+    tokio::spawn(connection);
+    let ask = async |field: &str| {
+        let request = http::Request::get("http://a/small").header("x", field).body(()).unwrap();
+        let (response, _) =
+            send.clone().ready().await.unwrap().send_request(request, true).unwrap();
+        response.await.unwrap().status().as_u16()
+    };
+    let held = bench.fill_room();
+    assert_eq!((ask("x").await, ask(&field).await), (200, 503));
+    drop(held);
+    assert_eq!(ask(&field).await, 200);
 }
 
 /// An origin over HTTP/2 that answers `/small` at once, and everything else without an end; it tells

@@ -38,6 +38,7 @@ use super::{
     may_trail,
     reply::{DENIED, Reply, SERVER, date},
     request::{is_own, read_length},
+    room_for,
     syntax::{Fields, MOST_FIELDS, MOST_HEAD, Malformed, is_token, trim},
     target::{Authority, Target},
 };
@@ -156,6 +157,13 @@ impl Shared<'_> {
                 self.gate.log_malformed(VERSION, Malformed::bad(why), gist(&parts));
                 respond.send_reset(Reason::PROTOCOL_ERROR);
                 return Ended::Well;
+            }
+        };
+        let _room = match room_for(self.gate, length(&parts)) {
+            Ok(room) => room,
+            Err(fault) => {
+                self.gate.log_malformed(VERSION, fault, gist(&parts));
+                return answer(&mut respond, Reply::malformed(fault), parts.method == Method::HEAD);
             }
         };
         let asked = Asked {
@@ -366,6 +374,13 @@ fn read_authority(parts: &http::request::Parts) -> Result<Authority, Fault> {
         }
     }
     Ok(authority)
+}
+
+/// What a request takes in memory.
+fn length(parts: &http::request::Parts) -> usize {
+    let target = parts.uri.path_and_query().map_or(0, |target| target.as_str().len());
+    let fields = parts.headers.iter().map(|(name, value)| name.as_str().len() + value.len());
+    target + fields.sum::<usize>()
 }
 
 /// What is told of a request that is refused.
