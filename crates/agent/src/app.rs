@@ -2,7 +2,7 @@
 
 use std::{
     convert::Infallible,
-    path::PathBuf,
+    path::{Path, PathBuf},
     sync::Arc,
     time::{Duration, Instant},
 };
@@ -99,9 +99,13 @@ pub struct Options {
 /// Something that the agent cannot work without is missing.
 pub async fn run(options: Options) -> anyhow::Result<()> {
     let begun = Instant::now();
-    for directory in [&options.run_dir, &options.state_dir] {
-        std::fs::create_dir_all(directory)
-            .with_context(|| format!("cannot make {}", directory.display()))?;
+    let made = |directory: &Path| {
+        let made = std::fs::create_dir_all(directory);
+        made.with_context(|| format!("cannot make {}", directory.display()))
+    };
+    made(&options.run_dir)?;
+    if let Err(error) = made(&options.state_dir) {
+        warn!("{error:#}: nothing is recorded until it is there");
     }
     let client = client::client(options.kubeconfig.as_deref()).await?;
 
@@ -176,6 +180,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         reader.clone(),
         commands.clone(),
         progress.clone(),
+        health.clone(),
         &*datapath,
     )
     .await

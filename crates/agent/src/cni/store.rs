@@ -54,10 +54,10 @@ pub(super) struct Store {
 }
 
 impl Store {
+    /// The directory is made with the first record: for a full disk pods need not be looked after
+    /// any less.
     pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&directory)?;
-        for entry in fs::read_dir(&directory)? {
-            let path = entry?.path();
+        for path in files_in(&directory)? {
             // An agent ended while it wrote this.
             if path.extension().is_some_and(|extension| extension == PARTIAL) {
                 fs::remove_file(path)?;
@@ -81,6 +81,7 @@ impl Store {
     }
 
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
+        fs::create_dir_all(&self.directory)?;
         let path = self.path(&record.attachment);
         let partial = path.with_extension(PARTIAL);
         fs::write(&partial, serde_json::to_vec(record)?)?;
@@ -101,15 +102,17 @@ impl Store {
 
 /// The attachments that the files of a directory are named after; other files are skipped.
 pub(super) fn attachments_in(directory: &Path) -> io::Result<Vec<Attachment>> {
-    let entries = match fs::read_dir(directory) {
-        Err(error) if error.kind() == io::ErrorKind::NotFound => return Ok(Vec::new()),
-        entries => entries?,
-    };
-    let mut found = Vec::new();
-    for entry in entries {
-        found.extend(entry?.file_name().to_str().and_then(attachment_of));
+    let files = files_in(directory)?;
+    let names = files.iter().filter_map(|path| path.file_name()?.to_str());
+    Ok(names.filter_map(attachment_of).collect())
+}
+
+/// None where there is no directory.
+fn files_in(directory: &Path) -> io::Result<Vec<PathBuf>> {
+    match fs::read_dir(directory) {
+        Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(Vec::new()),
+        entries => entries?.map(|entry| Ok(entry?.path())).collect(),
     }
-    Ok(found)
 }
 
 fn attachment_of(file_name: &str) -> Option<Attachment> {

@@ -37,26 +37,30 @@ struct Line {
 pub(super) struct Journal {
     path: PathBuf,
     boot: String,
-    file: File,
+    /// Where lines are added, or why it could not be begun: what is there is an earlier agent's.
+    file: Result<File, io::ErrorKind>,
     lines: usize,
     /// It may end in the half of a line: the disk was full.
     torn: bool,
 }
 
 impl Journal {
-    /// Reads what is there, and begins the file anew with what still counts.
+    /// Reads what is there. Nothing is added to it before it was written anew with what still
+    /// counts.
     ///
     /// # Errors
-    /// The file cannot be read or written. What cannot be understood is left out.
+    /// Nobody knows when the machine started. What cannot be read or understood is left out.
     pub(super) fn open(path: PathBuf) -> io::Result<(Self, Cache)> {
         let boot = palisade_api::boot::id()?;
-        let text = match fs::read_to_string(&path) {
-            Err(error) if error.kind() == io::ErrorKind::NotFound => String::new(),
-            read => read?,
-        };
-        let cache = replay(&text, &boot);
-        let file = rewrite(&path, &boot, &cache)?;
-        Ok((Self { path, boot, file, lines: cache.len(), torn: false }, cache))
+        let bytes = fs::read(&path).unwrap_or_else(|error| {
+            if error.kind() != io::ErrorKind::NotFound {
+                warn!(%error, "cannot read the learned names: pods have to ask anew");
+            }
+            Vec::new()
+        });
+        let cache = replay(&String::from_utf8_lossy(&bytes), &boot);
+        let file = Err(io::ErrorKind::NotFound);
+        Ok((Self { path, boot, file, lines: 0, torn: false }, cache))
     }
 
     /// Adds an answer.
@@ -77,11 +81,12 @@ impl Journal {
             addresses: addresses.to_vec(),
             expiry,
         };
+        let file = self.file.as_mut().map_err(|why| *why)?;
         // What was torn must not take the next line with it.
         let mut text = if self.torn { vec![b'\n'] } else { Vec::new() };
         text.extend(encoded(&line)?);
         self.lines += 1;
-        let written = self.file.write_all(&text);
+        let written = file.write_all(&text);
         self.torn = written.is_err();
         written
     }
@@ -96,7 +101,15 @@ impl Journal {
     /// # Errors
     /// It cannot be written.
     pub(super) fn rewrite(&mut self, cache: &Cache) -> io::Result<()> {
-        self.file = rewrite(&self.path, &self.boot, cache)?;
+        match rewrite(&self.path, &self.boot, cache) {
+            Ok(file) => self.file = Ok(file),
+            Err(error) => {
+                if let Err(why) = &mut self.file {
+                    *why = error.kind();
+                }
+                return Err(error);
+            }
+        }
         self.lines = cache.len();
         self.torn = false;
         Ok(())
@@ -106,7 +119,7 @@ impl Journal {
     #[cfg(test)]
     pub(super) fn on_full_disk() -> Self {
         let full = PathBuf::from("/dev/full");
-        let file = OpenOptions::new().append(true).open(&full).unwrap();
+        let file = Ok(OpenOptions::new().append(true).open(&full).unwrap());
         Self { path: full.join("names"), boot: String::new(), file, lines: 0, torn: false }
     }
 }
@@ -156,6 +169,8 @@ fn encoded(value: &impl Serialize) -> io::Result<Vec<u8>> {
 
 #[cfg(test)]
 mod tests {
+    use std::path::Path;
+
     use super::*;
 
     fn owner() -> Owner {
@@ -173,6 +188,13 @@ mod tests {
         directory
     }
 
+    /// As an agent that starts.
+    fn start(path: &Path) -> (Journal, Cache) {
+        let (mut journal, cache) = Journal::open(path.to_owned()).unwrap();
+        journal.rewrite(&cache).unwrap();
+        (journal, cache)
+    }
+
     fn known(cache: &Cache) -> Vec<(String, IpAddr, u64)> {
         let mut known: Vec<_> =
             cache.entries().map(|(_, name, ip, expiry)| (name.to_owned(), ip, expiry)).collect();
@@ -184,7 +206,7 @@ mod tests {
     fn what_was_learned_is_there_after_a_restart() {
         let directory = directory("names");
         let path = directory.join("names");
-        let (mut journal, mut cache) = Journal::open(path.clone()).unwrap();
+        let (mut journal, mut cache) = start(&path);
         assert!(cache.is_empty());
         for (name, n, expiry) in [("x.org", 1, 50), ("x.org", 1, 90), ("y.org", 2, 60)] {
             cache.learn(&owner(), name, [address(n)], expiry);
@@ -192,7 +214,7 @@ mod tests {
         }
         // A process that dies may leave half a line.
         fs::write(&path, [fs::read(&path).unwrap(), b"{\"endpo".to_vec()].concat()).unwrap();
-        let (mut journal, restored) = Journal::open(path.clone()).unwrap();
+        let (mut journal, restored) = start(&path);
         assert_eq!(known(&restored), known(&cache));
 
         // What was forgotten does not come back.
@@ -201,7 +223,7 @@ mod tests {
         journal.rewrite(&cache).unwrap();
         journal.append(&owner(), "z.org", &[address(3)], 99).unwrap();
         cache.learn(&owner(), "z.org", [address(3)], 99);
-        assert_eq!(known(&Journal::open(path).unwrap().1), known(&cache));
+        assert_eq!(known(&start(&path).1), known(&cache));
         fs::remove_dir_all(directory).unwrap();
     }
 
@@ -209,9 +231,9 @@ mod tests {
     fn half_a_line_does_not_take_the_next_one_with_it() {
         let directory = directory("torn");
         let path = directory.join("names");
-        let (mut journal, _) = Journal::open(path.clone()).unwrap();
+        let (mut journal, _) = start(&path);
         journal.append(&owner(), "x.org", &[address(1)], 50).unwrap();
-        journal.file.write_all(b"{\"endpo").unwrap();
+        journal.file.as_mut().unwrap().write_all(b"{\"endpo").unwrap();
         let file = std::mem::replace(&mut journal.file, Journal::on_full_disk().file);
         journal.append(&owner(), "y.org", &[address(2)], 50).unwrap_err();
         journal.file = file;
@@ -220,7 +242,7 @@ mod tests {
         }
         let wanted = [("x.org", 1), ("y.org", 2), ("z.org", 3)];
         let wanted = wanted.map(|(name, n)| (name.to_owned(), address(n), 50));
-        assert_eq!(known(&Journal::open(path).unwrap().1), wanted);
+        assert_eq!(known(&start(&path).1), wanted);
         fs::remove_dir_all(directory).unwrap();
     }
 
@@ -228,7 +250,7 @@ mod tests {
     fn another_boot_has_another_clock() {
         let directory = directory("boots");
         let path = directory.join("names");
-        let (mut journal, _) = Journal::open(path.clone()).unwrap();
+        let (mut journal, _) = start(&path);
         journal.append(&owner(), "x.org", &[address(1)], 50).unwrap();
         let text = fs::read_to_string(&path).unwrap();
         assert!(!replay(&text, &journal.boot).is_empty());

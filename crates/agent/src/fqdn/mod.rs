@@ -8,7 +8,7 @@
 //!
 //! What was learned is on disk before an answer is released, and is the first thing that the
 //! policy engine hears of after a restart: nothing is taken back because of it. What is forgotten
-//! does not wait for the disk.
+//! does not wait for the disk, and neither does an agent that starts.
 
 pub mod cache;
 mod journal;
@@ -21,6 +21,7 @@ use tokio::sync::{Mutex, mpsc, watch};
 use tracing::{info, warn};
 
 use crate::{
+    endpoints::Health,
     engine::{Command, Progress},
     tables::{Change, Intent, Tables, TablesReader, fqdns::LearnedNames},
 };
@@ -29,6 +30,8 @@ use journal::Journal;
 
 /// Name of the file in the state directory.
 const FILE: &str = "learned-names";
+/// What health speaks of where it cannot be written.
+const ABOUT: &str = "learned names";
 /// How often what expired is looked for. Flows end without an event, too.
 const LOOK: Duration = Duration::from_secs(5);
 /// The kernel has this long to be told; the proxy does not wait longer.
@@ -78,6 +81,7 @@ pub struct Names {
     tables: TablesReader,
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
+    health: Arc<Health>,
 }
 
 struct Known {
@@ -94,20 +98,23 @@ impl Names {
     /// the pods are known.
     ///
     /// # Errors
-    /// The file cannot be read or written, or the engine ended.
+    /// Nobody knows when the machine started, or the engine ended.
     pub async fn restore(
         state_dir: &Path,
         tables: TablesReader,
         commands: mpsc::Sender<Command>,
         progress: watch::Receiver<Progress>,
+        health: Arc<Health>,
         flows: &dyn Flows,
     ) -> io::Result<Self> {
         let (journal, mut cache) = Journal::open(state_dir.join(FILE))?;
-        let outdated = expire_unused(&mut cache, now(), flows);
+        expire_unused(&mut cache, now(), flows);
         info!(addresses = cache.len(), "restored learned names");
         let rows = cache.endpoints().filter_map(|endpoint| cache.row(endpoint)).collect();
-        let known = Mutex::new(Known { cache, journal, outdated });
-        let names = Self { known, tables, commands, progress };
+        let known = Mutex::new(Known { cache, journal, outdated: true });
+        let names = Self { known, tables, commands, progress, health };
+        // Without room it is written by a later look.
+        _ = names.write(&mut *names.known.lock().await);
         names.send(Change::Replace(rows)).await.map_err(io::Error::other)?;
         Ok(names)
     }
@@ -139,7 +146,7 @@ impl Names {
             let mut known = self.known.lock().await;
             let Known { cache, journal, outdated } = &mut *known;
             // First the file: what it does not have is still to be learned when it is told again.
-            journal.append(&owner, name, &addresses, expiry).map_err(disk)?;
+            self.written(journal.append(&owner, name, &addresses, expiry))?;
             let changed = cache.learn(&owner, name, addresses.iter().copied(), expiry);
             *outdated |= journal.is_long(cache);
             let Some(row) = cache.row(endpoint) else { return Ok(()) };
@@ -198,7 +205,7 @@ impl Names {
             return Ok(());
         }
         let mut known = self.known.lock().await;
-        let Known { cache, journal, outdated } = &mut *known;
+        let Known { cache, outdated, .. } = &mut *known;
         let in_use = self.in_use(cache.expired(now), flows)?;
         let gone = self.gone(cache);
         for endpoint in &gone {
@@ -214,11 +221,29 @@ impl Names {
         for row in changed.into_iter().filter_map(|endpoint| cache.row(endpoint)) {
             self.send(Change::Put(row)).await?;
         }
-        if *outdated {
-            journal.rewrite(cache).map_err(disk)?;
-            *outdated = false;
+        match known.outdated {
+            true => self.write(&mut known),
+            false => Ok(()),
         }
-        Ok(())
+    }
+
+    /// Makes the file say what is known.
+    fn write(&self, known: &mut Known) -> Result<(), NotLearned> {
+        let written = known.journal.rewrite(&known.cache);
+        known.outdated = written.is_err();
+        self.written(written)
+    }
+
+    /// Tells whether the disk takes what is learned.
+    fn written(&self, written: io::Result<()>) -> Result<(), NotLearned> {
+        let Err(error) = written else {
+            self.health.clear(ABOUT);
+            return Ok(());
+        };
+        let why = error.kind();
+        let held = "answers of DNS that open new addresses are held back";
+        self.health.set(ABOUT, format!("{ABOUT} cannot be written ({why}): {held}"));
+        Err(NotLearned::Disk(error.to_string()))
     }
 
     /// The endpoints whose pods are no more.
@@ -251,22 +276,21 @@ impl Names {
     }
 }
 
-/// Forgets what expired and nobody at all has a live flow with; whether there was any.
-fn expire_unused(cache: &mut Cache, now: u64, flows: &dyn Flows) -> bool {
+/// Forgets what expired and nobody at all has a live flow with.
+fn expire_unused(cache: &mut Cache, now: u64, flows: &dyn Flows) {
     let mut expired = cache.expired(now);
     if expired.is_empty() {
-        return false;
+        return;
     }
     let pairs = match flows.live_pairs() {
         Ok(pairs) => pairs,
         Err(error) => {
-            warn!(error, "expired names stay for now: the flows cannot be read");
-            return false;
+            return warn!(error, "expired names stay for now: the flows cannot be read");
         }
     };
     let used: BTreeSet<IpAddr> = pairs.into_iter().flat_map(<[IpAddr; 2]>::from).collect();
     expired.retain(|(_, address)| used.contains(address));
-    !cache.expire(now, &expired).is_empty()
+    cache.expire(now, &expired);
 }
 
 fn owner_of(tables: &Tables, client: IpAddr) -> Option<Owner> {
@@ -287,10 +311,6 @@ fn is_outside(tables: &Tables, address: IpAddr) -> bool {
         && !tables.api_servers.outside.contains(&address)
         && !in_pods()
         && !is_service()
-}
-
-fn disk(error: io::Error) -> NotLearned {
-    NotLearned::Disk(error.to_string())
 }
 
 /// Seconds since the machine started, sleep included.

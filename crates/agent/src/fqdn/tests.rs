@@ -1,6 +1,7 @@
 //! From an answer to a kernel in memory, through the real engine.
 
 use std::{
+    io::Write,
     path::PathBuf,
     sync::{
         Mutex as StdMutex,
@@ -10,7 +11,9 @@ use std::{
 
 use palisade_abi::{ChunkKey, PREFIX_ID_BIT};
 use palisade_api::routing::Routing;
-use palisade_datapath::{Entry, Kernel, KernelError, Key, Step, fake::FakeKernel};
+use palisade_datapath::{
+    Entry, Kernel, KernelError, Key, Step, fake::FakeKernel, netlink::Netlink,
+};
 use palisade_policy::{
     l7::NamePattern,
     model::{
@@ -18,12 +21,16 @@ use palisade_policy::{
         Rule as Rules, Section,
     },
 };
+use rustix::{
+    mount::{MountFlags, MountPropagationFlags},
+    thread::UnshareFlags,
+};
 
 use super::*;
 use crate::{
     engine::{Engine, Outputs},
     reconcile::Reconciler,
-    resolve::{Resolver, Scope},
+    resolve::{LastGood, Resolver, Scope},
     tables::{
         ObjectName, POLICY_KINDS, TablesWriter,
         nodes::Surroundings,
@@ -71,6 +78,7 @@ struct Bench {
     kernel: Arc<Full>,
     commands: mpsc::Sender<Command>,
     progress: watch::Receiver<Progress>,
+    health: Arc<Health>,
     names: Names,
 }
 
@@ -117,8 +125,10 @@ impl Bench {
         let (retry, runtime) = (commands.downgrade(), tokio::runtime::Handle::current());
         std::thread::spawn(move || engine.run(queue, retry, &runtime));
         let (told, seen) = (commands.clone(), progress.clone());
-        let names = Names::restore(&directory, reader, told, seen, live).await.unwrap();
-        Self { directory, kernel, commands, progress, names }
+        let health = Arc::new(Health::default());
+        let names = Names::restore(&directory, reader, told, seen, health.clone(), live);
+        let names = names.await.unwrap();
+        Self { directory, kernel, commands, progress, health, names }
     }
 
     /// The agent is gone, its files and the kernel stay.
@@ -406,6 +416,67 @@ async fn what_a_full_disk_held_back_is_learned_when_it_has_room() {
     assert!(!bench.opened("93.184.216.34"));
     learn().await.unwrap();
     assert!(bench.opened("93.184.216.34"));
+}
+
+/// Does something on a file system of its own that has little room.
+#[expect(unsafe_code, reason = "rustix marks unshare unsafe for what may be done to file tables")]
+fn on_small_disk(what: impl AsyncFnOnce(PathBuf) + Send + 'static) {
+    let directory = std::env::temp_dir().join(format!("palisade-small-{}", std::process::id()));
+    std::fs::create_dir_all(&directory).unwrap();
+    let place = directory.clone();
+    let done = std::thread::spawn(move || {
+        // SAFETY: only the mounts of this thread change, and its working directory is its own.
+        unsafe { rustix::thread::unshare_unsafe(UnshareFlags::NEWNS) }.unwrap();
+        let private = MountPropagationFlags::PRIVATE | MountPropagationFlags::REC;
+        rustix::mount::mount_change("/", private).unwrap();
+        // As many files as the names need: the directory, theirs, and the one that replaces it.
+        let options = Some(c"size=64k,nr_inodes=3");
+        rustix::mount::mount("tmpfs", &place, "tmpfs", MountFlags::empty(), options).unwrap();
+        let runtime = tokio::runtime::Builder::new_current_thread().enable_all().build().unwrap();
+        runtime.block_on(what(place));
+    });
+    done.join().unwrap();
+    std::fs::remove_dir(&directory).unwrap();
+}
+
+/// A file that takes all the room.
+fn fill(directory: &Path) -> PathBuf {
+    let path = directory.join("full");
+    let mut file = std::fs::File::create(&path).unwrap();
+    while file.write_all(&[0; 4096]).is_ok() {}
+    path
+}
+
+#[test]
+fn an_agent_starts_on_a_full_disk() {
+    on_small_disk(async |directory| {
+        let bench = Bench::start(directory, Arc::default(), &Live::default()).await;
+        bench.learn("api.example.com", &["93.184.216.34"]).await.unwrap();
+        let (directory, kernel) = bench.stop();
+        let full = fill(&directory);
+        // What was never kept is not there, and cannot be made.
+        let (missing, node) = (directory.join("missing"), Netlink::current().unwrap());
+        assert!(LastGood::open(missing.clone()).is_ok());
+        assert!(crate::cni::recorded(missing, &node).await.unwrap().is_empty());
+
+        let bench = Bench::start(directory.clone(), kernel, &Live::default()).await;
+        assert!(bench.opened("93.184.216.34"), "what could be read holds");
+        let learned = bench.learn("b.example.com", &["93.184.216.35"]).await;
+        assert!(matches!(learned, Err(NotLearned::Disk(_))), "{learned:?}");
+        let later = now() + 1;
+        let looked = bench.names.expire(later, &Live::default()).await;
+        assert!(matches!(looked, Err(NotLearned::Disk(_))), "{looked:?}");
+        let [problem] = &bench.health.problems()[..] else { panic!("{:?}", bench.health) };
+        assert!(problem.contains("learned names") && problem.contains("storage"), "{problem}");
+
+        std::fs::remove_file(full).unwrap();
+        bench.names.expire(later, &Live::default()).await.unwrap();
+        assert_eq!(bench.health.problems(), Vec::<String>::new());
+        bench.learn("b.example.com", &["93.184.216.35"]).await.unwrap();
+        let (directory, kernel) = bench.stop();
+        let bench = Bench::start(directory, kernel, &Live::default()).await;
+        assert!(bench.opened("93.184.216.34") && bench.opened("93.184.216.35"));
+    });
 }
 
 #[tokio::test]

@@ -40,11 +40,15 @@ impl LastGood {
     /// subjects are closed then.
     ///
     /// # Errors
-    /// The directory can be neither read nor made.
+    /// The directory is there and cannot be read. It is made when something is kept: there may be
+    /// no room for it now.
     pub fn open(directory: PathBuf) -> io::Result<Self> {
-        fs::create_dir_all(&directory)?;
         let mut versions = BTreeMap::new();
-        for entry in fs::read_dir(&directory)? {
+        let entries = match fs::read_dir(&directory) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => None,
+            entries => Some(entries?),
+        };
+        for entry in entries.into_iter().flatten() {
             let path = entry?.path();
             match read(&path) {
                 Ok(version)
@@ -130,6 +134,7 @@ fn read(path: &Path) -> io::Result<Version> {
 
 /// Whole or not at all, whatever happens to the machine.
 fn write(path: &Path, version: &Version) -> io::Result<()> {
+    path.parent().map_or(Ok(()), fs::create_dir_all)?;
     let partial = path.with_extension("partial");
     let mut file = File::create(&partial)?;
     file.write_all(&serde_json::to_vec(version)?)?;
