@@ -328,7 +328,7 @@ mod tests {
     use super::*;
     use crate::{
         arbitrary::{self, Packet, Random},
-        l7::{HeaderRule, HeaderValue, Mismatch},
+        l7::{HeaderRule, HeaderValue, Mismatch, NamePattern},
         model::{Peers, PolicyKind, Rule, Section},
     };
 
@@ -383,15 +383,18 @@ mod tests {
         HttpRule { headers: vec![header], ..HttpRule::default() }
     }
 
-    /// Of a request with the header `x: 1`, between two pods.
-    fn explained(policies: &[&Policy]) -> Explanation {
+    /// Between two pods.
+    fn explained(policies: &[&Policy], question: &Question<'_>) -> Explanation {
         let mut random = Random::new(1);
         let pods = arbitrary::world(&mut random).pods;
+        explain(policies, &pods[0], &pods[1], 6, 80, Some(question))
+    }
+
+    /// Of a request with the header `x: 1`.
+    fn request(policies: &[&Policy]) -> Explanation {
         let headers: [(&str, &[u8]); 1] = [("x", b"1")];
         let request = HttpRequest { method: "GET", target: "/", host: "a", headers: &headers };
-        let secrets = Secrets::default();
-        let question = Question::Http(request, &secrets);
-        explain(policies, &pods[0], &pods[1], 6, 80, Some(&question))
+        explained(policies, &Question::Http(request, &Secrets::default()))
     }
 
     #[test]
@@ -400,7 +403,7 @@ mod tests {
         let allowed = |sends: Option<Mismatch>, wanted: &str| {
             let sends = sends.map(|sends| policy(Direction::Egress, header("x", "2", sends)));
             let wants = wants(wanted);
-            explained(&sends.iter().chain([&wants]).collect::<Vec<_>>()).allowed()
+            request(&sends.iter().chain([&wants]).collect::<Vec<_>>()).allowed()
         };
         for (sends, first, second) in [
             (None, true, false),
@@ -419,12 +422,26 @@ mod tests {
         let any = || policy(Direction::Ingress, HttpRule::default());
         for (name, value, written) in [("y", "1", true), ("host", "1", false), ("y", "\n", false)] {
             let sends = policy(Direction::Egress, header(name, value, Mismatch::Add));
-            let found = explained(&[&sends, &any()]);
+            let found = request(&[&sends, &any()]);
             let egress = found.egress.as_ref().expect("a pod");
             assert_eq!((found.allowed(), egress.verdict.allowed), (written, written), "{name}");
             assert_eq!(egress.ground().contains("the proxy answers 403"), !written);
             let receives = policy(Direction::Ingress, header(name, value, Mismatch::Add));
-            assert_eq!(explained(&[&receives]).allowed(), written);
+            assert_eq!(request(&[&receives]).allowed(), written);
+        }
+    }
+
+    #[test]
+    fn who_names_no_server_is_refused_where_names_are_asked_for() {
+        for default_deny in [false, true] {
+            let mut policy = policy(Direction::Ingress, HttpRule::default());
+            let section = &mut policy.rules[0].ingress;
+            section.default_deny = default_deny;
+            section.entries[0].application = Application::Tls(vec![NamePattern::everything()]);
+            let found = explained(&[&policy], &Question::Tls(None));
+            assert_eq!(found.allowed(), !default_deny);
+            let ground = found.ingress.expect("a pod").ground();
+            assert_eq!(ground.contains("the proxy resets"), default_deny, "{ground}");
         }
     }
 }
