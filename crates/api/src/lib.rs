@@ -15,6 +15,7 @@ pub mod flow;
 pub mod pool;
 #[cfg(feature = "proxy")]
 pub mod proxy;
+pub mod replace;
 pub mod routing;
 #[cfg(feature = "crd")]
 pub mod secrets;

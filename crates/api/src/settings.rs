@@ -3,14 +3,16 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::Path,
 };
 
 use serde::{Deserialize, Serialize};
 
-use crate::boot;
+use crate::{
+    boot,
+    replace::{Lasting, replace},
+};
 
 /// The record's name in the directory of the agent's records.
 pub const FILE: &str = "settings";
@@ -58,11 +60,8 @@ pub fn record(file: &Path, new: Changes) -> io::Result<()> {
     }
     let mut changes = read(file).unwrap_or_default();
     changes.extend(new);
-    let partial = file.with_extension("partial");
-    let mut aside = File::create(&partial)?;
-    aside.write_all(&serde_json::to_vec(&Record { boot: boot::id()?, changes })?)?;
-    aside.sync_all()?;
-    fs::rename(&partial, file)
+    let record = serde_json::to_vec(&Record { boot: boot::id()?, changes })?;
+    replace(file, &record, Lasting::Always).map(|_| ())
 }
 
 #[cfg(test)]

@@ -147,13 +147,20 @@ fn reason(
             entries.extend(allowing.map(|entry| (policy, entry)));
         }
     }
-    let refusal = question.and_then(|question| refusal(&entries, asked, question, &judged));
+    let speaks =
+        |entry: &Entry| entry.application.needs_proxy() && missing(entry, asked) == Missing::Inside;
+    let spoken = entries.iter().map(|(_, entry)| *entry).find(|entry| speaks(entry));
+    let spoken = spoken.map(|entry| &entry.application);
+    let refusal =
+        question.zip(spoken).and_then(|(question, spoken)| refusal(spoken, question, &judged));
     let Judged { mut verdict, matched, edits } = judged;
     verdict.allowed &= refusal.is_none();
     let unruled = !verdict.allowed && verdict.rule.is_none() && refusal.is_none();
-    let nearest = entries.iter().map(|(policy, entry)| near(policy, entry, asked, question));
-    let nearest = nearest.min_by_key(|(distance, _)| *distance).map(|(_, nearest)| nearest);
-    let nearest = nearest.filter(|_| unruled);
+    // Where something else is to be said, what an HTTP rule allows is beside the point.
+    let inside = question.filter(|_| matches!(spoken, None | Some(Application::Http(_))));
+    let near = |(policy, entry): &(&Policy, &Entry)| near(policy, entry, asked, inside);
+    let nearest = unruled.then(|| entries.iter().map(near).min_by_key(|(distance, _)| *distance));
+    let nearest = nearest.flatten().map(|(_, nearest)| nearest);
     (Reason { direction, verdict, matched, default_deny_by, refusal, nearest }, edits)
 }
 
@@ -168,17 +175,13 @@ fn missing(entry: &Entry, asked: &Asked<'_>) -> Missing {
     }
 }
 
-/// What a proxy would do whatever the rules allow, of those that allow something.
+/// What a proxy would do that speaks what the first rule asks for, whatever the rules allow.
 fn refusal(
-    entries: &[(&Policy, &Entry)],
-    asked: &Asked<'_>,
+    spoken: &Application,
     question: &Question<'_>,
     Judged { verdict, edits, .. }: &Judged,
 ) -> Option<Refusal> {
-    let speaks =
-        |entry: &Entry| entry.application.needs_proxy() && missing(entry, asked) == Missing::Inside;
-    let spoken = entries.iter().map(|(_, entry)| entry).find(|entry| speaks(entry))?;
-    match (question, &spoken.application) {
+    match (question, spoken) {
         _ if !verdict.proxied => None,
         (Question::Malformed(fault), Application::Http(_)) => Some(Refusal::Answers(*fault)),
         (Question::Http(request, _), Application::Http(_)) => {

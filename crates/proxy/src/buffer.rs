@@ -43,6 +43,15 @@ impl Buffer {
         }
     }
 
+    /// Takes no more memory than what is left needs.
+    pub(crate) fn shrink(&mut self) {
+        if self.bytes.capacity() > SMALL && self.data().len() <= SMALL {
+            let mut small = take_one();
+            small.extend_from_slice(self.data());
+            (self.bytes, self.start) = (small, 0);
+        }
+    }
+
     /// Reads more; 0 at the end of the stream. May be dropped at any time.
     ///
     /// # Errors

@@ -112,10 +112,12 @@ const MOST_NESTED: usize = 4;
 pub fn without_credentials(url: &str) -> Cow<'_, str> {
     let Some((path, query)) = url.split_once('?') else { return url.into() };
     let parts = query.split_inclusive(['&', ';']).map(|part| match part.split_once('=') {
+        Some((name, _)) if has_credentials(name, MOST_NESTED) => "[redacted]".into(),
         Some((name, value)) if is_secret(name) || has_credentials(value, MOST_NESTED) => {
             let end = value.strip_suffix(['&', ';']).map_or("", |kept| &value[kept.len()..]);
             Cow::from(format!("{name}=[redacted]{end}"))
         }
+        None if has_credentials(part, MOST_NESTED) => "[redacted]".into(),
         _ => part.into(),
     });
     format!("{path}?{}", parts.collect::<String>()).into()
@@ -128,8 +130,8 @@ fn is_secret(name: &str) -> bool {
 }
 
 /// Whether a value is, or has inside, a URL with a user or with parameters that are secrets.
-fn has_credentials(value: &str, depth: usize) -> bool {
-    let value = decoded(value);
+fn has_credentials(text: &str, depth: usize) -> bool {
+    let value = decoded(text);
     let has_user = |rest: &str| {
         let mut parts = rest.split(['/', '?', '#']);
         parts.next().is_some_and(|authority| authority.contains('@'))
@@ -138,8 +140,13 @@ fn has_credentials(value: &str, depth: usize) -> bool {
         return true;
     }
     let mut parameters = value.split(['?', '#', '&', ';']).filter_map(|part| part.split_once('='));
-    parameters
+    if parameters
         .any(|(name, value)| depth == 0 || is_secret(name) || has_credentials(value, depth - 1))
+    {
+        return true;
+    }
+    // It may be encoded more than once.
+    value != text && (depth == 0 || has_credentials(&value, depth - 1))
 }
 
 fn decoded(text: &str) -> Cow<'_, str> {
@@ -317,6 +324,11 @@ mod tests {
             ("http://a/b?u=http%3A%2F%2Fh%2F%3Fx%3D1%26%74oken%3Ds3", "http://a/b?u=[redacted]"),
             ("http://a/b?u=http://h/%23access_token=s3", "http://a/b?u=[redacted]"),
             ("http://a/b?u=%2F%3Fu%3D%252F%253Fjwt%253Ds3", "http://a/b?u=[redacted]"),
+            ("http://a/fetch?https://u:s3@h&x=1", "http://a/fetch?[redacted]x=1"),
+            ("http://a/b?https://u:s3@h/=1", "http://a/b?[redacted]"),
+            ("http://a/b?u=https%253A%252F%252Fu:s3@h", "http://a/b?u=[redacted]"),
+            ("http://a/b?u=http%253A%252F%252Fh%252F%253Ftoken%253Ds3", "http://a/b?u=[redacted]"),
+            ("http://a/b?u=100%2525&y=%20", "http://a/b?u=100%2525&y=%20"),
             ("http://a/b?x=a=b=c&y=?z==", "http://a/b?x=a=b=c&y=?z=="),
         ] {
             assert_eq!(without_credentials(url), told);

@@ -2,10 +2,8 @@
 
 use std::{
     collections::{BTreeMap, HashMap},
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     net::IpAddr,
-    os::unix::fs::OpenOptionsExt,
     path::{Path, PathBuf},
     sync::{
         Arc,
@@ -19,6 +17,7 @@ use ipnet::IpNet;
 use palisade_api::{
     boot,
     proxy::{Peer, Rules},
+    replace::{Lasting, replace},
 };
 use serde::{Deserialize, Serialize};
 use tokio::sync::watch;
@@ -187,11 +186,6 @@ impl Store {
     fn write(&self) -> io::Result<()> {
         let snapshot = self.load();
         let kept = Kept { boot: &self.boot, rules: &snapshot.rules };
-        let aside = self.file.with_extension("new");
-        // Secrets are among them.
-        let mut file =
-            File::options().write(true).create(true).truncate(true).mode(0o600).open(&aside)?;
-        file.write_all(&serde_json::to_vec(&kept)?)?;
-        fs::rename(&aside, &self.file)
+        replace(&self.file, &serde_json::to_vec(&kept)?, Lasting::UntilBoot).map(|_| ())
     }
 }

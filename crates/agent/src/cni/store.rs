@@ -9,6 +9,7 @@ use std::io;
 use std::path::{Path, PathBuf};
 
 use palisade_api::cni::{Attachment, ContainerId, IfName, Pod};
+use palisade_api::replace::{ASIDE, Lasting, replace};
 use serde::{Deserialize, Serialize};
 
 use super::{Addresses, HostLink};
@@ -44,9 +45,6 @@ pub struct Record {
     pub phase: Phase,
 }
 
-/// Extension of what is not a record yet.
-const PARTIAL: &str = "partial";
-
 /// The directory of records.
 #[derive(Debug, Clone)]
 pub(super) struct Store {
@@ -59,7 +57,7 @@ impl Store {
     pub(super) fn open(directory: PathBuf) -> io::Result<Self> {
         for path in files_in(&directory)? {
             // An agent ended while it wrote this.
-            if path.extension().is_some_and(|extension| extension == PARTIAL) {
+            if path.extension().is_some_and(|extension| extension == ASIDE) {
                 fs::remove_file(path)?;
             }
         }
@@ -83,9 +81,7 @@ impl Store {
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
         fs::create_dir_all(&self.directory)?;
         let path = self.path(&record.attachment);
-        let partial = path.with_extension(PARTIAL);
-        fs::write(&partial, serde_json::to_vec(record)?)?;
-        fs::rename(&partial, &path)
+        replace(&path, &serde_json::to_vec(record)?, Lasting::UntilBoot).map(|_| ())
     }
 
     pub(super) fn remove(&self, attachment: &Attachment) -> io::Result<()> {

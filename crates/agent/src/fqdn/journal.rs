@@ -2,12 +2,13 @@
 //! then. It counts until the machine starts again, for so does the clock.
 
 use std::{
-    fs::{self, File, OpenOptions},
+    fs::{self, File},
     io::{self, Write},
     net::IpAddr,
-    path::PathBuf,
+    path::{Path, PathBuf},
 };
 
+use palisade_api::replace::{Lasting, replace};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
 
@@ -119,7 +120,7 @@ impl Journal {
     #[cfg(test)]
     pub(super) fn on_full_disk() -> Self {
         let full = PathBuf::from("/dev/full");
-        let file = Ok(OpenOptions::new().append(true).open(&full).unwrap());
+        let file = Ok(File::options().append(true).open(&full).unwrap());
         Self { path: full.join("names"), boot: String::new(), file, lines: 0, torn: false }
     }
 }
@@ -143,8 +144,7 @@ fn replay(text: &str, boot: &str) -> Cache {
     cache
 }
 
-fn rewrite(path: &PathBuf, boot: &str, cache: &Cache) -> io::Result<File> {
-    let partial = path.with_extension("partial");
+fn rewrite(path: &Path, boot: &str, cache: &Cache) -> io::Result<File> {
     let mut content = encoded(&Header { boot: boot.to_owned() })?;
     for (owner, name, address, expiry) in cache.entries() {
         content.extend(encoded(&Line {
@@ -155,10 +155,7 @@ fn rewrite(path: &PathBuf, boot: &str, cache: &Cache) -> io::Result<File> {
             expiry,
         })?);
     }
-    fs::write(&partial, content)?;
-    let file = OpenOptions::new().append(true).open(&partial)?;
-    fs::rename(&partial, path)?;
-    Ok(file)
+    replace(path, &content, Lasting::UntilBoot)
 }
 
 fn encoded(value: &impl Serialize) -> io::Result<Vec<u8>> {

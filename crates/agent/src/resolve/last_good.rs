@@ -6,12 +6,12 @@
 
 use std::{
     collections::BTreeMap,
-    fs::{self, File},
-    io::{self, Write},
+    fs, io,
     path::{Path, PathBuf},
     sync::Arc,
 };
 
+use palisade_api::replace::{Lasting, replace};
 use palisade_policy::model::{Policy, PolicyRef};
 use serde::{Deserialize, Serialize};
 use tracing::warn;
@@ -135,11 +135,7 @@ fn read(path: &Path) -> io::Result<Version> {
 /// Whole or not at all, whatever happens to the machine.
 fn write(path: &Path, version: &Version) -> io::Result<()> {
     path.parent().map_or(Ok(()), fs::create_dir_all)?;
-    let partial = path.with_extension("partial");
-    let mut file = File::create(&partial)?;
-    file.write_all(&serde_json::to_vec(version)?)?;
-    file.sync_all()?;
-    fs::rename(&partial, path)
+    replace(path, &serde_json::to_vec(version)?, Lasting::Always).map(|_| ())
 }
 
 fn remove(path: &Path) {

@@ -115,7 +115,9 @@ impl Objects {
                 return Ok(());
             }
             "Secret" => {
-                self.secrets.extend(usable(serde_json::from_value(object.clone())?));
+                if text("/metadata/namespace") == Some(secrets::NAMESPACE) {
+                    self.secrets.extend(values(object)?);
+                }
                 return Ok(());
             }
             "Pod" => {
@@ -224,16 +226,21 @@ impl Pod {
     }
 }
 
-/// The name and the values of a Secret that policies may use.
-fn usable(secret: Secret) -> Option<(String, BTreeMap<String, Vec<u8>>)> {
+/// The name and the values of a Secret.
+fn values(object: &Value) -> Result<Option<(String, BTreeMap<String, Vec<u8>>)>> {
+    let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
+    // What the reader says of it may contain values.
+    let Ok(secret) = serde_json::from_value::<Secret>(object.clone()) else {
+        bail!(
+            "Secret {}/{name}: its `data` must be text in base64, its `stringData` text",
+            secrets::NAMESPACE
+        );
+    };
     let Secret { metadata, data, string_data, .. } = secret;
-    if metadata.namespace.as_deref() != Some(secrets::NAMESPACE) {
-        return None;
-    }
     let data = data.into_iter().flatten().map(|(key, value)| (key, value.0));
     // As the API server has it, the plain text counts.
     let plain = string_data.into_iter().flatten().map(|(key, text)| (key, text.into_bytes()));
-    Some((metadata.name?, data.chain(plain).collect()))
+    Ok(metadata.name.map(|name| (name, data.chain(plain).collect())))
 }
 
 fn named_port(port: &Value) -> Option<NamedPort> {

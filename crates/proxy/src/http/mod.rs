@@ -31,12 +31,15 @@ use crate::{buffer::Buffer, judge::Gate, net, shares::Share};
 
 /// From the first byte of a head to its last; for the first one, from when the connection began.
 const HEAD_TIME: Duration = Duration::from_secs(10);
+/// A head that takes longer.
+const LATE: Malformed = Malformed { status: 408, why: "the head took too long" };
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
 
 /// A head up to this length is in memory as long as its connection needs it.
 const SHORT_HEAD: usize = 8 << 10;
-/// Longer ones in memory, of all connections: 256 MiB where each is as long as one may be.
+/// Longer ones in memory, of all connections: 256 MiB where each is as long as one may be, and as
+/// much again for what is made of each that is judged.
 pub(crate) const MOST_LONG_HEADS: usize = 4096;
 
 /// Room for a head of which this much is there, until it is dropped; a short one needs none.

@@ -17,7 +17,7 @@ use tokio::{
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME,
+    HEAD_TIME, IDLE_TIME, LATE,
     activity::Activity,
     body::{Framing, Piece, Reader},
     may_trail,
@@ -132,6 +132,7 @@ impl Connection<'_> {
         mut deadline: Instant,
     ) -> Result<Option<Result<usize, Malformed>>, Broken> {
         self.room = None;
+        self.buffer.shrink();
         if self.buffer.is_empty() {
             let server = self.server.as_ref().map(|server| &server.stream);
             let more = tokio::select! {
@@ -168,7 +169,7 @@ impl Connection<'_> {
                 Ok(Ok(1..)) => {}
                 Ok(_) => return Err(Broken),
                 Err(_) => {
-                    return Ok(Some(Err(Malformed { status: 408, why: "the head took too long" })));
+                    return Ok(Some(Err(LATE)));
                 }
             }
         }

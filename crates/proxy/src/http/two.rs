@@ -10,7 +10,10 @@ use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    sync::Arc,
+    sync::{
+        Arc,
+        atomic::{AtomicUsize, Ordering::Relaxed},
+    },
     task::{Context, Poll},
     time::Duration,
 };
@@ -33,7 +36,7 @@ use tokio::{
 };
 
 use super::{
-    IDLE_TIME,
+    HEAD_TIME, IDLE_TIME, LATE, SHORT_HEAD,
     activity::Activity,
     may_trail,
     reply::{DENIED, Reply, SERVER, date},
@@ -67,6 +70,7 @@ const MOST_ERRORS: usize = 100;
 
 /// Serves the connection to its end, if it has begun at the deadline.
 pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
+    let unheard = Arc::<Unheard>::default();
     let handshake = server::Builder::new()
         .max_concurrent_streams(MOST_STREAMS)
         .max_header_list_size(MOST_HEAD as u32)
@@ -74,9 +78,9 @@ pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadli
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(WINDOW as usize)
         .max_local_error_reset_streams(Some(MOST_ERRORS))
-        .handshake(Prefixed { buffer, stream: client });
+        .handshake(Prefixed { buffer, stream: client, unheard: Arc::clone(&unheard) });
     if let Ok(Ok(connection)) = timeout_at(deadline, handshake).await {
-        let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default() };
+        let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default(), unheard };
         shared.serve(connection).await;
     }
 }
@@ -89,6 +93,33 @@ struct Shared<'g> {
     server: OnceCell<Server>,
     /// Told when the connection to the server ends.
     gone: Arc<Notify>,
+    unheard: Arc<Unheard>,
+}
+
+/// What a client sent since its last request began or ended. The crate does not tell of a head
+/// before it is whole.
+#[derive(Default)]
+struct Unheard {
+    bytes: AtomicUsize,
+    much: Notify,
+}
+
+impl Unheard {
+    fn add(&self, count: usize) {
+        let before = self.bytes.fetch_add(count, Relaxed);
+        if before <= SHORT_HEAD && self.is_much() {
+            self.much.notify_one();
+        }
+    }
+
+    /// More than a client has to say that asks nothing.
+    fn is_much(&self) -> bool {
+        self.bytes.load(Relaxed) > SHORT_HEAD
+    }
+
+    fn clear(&self) {
+        self.bytes.store(0, Relaxed);
+    }
 }
 
 /// How a stream ended.
@@ -104,6 +135,7 @@ impl Shared<'_> {
         let mut streams = FuturesUnordered::new();
         let mut resets = Allowance::new();
         let mut idle = pin!(sleep_until(Instant::now() + IDLE_TIME));
+        let mut late = pin!(sleep_until(Instant::now() + HEAD_TIME));
         let (mut forgotten, mut ending) = (pin!(self.gate.forgotten()), false);
         loop {
             let end = tokio::select! {
@@ -112,6 +144,7 @@ impl Shared<'_> {
                 () = &mut forgotten, if !ending => true,
                 () = self.gone.notified(), if !ending => true,
                 Some(ended) = streams.next() => {
+                    self.unheard.clear();
                     if ended == Ended::TakenBack && !resets.take() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
@@ -121,11 +154,20 @@ impl Shared<'_> {
                 }
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
+                        self.unheard.clear();
                         streams.push(self.stream(request, respond));
                         false
                     }
                     _ => return,
                 },
+                () = self.unheard.much.notified() => {
+                    late.as_mut().reset(Instant::now() + HEAD_TIME);
+                    false
+                }
+                () = &mut late, if self.unheard.is_much() && streams.is_empty() && !ending => {
+                    self.gate.log_malformed(VERSION, LATE, Gist::default());
+                    true
+                }
                 () = &mut idle, if streams.is_empty() => match ending {
                     false => true,
                     // A client that does not see it is not waited for.
@@ -645,6 +687,7 @@ impl Allowance {
 struct Prefixed {
     buffer: Buffer,
     stream: TcpStream,
+    unheard: Arc<Unheard>,
 }
 
 impl AsyncRead for Prefixed {
@@ -654,11 +697,15 @@ impl AsyncRead for Prefixed {
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
         if self.buffer.is_empty() {
-            return Pin::new(&mut self.stream).poll_read(cx, into);
+            let before = into.filled().len();
+            let read = Pin::new(&mut self.stream).poll_read(cx, into);
+            self.unheard.add(into.filled().len() - before);
+            return read;
         }
         let count = self.buffer.data().len().min(into.remaining());
         into.put_slice(&self.buffer.data()[..count]);
         self.buffer.consume(count);
+        self.unheard.add(count);
         Poll::Ready(Ok(()))
     }
 }
