@@ -1,11 +1,7 @@
 //! Settings of a node that the agent changed, and what they were before. Whoever takes Palisade off
 //! the node puts them back.
 
-use std::{
-    collections::BTreeMap,
-    fs, io,
-    path::Path,
-};
+use std::{collections::BTreeMap, fs, io, path::Path};
 
 use serde::{Deserialize, Serialize};
 

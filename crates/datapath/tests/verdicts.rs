@@ -44,6 +44,10 @@ const HOST_MAC: [u8; 6] = [2, 0, 0, 0, 0, 2];
 const OWN: u32 = 1000;
 const PEER: u32 = 1001;
 
+/// Numbers of IPv6 headers: options for the destination, fragment, routing.
+const OPTIONS: u8 = 60;
+const FRAGMENT: u8 = 44;
+const ROUTING: u8 = 43;
 const SYN: u8 = 2;
 const ACK: u8 = 16;
 
@@ -463,6 +467,76 @@ fn endpoints_speak_for_themselves_only() {
     assert_eq!(node.leaves(&advertisement), SHOT, "router advertisement");
     advertisement.detail = 137;
     assert_eq!(node.leaves(&advertisement), SHOT, "redirect");
+}
+
+/// An IPv6 packet with headers between its own and that of its protocol.
+fn extended(chain: &[u8], packet: &Packet) -> Vec<u8> {
+    let mut frame = packet.frame(POD_MAC, HOST_MAC);
+    let (next, at) = (20, 54);
+    let numbers = chain.iter().copied().chain([packet.protocol]);
+    frame[next] = chain[0];
+    // Padding; of a fragment it is all of the datagram.
+    let filler = |header: u8| if header == FRAGMENT { [0; 6] } else { [1, 4, 0, 0, 0, 0] };
+    let headers: Vec<u8> = chain
+        .iter()
+        .zip(numbers.skip(1))
+        .flat_map(|(header, next)| [&[next, 0][..], &filler(*header)].concat())
+        .collect();
+    let length = (frame.len() - at + headers.len()) as u16;
+    frame[18..20].copy_from_slice(&length.to_be_bytes());
+    frame.splice(at..at, headers);
+    frame
+}
+
+/// What is behind many headers is judged as what it is, or does not pass.
+#[test]
+fn no_chain_of_headers_hides_a_protocol() {
+    let node = Node::new();
+    // Whatever is not known to be something else may pass.
+    node.row(TABLE_ALLOW_ALL, TABLE_ALLOW_ALL);
+    let run = |chain: &[u8]| {
+        let frame = extended(chain, &Packet::out(true, protocol::UDP, 80));
+        node.datapath.test_run("from_pod", IFINDEX, &frame, 1).unwrap().0
+    };
+    for allowed in [&[OPTIONS; 1][..], &[OPTIONS; 5], &[FRAGMENT], &[OPTIONS, OPTIONS, FRAGMENT]] {
+        assert_eq!(run(allowed), OK, "{allowed:?}");
+    }
+    for last in [OPTIONS, FRAGMENT, ROUTING] {
+        for length in 5..9 {
+            let chain = [vec![OPTIONS; length], vec![last]].concat();
+            assert_eq!(run(&chain), SHOT, "{chain:?}");
+        }
+    }
+    assert_eq!(run(&[ROUTING]), SHOT);
+}
+
+/// Messages to neighbours are upkeep of the link, not a way to everybody.
+#[test]
+fn neighbours_are_asked_on_the_link_only() {
+    let node = Node::new();
+    let ask = |kind: u8, destination: &str| {
+        let destination = mapped(destination);
+        let packet = Packet { destination, ..Packet::out(true, protocol::ICMPV6, 0) };
+        let mut frame = packet.flags(kind).frame(POD_MAC, HOST_MAC);
+        let target = if kind == 136 { own(true) } else { other(true) };
+        let (hop_limit, at) = (21, 54);
+        frame[hop_limit] = 255;
+        frame.truncate(at + 8);
+        frame.extend(target);
+        frame[18..20].copy_from_slice(&24_u16.to_be_bytes());
+        node.datapath.test_run("from_pod", IFINDEX, &frame, 1).unwrap().0
+    };
+    // Policy allows nothing.
+    node.allow_80(2);
+    node.row(2, 2);
+    for kind in [135, 136] {
+        for neighbour in ["fe80::1", "ff02::1:ff00:2"] {
+            assert_eq!(ask(kind, neighbour), OK, "{kind} to {neighbour}");
+        }
+        for elsewhere in ["2001:db8::1", "fd00::2"] {
+            assert_eq!(ask(kind, elsewhere), SHOT, "{kind} to {elsewhere}");
+        }
+    }
 }
 
 /// A small generator that repeats: xorshift64*.

@@ -255,6 +255,9 @@ pub fn fresh(flow: &FlowValue) -> bool {
         && (flow.shard_revision == 0 || shard_revision(flow.shard) == flow.shard_revision)
 }
 
+/// Of no shard at any time: a flow that holds it is judged again.
+pub const NO_SHARD_REVISION: u32 = 0x8000_0000;
+
 /// Never 0, which stands for "no shard".
 #[inline(always)]
 pub fn shard_revision(shard: u32) -> u32 {

@@ -78,7 +78,8 @@ pub fn icmpv6_from(
                 return Err(DropReason::Spoofed);
             }
             neighbour_option(skb, packet, row)?;
-            Ok(Ruling::Pass)
+            // To others it is no upkeep of the link, whatever it says.
+            Ok(if is_group_or_link(packet) { Ruling::Pass } else { Ruling::Judge })
         }
         // Advertising routes, redirects and renumbering are the network's, not an endpoint's.
         134 | 137 | 138 => Err(DropReason::ForbiddenProtocol),

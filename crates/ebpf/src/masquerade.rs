@@ -14,7 +14,8 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     Address, DropReason, EndpointKey, EventKind, FlowValue, MASQUERADE_FIRST_PORT, MasqueradeKey,
-    MasqueradeSettings, MasqueradeValue, ROW_NONE, event_flags, flow_direction, identity, protocol,
+    MasqueradeSettings, MasqueradeValue, ROW_NONE, VXLAN_PORT, event_flags, flow_direction,
+    identity, protocol,
 };
 
 use crate::{
@@ -157,7 +158,7 @@ fn hide(skb: *mut __sk_buff, s: &mut Scratch, sent: bool) -> Result<(), DropReas
     if !flow::from_opener(flow, side) || !identity::is_world(flow.other_identity) {
         return Ok(());
     }
-    if !is_translatable(s.packet.protocol) {
+    if !is_translatable(s.packet.protocol) || is_envelope(&s.packet) {
         return Err(DropReason::NotMasqueraded);
     }
     let owner = MasqueradeValue {
@@ -195,6 +196,13 @@ fn hide(skb: *mut __sk_buff, s: &mut Scratch, sent: bool) -> Result<(), DropReas
 #[inline(always)]
 fn is_translatable(protocol: u8) -> bool {
     matches!(protocol, protocol::TCP | protocol::UDP | protocol::ICMP | protocol::ICMPV6)
+}
+
+/// An envelope of the overlay. Under the node's name a pod could speak for all pods of the node, to
+/// any that listens at an address which is not known to be a node's.
+#[inline(always)]
+fn is_envelope(packet: &Packet) -> bool {
+    packet.protocol == protocol::UDP && u16::from_be(packet.destination_port) == VXLAN_PORT
 }
 
 /// A packet that no flow covers stays inside the cluster.

@@ -209,7 +209,10 @@ fn read_ipv6(skb: *mut __sk_buff, packet: &mut Packet, offset: u32) -> Result<()
             _ => break,
         }
     }
-    if matches!(next, IPPROTO_HOPOPTS | IPPROTO_DSTOPTS) && !packet.later_fragment {
+    // Whoever receives it walks on, to a protocol that nobody here has seen.
+    let goes_on =
+        matches!(next, IPPROTO_HOPOPTS | IPPROTO_DSTOPTS | IPPROTO_FRAGMENT | IPPROTO_ROUTING);
+    if goes_on && !packet.later_fragment {
         return Err(DropReason::Malformed);
     }
     packet.protocol = next;

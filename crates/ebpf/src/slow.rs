@@ -39,6 +39,8 @@ struct Peer {
     identity: u32,
     prefix: u32,
     row: u32,
+    /// Of the row, before anything was read of it; 0 without an endpoint of this node.
+    revision: u32,
 }
 
 /// Working memory: the stack (512 bytes, `MAX_BPF_STACK`) is too small for it.
@@ -58,6 +60,8 @@ pub struct Scratch {
     upstream: bool,
     /// Policy wants the proxy between the ends.
     redirected: bool,
+    /// It goes to an endpoint, and is not from a socket of the node.
+    forwarded: bool,
     /// The flow goes through the proxy.
     proxied: bool,
     /// The packet is of a flow that lives.
@@ -207,8 +211,16 @@ fn at_pod(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
             return Err(DropReason::UnknownEndpoint);
         }
     }
-    (s.own.row, s.own.identity) = (own, row.identity);
+    s.own.row = own;
+    (s.own.revision, s.own.identity) = known_as(row);
     Ok(false)
+}
+
+/// A row's revision, and the identity of that revision or a newer one.
+#[inline(always)]
+fn known_as(row: &EndpointRow) -> (u32, u32) {
+    // SAFETY: live map values; the order in which they are read counts.
+    unsafe { ((&raw const row.revision).read_volatile(), (&raw const row.identity).read_volatile()) }
 }
 
 #[inline(always)]
@@ -266,8 +278,9 @@ fn judge(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
     let own = s.own;
     if own.row != ROW_NONE {
         let me = if s.hook == Hook::FromPod { &mut s.source } else { &mut s.destination };
-        (me.row, me.identity) = (own.row, own.identity);
+        (me.row, me.revision, me.identity) = (own.row, own.revision, own.identity);
     }
+    s.forwarded = s.hook == Hook::ToPod && !has_socket(skb);
 
     if s.packet.kind == Kind::IcmpError {
         match related(skb, s)? {
@@ -294,6 +307,22 @@ fn judge(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
     }
     open(s, known)?;
     go_on(skb, s)
+}
+
+/// Whoever comes through the node under its address is nobody that is known: others translate those
+/// who call a port of the node to the node's own address.
+#[inline(always)]
+fn know_host(s: &mut Scratch) {
+    if s.forwarded && s.source.identity == identity::HOST {
+        s.source.identity = identity::UNKNOWN;
+    }
+}
+
+/// Whether a socket of the node sent it. What the node forwards has none.
+#[inline(always)]
+fn has_socket(skb: *mut __sk_buff) -> bool {
+    // SAFETY: a live context; the socket is not looked into.
+    !unsafe { (*skb).__bindgen_anon_2.sk }.is_null()
 }
 
 /// The entry of the packet's flow, whose key `s` then has, and in `s.covered` whether it lives and
@@ -433,16 +462,24 @@ fn reopens(s: &Scratch, flow: &FlowValue) -> bool {
 /// Judges a flow again, always as its opener opened it.
 #[inline(always)]
 fn rejudge(s: &mut Scratch, from_opener: bool, flow: &mut FlowValue) -> Result<(), DropReason> {
+    if from_opener {
+        know_host(s);
+    } else if s.destination.identity == identity::HOST {
+        // An answer does not show who it is for.
+        s.destination.identity = flow.opener_identity;
+    }
     let (opener, other, port) = if from_opener {
         (s.source, s.destination, u16::from_be(s.packet.destination_port))
     } else {
         (s.destination, s.source, u16::from_be(s.packet.source_port))
     };
     let remote_shard = flow.shard;
-    let shard_revision =
-        if flow.shard_revision == 0 { 0 } else { flow::shard_revision(remote_shard) };
-    let opener_revision = revision(opener.row);
-    let other_revision = revision(other.row);
+    let shard_revision = match remote_shard {
+        _ if flow.shard_revision == 0 => 0,
+        number if number == s.source_shard.number => s.source_shard.revision,
+        number if number == s.destination_shard.number => s.destination_shard.revision,
+        _ => flow::NO_SHARD_REVISION,
+    };
     verdict(s, from_opener, question_port(&s.packet, port))?;
     // An end that moved between rows is another flow's business: its rows no longer agree.
     if flow.opener_row != flow::endpoint_row(opener.row)
@@ -460,8 +497,8 @@ fn rejudge(s: &mut Scratch, from_opener: bool, flow: &mut FlowValue) -> Result<(
     flow.opener_identity = opener.identity;
     flow.other_identity = other.identity;
     flow.shard_revision = shard_revision;
-    flow.opener_revision = opener_revision;
-    flow.other_revision = other_revision;
+    flow.opener_revision = opener.revision;
+    flow.other_revision = other.revision;
     Ok(())
 }
 
@@ -474,12 +511,6 @@ fn question_port(packet: &Packet, port: u16) -> u16 {
         (Kind::EchoRequest | Kind::EchoReply, true) => 128,
         (Kind::IcmpError | Kind::IcmpOther, _) => u16::from(packet.icmp_type),
     }
-}
-
-#[inline(always)]
-fn revision(row: u32) -> u32 {
-    let row = flow::endpoint_row(row);
-    ENDPOINT_ROWS.get(row).map_or(0, |row| row.revision)
 }
 
 /// Asks the opener's egress policy and the other end's ingress policy, where they are local.
@@ -542,8 +573,7 @@ fn ask(
 #[inline(never)]
 fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason> {
     let now = clock::now();
-    let opener_revision = revision(s.source.row);
-    let other_revision = revision(s.destination.row);
+    know_host(s);
     let port = question_port(&s.packet, u16::from_be(s.packet.destination_port));
     verdict(s, true, port)?;
     let (source, destination) = (s.source, s.destination);
@@ -573,8 +603,8 @@ fn open(s: &mut Scratch, known: Option<*mut FlowValue>) -> Result<(), DropReason
         flags,
         opener_row: source_row,
         other_row: destination_row,
-        opener_revision,
-        other_revision,
+        opener_revision: source.revision,
+        other_revision: destination.revision,
         shard_revision,
         shard,
         opener_identity: source.identity,
@@ -722,16 +752,16 @@ fn find_peer(address: &Address, peer: &mut Peer) {
     if let Some(value) = unsafe { ENDPOINTS.get(&EndpointKey { address: *address }) } {
         peer.row = value.row;
         peer.prefix = value.prefix;
-        peer.identity = value.identity;
+        (peer.revision, peer.identity) = (0, value.identity);
         if flow::endpoint_row(value.row) != ROW_NONE
             && let Some(row) = ENDPOINT_ROWS.get(value.row)
         {
             // The row is what the local policy was compiled for.
-            peer.identity = row.identity;
+            (peer.revision, peer.identity) = known_as(row);
         }
         return;
     }
-    peer.row = ROW_NONE;
+    (peer.row, peer.revision) = (ROW_NONE, 0);
     let key = aya_ebpf::maps::lpm_trie::Key::new(128, *address);
     match IPCACHE.get(&key) {
         Some(value) => (peer.identity, peer.prefix) = (value.identity, value.prefix),

@@ -123,8 +123,9 @@ pub fn reserved(identity: u32) -> Option<Labels> {
         number::REMOTE_NODE => &["remote-node"],
         number::KUBE_APISERVER => &["kube-apiserver", "remote-node"],
         number::INGRESS => &["ingress"],
-        number::WORLD_IPV4 => &["world-ipv4"],
-        number::WORLD_IPV6 => &["world-ipv6"],
+        // Either is the world as well: a selector means no less than the entity.
+        number::WORLD_IPV4 => &["world", "world-ipv4"],
+        number::WORLD_IPV6 => &["world", "world-ipv6"],
         _ => return None,
     };
     Some(keys.iter().copied().map(Label::reserved).collect())

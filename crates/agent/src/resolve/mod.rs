@@ -145,9 +145,7 @@ impl Resolver {
             let prefixes = nodes::prefixes(tables, self.repository.prefixes());
             tables.prefixes.replace(prefixes);
         }
-        for name in &dirty.services {
-            services::resolve(tables, name);
-        }
+        services::resolve(tables, &dirty.services);
         outcome
     }
 

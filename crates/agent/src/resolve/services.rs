@@ -10,29 +10,39 @@ use crate::tables::{
     services::{EndpointSlice, Frontend, Service, ServiceEntry, ServicePort},
 };
 
-/// Brings the entries of one Service up to date.
-pub(super) fn resolve(tables: &mut Tables, name: &ObjectName) {
-    let wanted = tables
-        .services
-        .get(name)
-        .map(|service| entries(service, &slices_of(tables, name)))
-        .unwrap_or_default();
-    let gone: Vec<Frontend> = tables
-        .service_entries
-        .rows()
-        .filter(|row| row.service == *name)
-        .filter(|row| !wanted.iter().any(|entry| entry.frontend == row.frontend))
-        .map(|row| row.frontend)
+/// Brings the entries of Services up to date. What is gone goes first: another Service may have its
+/// address by now.
+pub(super) fn resolve(tables: &mut Tables, names: &BTreeSet<ObjectName>) {
+    let wanted: Vec<(&ObjectName, Vec<ServiceEntry>)> = names
+        .iter()
+        .map(|name| {
+            let service = tables.services.get(name);
+            let entries = service.map(|service| entries(service, &slices_of(tables, name)));
+            (name, entries.unwrap_or_default())
+        })
         .collect();
-    for frontend in gone {
-        tables.service_entries.delete(&frontend);
+    for (name, wanted) in &wanted {
+        let is_gone = |row: &ServiceEntry| {
+            row.service == **name && !wanted.iter().any(|entry| entry.frontend == row.frontend)
+        };
+        let gone: Vec<Frontend> = tables
+            .service_entries
+            .rows()
+            .filter(|row| is_gone(row))
+            .map(|row| row.frontend)
+            .collect();
+        for frontend in gone {
+            tables.service_entries.delete(&frontend);
+        }
     }
-    for entry in wanted {
-        let owner = tables.service_entries.get(&entry.frontend).map(|row| row.service.clone());
-        // Two Services never share an address in a sound cluster; should they, the one that was
-        // first keeps it.
-        if owner.is_none_or(|owner| owner == *name) {
-            tables.service_entries.put(entry);
+    for (name, wanted) in wanted {
+        for entry in wanted {
+            let owner = tables.service_entries.get(&entry.frontend).map(|row| &row.service);
+            // Two Services never share an address in a sound cluster; should they, the one that was
+            // first keeps it.
+            if owner.is_none_or(|owner| owner == name) {
+                tables.service_entries.put(entry);
+            }
         }
     }
 }

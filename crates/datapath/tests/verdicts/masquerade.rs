@@ -8,8 +8,8 @@ use std::{
 use aya::maps::{Array, HashMap, Map, MapData};
 use palisade_abi::{
     DropReason, EndpointKey, EndpointRow, EndpointValue, IpcacheKey, IpcacheValue,
-    MASQUERADE_FIRST_PORT, MasqueradeSettings, NODE_NONE, TABLE_ALLOW_ALL, identity, limits, map,
-    protocol,
+    MASQUERADE_FIRST_PORT, MasqueradeSettings, NODE_NONE, TABLE_ALLOW_ALL, VXLAN_PORT, identity,
+    limits, map, protocol,
 };
 use palisade_datapath::{Entry, Key, Step};
 use rustix::{
@@ -76,7 +76,9 @@ fn nothing_leaves_with_a_pods_address_where_the_nodes_must_stand_for_it() {
         node.datapath.set_masquerade(&settings()).unwrap();
         let sctp = Packet::out(ipv6, protocol::SCTP, 80);
         assert!(!leaves(&node, &sctp), "a protocol of another checksum");
-        assert_eq!(refused(), before + 3);
+        let envelope = Packet::out(ipv6, protocol::UDP, VXLAN_PORT);
+        assert!(!leaves(&node, &envelope), "the node would be taken for its sender");
+        assert_eq!(refused(), before + 4);
 
         // Who asks at the pod's own address is answered from it, and so is the cluster.
         let asked = Packet { source_port: 1, ..packet.reversed() };

@@ -308,6 +308,64 @@ fn forged_errors_do_not_get_in(world: &World) {
     }
 }
 
+/// Whoever calls a port of the node that leads to a pod comes under the node's address, as with
+/// kube-proxy. The pod's policy does not take them for the node, which it always hears.
+fn callers_of_a_node_port_are_not_the_node(world: &World) {
+    const NODE_PORT: u16 = 30_080;
+    let node = world.lab.node(1);
+    serve_echo(&world.pods[0]);
+    let rules = world.pods[0].addresses.map(|pod| {
+        let (family, to) = match pod {
+            IpAddr::V4(_) => ("ip", format!("{pod}:{PORT}")),
+            IpAddr::V6(_) => ("ip6", format!("[{pod}]:{PORT}")),
+        };
+        format!(
+            "table {family} named {{ chain pre {{ type nat hook prerouting priority dstnat; \
+             meta l4proto {{ tcp, udp }} th dport {NODE_PORT} dnat to {to}; }}; \
+             chain post {{ type nat hook postrouting priority srcnat; \
+             ct status dnat masquerade; }}; }}"
+        )
+    });
+    node.run(move || {
+        let added = std::process::Command::new("nft").arg(rules.join("\n")).output()?;
+        assert!(added.status.success(), "{}", String::from_utf8_lossy(&added.stderr));
+        Ok(())
+    });
+    let call = |from: &Pod, to: [IpAddr; 2], port| {
+        let protocols = [Protocol::Tcp, Protocol::Udp];
+        let targets = to
+            .into_iter()
+            .flat_map(|address| protocols.map(|protocol| Target { protocol, address, port }));
+        probe::start(from, targets.collect()).join().unwrap().unwrap()
+    };
+    let callers = [&world.outside.pod, &world.pods[1], &world.pods[2]];
+    for from in callers {
+        assert_eq!(call(from, node.addresses, NODE_PORT), [Answer::Open; 4], "no policy");
+    }
+    let port = SocketAddr::new(node.addresses[0], NODE_PORT);
+    let mut open = callers.map(|from| Flow::tcp_at(from, port).unwrap());
+    world.lab.apply_cilium_policy(
+        "default",
+        "nobody",
+        "spec:\n  endpointSelector: {matchLabels: {app: one}}\n  ingressDeny:\n  - fromEntities: [world, cluster]",
+    );
+    for flow in &mut open {
+        assert!(flow.ask(1).is_err(), "a denied flow goes on");
+    }
+    for from in callers {
+        assert_eq!(call(from, node.addresses, NODE_PORT), [Answer::Silence; 4], "denied");
+    }
+    assert_eq!(call(&node, world.pods[0].addresses, PORT), [Answer::Open; 4], "the node");
+    world.lab.kubectl(&["delete", "cnp", "nobody"]);
+    world.lab.await_policies(0);
+    for from in callers {
+        assert_eq!(call(from, node.addresses, NODE_PORT), [Answer::Open; 4], "no policy again");
+    }
+    for family in ["ip", "ip6"] {
+        command(&node, &format!("nft delete table {family} named"));
+    }
+}
+
 /// A connection to the outside that nobody says anything on.
 struct Idle {
     inside: TcpStream,
@@ -384,6 +442,7 @@ fn the_outside_meets_nodes_only() {
     fragments_keep_together(&world);
     strangers_do_not_get_in(&world);
     forged_errors_do_not_get_in(&world);
+    callers_of_a_node_port_are_not_the_node(&world);
     the_path_may_be_narrow(&world);
     what_cannot_be_masqueraded_stays(&world);
     world.end();

@@ -66,8 +66,13 @@ pub(crate) enum Flow {
 impl Flow {
     /// A connection from `pod`.
     pub(crate) fn tcp(pod: &Pod, to: IpAddr) -> io::Result<Self> {
+        Self::tcp_at(pod, SocketAddr::new(to, PORT))
+    }
+
+    /// A connection from `pod` to any port.
+    pub(crate) fn tcp_at(pod: &Pod, to: SocketAddr) -> io::Result<Self> {
         let connect = move || {
-            let stream = TcpStream::connect_timeout(&SocketAddr::new(to, PORT), ANSWER)?;
+            let stream = TcpStream::connect_timeout(&to, ANSWER)?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(ANSWER))?;
             Ok(Self::Tcp(stream))
