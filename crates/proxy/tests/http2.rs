@@ -865,6 +865,20 @@ fn ends(stream: &mut TcpStream) -> Option<u32> {
 const ENHANCE_YOUR_CALM: Option<u32> = Some(11);
 const PROTOCOL_ERROR: Option<u32> = Some(1);
 
+/// A head that does not come to its end has no more time than over HTTP/1; a short one is nothing to
+/// wait for, but keeps no connection longer than silence does.
+#[test]
+fn a_head_that_stalls_is_let_go() {
+    let world = public();
+    let mut stream = raw(&world);
+    let long = block(&[("x", "y".repeat(120).as_str())].repeat(100));
+    let begun = [frame(HEADERS, END_STREAM, 1, &block(&GET)), frame(CONTINUATION, 0, 1, &long)];
+    stream.write_all(&begun.concat()).unwrap();
+    let L7::Http(told) = world.agent.record(|record| !record.allowed).l7 else { panic!() };
+    assert_eq!((told.status, told.error.as_deref()), (Some(408), Some("the head took too long")));
+    assert_eq!(ends(&mut stream), None);
+}
+
 #[test]
 fn floods_end_the_connection_and_no_other() {
     let world = public();
