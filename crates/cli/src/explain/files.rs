@@ -116,7 +116,7 @@ impl Objects {
             }
             "Secret" => {
                 if text("/metadata/namespace") == Some(secrets::NAMESPACE) {
-                    self.secrets.extend(values(object)?);
+                    self.secrets.extend([values(object)?]);
                 }
                 return Ok(());
             }
@@ -227,7 +227,7 @@ impl Pod {
 }
 
 /// The name and the values of a Secret.
-fn values(object: &Value) -> Result<Option<(String, BTreeMap<String, Vec<u8>>)>> {
+fn values(object: &Value) -> Result<(String, BTreeMap<String, Vec<u8>>)> {
     let name = object.pointer("/metadata/name").and_then(Value::as_str).unwrap_or_default();
     // What the reader says of it may contain values.
     let Ok(secret) = serde_json::from_value::<Secret>(object.clone()) else {
@@ -236,11 +236,11 @@ fn values(object: &Value) -> Result<Option<(String, BTreeMap<String, Vec<u8>>)>>
             secrets::NAMESPACE
         );
     };
-    let Secret { metadata, data, string_data, .. } = secret;
+    let Secret { data, string_data, .. } = secret;
     let data = data.into_iter().flatten().map(|(key, value)| (key, value.0));
     // As the API server has it, the plain text counts.
     let plain = string_data.into_iter().flatten().map(|(key, text)| (key, text.into_bytes()));
-    Ok(metadata.name.map(|name| (name, data.chain(plain).collect())))
+    Ok((name.to_owned(), data.chain(plain).collect()))
 }
 
 fn named_port(port: &Value) -> Option<NamedPort> {

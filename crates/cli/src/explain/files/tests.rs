@@ -293,6 +293,7 @@ fn secrets_count_as_in_the_cluster() {
         (home, copy, "stringData: {a: s3cret, b: s3cret}", false),
         (home, "other.token", "stringData: {value: s3cret}", false),
         ("default", copy, "stringData: {value: s3cret}", false),
+        ("default", copy, "data: {value: 'ENC[encrypted]'}", false),
         ("default", "token", "stringData: {value: s3cret}", false),
     ] {
         let (allowed, end) = page(&format!("{world}{}", secret(namespace, name, data)));
