@@ -416,7 +416,7 @@ fn one_pod_cannot_use_up_what_others_need() {
     let record = excess(false);
     assert!(!record.allowed && record.client.ip() == CLIENT4);
     assert_eq!(dns_of(&record).query, "mute.cdn.example.com");
-    // Nor can it by streams.
+    // Nor can it by streams. Of what is too much one client is told of once a second.
     thread::sleep(Duration::from_secs(1));
     let mut stream = connect(&world, SERVER4);
     stream.write_all(&frame(&query("api.example.com"))).unwrap();

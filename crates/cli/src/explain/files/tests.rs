@@ -222,19 +222,24 @@ fn files_answer_as_the_cluster_would() {
     assert!(connection.allowed && connection.ends.iter().any(|end| end.proxied));
 }
 
-/// Port 81 of the star, for requests by these rules.
-fn into_star(http: &str) -> String {
+/// A policy for requests at port 81.
+fn at_81(name: &str, subject: &str, direction: &str, http: &str) -> String {
     format!(
-        "{WORLD}---
+        "---
 apiVersion: cilium.io/v2
 kind: CiliumNetworkPolicy
-metadata: {{name: rule2}}
+metadata: {{name: {name}}}
 spec:
-  endpointSelector: {{matchLabels: {{class: star}}}}
-  ingress:
+  endpointSelector: {{matchLabels: {subject}}}
+  {direction}:
   - toPorts: [{{ports: [{{port: '81', protocol: TCP}}], rules: {{http: {http}}}}}]
 "
     )
+}
+
+/// Port 81 of the star, for requests by these rules.
+fn into_star(http: &str) -> String {
+    format!("{WORLD}{}", at_81("rule2", "{class: star}", "ingress", http))
 }
 
 fn secret(namespace: &str, name: &str, data: &str) -> String {
@@ -334,19 +339,7 @@ spec:
 
 #[test]
 fn the_receiver_is_asked_about_what_the_sender_sends() {
-    let from_ship = |http: &str| {
-        format!(
-            "---
-apiVersion: cilium.io/v2
-kind: CiliumNetworkPolicy
-metadata: {{name: rule3}}
-spec:
-  endpointSelector: {{matchLabels: {{org: empire}}}}
-  egress:
-  - toPorts: [{{ports: [{{port: '81', protocol: TCP}}], rules: {{http: {http}}}}}]
-"
-        )
-    };
+    let from_ship = |http: &str| at_81("rule3", "{org: empire}", "egress", http);
     let there = secret("palisade-secrets", "default.token", "stringData: {value: s3cret}");
     let adds = |name: &str, value: &str| {
         format!("[{{headerMatches: [{{name: {name}, {value}, mismatch: ADD}}]}}]")
