@@ -151,14 +151,19 @@ pub struct Dns {
 #[must_use]
 pub fn escaped(bytes: &[u8]) -> String {
     let mut text = String::with_capacity(bytes.len());
-    for &byte in bytes {
-        match byte {
-            b'"' | b'\\' => _ = write!(text, "\\x{byte:02x}"),
-            0x21..=0x7e => text.push(char::from(byte)),
-            _ => _ = write!(text, "\\x{byte:02x}"),
+    for part in bytes.split_inclusive(|byte| !is_plain(*byte)) {
+        let odd = part.last().filter(|byte| !is_plain(**byte));
+        let plain = &part[..part.len() - usize::from(odd.is_some())];
+        text.push_str(std::str::from_utf8(plain).unwrap_or_default());
+        if let Some(odd) = odd {
+            _ = write!(text, "\\x{odd:02x}");
         }
     }
     text
+}
+
+const fn is_plain(byte: u8) -> bool {
+    byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\')
 }
 
 /// What a [`Flow`] tells.

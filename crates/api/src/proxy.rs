@@ -1,9 +1,12 @@
 //! What the agent and the L7 proxy tell each other on `RUN_DIR/proxy.sock`.
 //!
 //! The agent listens, the proxy connects. Each message is a frame: its length in four bytes, big
-//! endian, then JSON. Each side begins with [`Hello`]; then the agent sends a snapshot of the rules,
-//! and deltas as they change. The proxy acknowledges each version once every judgement that begins
-//! from then on is made under it.
+//! endian, then JSON; or postcard (<https://postcard.jamesmunns.com>) for what the proxy says, which
+//! tells of each request. Each side begins with [`Hello`]; then the agent sends a snapshot of the
+//! rules, and deltas as they change. The proxy acknowledges each version once every judgement that
+//! begins from then on is made under it.
+
+mod wire;
 
 use std::{
     collections::{BTreeMap, HashMap},
@@ -14,7 +17,7 @@ use std::{
 
 use ipnet::IpNet;
 use palisade_policy::{CompiledPolicy, RuleSource, l7::Secrets};
-use serde::{Deserialize, Serialize, de::DeserializeOwned};
+use serde::{Deserialize, Serialize};
 
 use crate::flow::L7;
 
@@ -24,7 +27,7 @@ pub const SOCKET: &str = "proxy.sock";
 /// socket.
 pub const USER: u32 = 14240;
 /// Version of these messages.
-pub const VERSION: u32 = 2;
+pub const VERSION: u32 = 3;
 /// Longest frame.
 pub const MAX_FRAME: usize = 64 << 20;
 
@@ -272,6 +275,7 @@ pub struct AccessRecord<R = Arc<RuleSource>> {
     /// policy selects it.
     pub ingress: Option<EndRecord<R>>,
     /// What was asked and answered.
+    #[serde(with = "wire::L7")]
     pub l7: L7,
 }
 
@@ -298,14 +302,57 @@ impl<R> AccessRecord<R> {
     }
 }
 
+/// A message, and how a frame holds it.
+pub trait Message: Sized {
+    /// Adds it to a frame.
+    ///
+    /// # Errors
+    ///
+    /// The serializer's.
+    fn write(&self, frame: &mut Vec<u8>) -> io::Result<()>;
+    /// Reads the body of a frame.
+    ///
+    /// # Errors
+    ///
+    /// It is no such message.
+    fn read(body: &[u8]) -> io::Result<Self>;
+}
+
+macro_rules! in_json {
+    ($($message:ty),+) => {$(
+        impl Message for $message {
+            fn write(&self, frame: &mut Vec<u8>) -> io::Result<()> {
+                Ok(serde_json::to_writer(frame, self)?)
+            }
+
+            fn read(body: &[u8]) -> io::Result<Self> {
+                Ok(serde_json::from_slice(body)?)
+            }
+        }
+    )+};
+}
+
+in_json!(Hello, ToProxy);
+
+impl Message for FromProxy {
+    fn write(&self, frame: &mut Vec<u8>) -> io::Result<()> {
+        *frame = postcard::to_extend(self, std::mem::take(frame)).map_err(io::Error::other)?;
+        Ok(())
+    }
+
+    fn read(body: &[u8]) -> io::Result<Self> {
+        postcard::from_bytes(body).map_err(io::Error::other)
+    }
+}
+
 /// A message as a frame.
 ///
 /// # Errors
 ///
 /// The message is longer than [`MAX_FRAME`].
-pub fn encode<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
+pub fn encode(message: &impl Message) -> io::Result<Vec<u8>> {
     let mut frame = vec![0; 4];
-    serde_json::to_writer(&mut frame, message)?;
+    message.write(&mut frame)?;
     let length = frame.len() - 4;
     let prefix = u32::try_from(length).ok().filter(|_| length <= MAX_FRAME).ok_or_else(|| {
         io::Error::other(format!("a message of {length} bytes; at most {MAX_FRAME} fit a frame"))
@@ -319,14 +366,14 @@ pub fn encode<T: Serialize>(message: &T) -> io::Result<Vec<u8>> {
 /// # Errors
 ///
 /// The frame is too long, or holds no message.
-pub fn decode<T: DeserializeOwned>(bytes: &[u8]) -> io::Result<Option<(T, usize)>> {
+pub fn decode<T: Message>(bytes: &[u8]) -> io::Result<Option<(T, usize)>> {
     let Some((prefix, rest)) = bytes.split_first_chunk::<4>() else { return Ok(None) };
     let length = u32::from_be_bytes(*prefix) as usize;
     if length > MAX_FRAME {
         return Err(io::Error::other(format!("a frame of {length} bytes; at most {MAX_FRAME}")));
     }
     let Some(body) = rest.get(..length) else { return Ok(None) };
-    Ok(Some((serde_json::from_slice(body)?, 4 + length)))
+    Ok(Some((T::read(body)?, 4 + length)))
 }
 
 #[cfg(test)]

@@ -2,8 +2,9 @@
 
 use std::{collections::HashMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use palisade_api::proxy::{FromProxy, Hello, Records, Rules, ToProxy, VERSION, decode, encode};
-use serde::de::DeserializeOwned;
+use palisade_api::proxy::{
+    FromProxy, Hello, Message, Records, Rules, ToProxy, VERSION, decode, encode,
+};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -182,7 +183,7 @@ async fn put(rules: Rules, proxy: &Proxy) -> io::Result<FromProxy> {
     Ok(FromProxy::Ack { version })
 }
 
-async fn send<T: serde::Serialize>(write: &mut OwnedWriteHalf, message: &T) -> io::Result<()> {
+async fn send(write: &mut OwnedWriteHalf, message: &impl Message) -> io::Result<()> {
     write.write_all(&encode(message)?).await
 }
 
@@ -194,14 +195,14 @@ struct Frames {
 
 impl Frames {
     /// The next message, if it was read already.
-    fn ready<T: DeserializeOwned>(&mut self) -> io::Result<Option<T>> {
+    fn ready<T: Message>(&mut self) -> io::Result<Option<T>> {
         let Some((message, length)) = decode(&self.buffer)? else { return Ok(None) };
         self.buffer.drain(..length);
         Ok(Some(message))
     }
 
     /// The next message. May be dropped at any time: what was read stays in the buffer.
-    async fn next<T: DeserializeOwned>(&mut self) -> io::Result<T> {
+    async fn next<T: Message>(&mut self) -> io::Result<T> {
         loop {
             if let Some(message) = self.ready()? {
                 return Ok(message);

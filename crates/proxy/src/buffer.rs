@@ -60,21 +60,35 @@ impl Buffer {
     pub(crate) async fn fill(&mut self, stream: &TcpStream) -> io::Result<usize> {
         loop {
             stream.readable().await?;
-            self.make_room();
-            match stream.try_read_buf(&mut self.bytes) {
-                Ok(count) => {
-                    self.greedy = self.bytes.len() == self.bytes.capacity();
-                    if !self.greedy {
-                        drained(stream);
-                    }
-                    if self.is_empty() {
-                        self.consume(0);
-                    }
-                    return Ok(count);
-                }
-                Err(error) if error.kind() == io::ErrorKind::WouldBlock => self.consume(0),
-                Err(error) => return Err(error),
+            if let Some(count) = self.take(stream)? {
+                return Ok(count);
             }
+        }
+    }
+
+    /// Reads what is there; 0 at the end of the stream, `None` where nothing is there yet.
+    ///
+    /// # Errors
+    ///
+    /// As the stream's.
+    pub(crate) fn take(&mut self, stream: &TcpStream) -> io::Result<Option<usize>> {
+        self.make_room();
+        match stream.try_read_buf(&mut self.bytes) {
+            Ok(count) => {
+                self.greedy = self.bytes.len() == self.bytes.capacity();
+                if !self.greedy {
+                    drained(stream);
+                }
+                if self.is_empty() {
+                    self.consume(0);
+                }
+                Ok(Some(count))
+            }
+            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {
+                self.consume(0);
+                Ok(None)
+            }
+            Err(error) => Err(error),
         }
     }
 

@@ -32,7 +32,7 @@ use crate::{
     },
     log::{self, Gist},
     net,
-    rules::Snapshot,
+    rules::{Changes, Snapshot},
     shares::Share,
 };
 
@@ -515,10 +515,21 @@ impl Gate {
         Judged::new(&self.ends(), |end| end.name(application, name))
     }
 
+    /// Whether the newest rules allow a request with the fields that it came with.
+    #[must_use]
+    pub fn allows(&self, asked: &Asked<'_>, fields: &Fields) -> bool {
+        self.judge(asked, &fields.iter().collect::<Vec<_>>()).allowed
+    }
+
     /// Returns once a request that was allowed no longer is.
     pub async fn revoked(&self, asked: &Asked<'_>, judged: &Judged, fields: &Fields) {
-        let allowed = || self.judge(asked, &fields.iter().collect::<Vec<_>>()).allowed;
-        self.until(judged.generation, allowed).await;
+        self.until(judged.generation, || self.allows(asked, fields)).await;
+    }
+
+    /// Tells of changes of the rules from now on.
+    #[must_use]
+    pub fn changes(&self) -> Changes {
+        Changes::new(self.proxy.rules.changes())
     }
 
     /// Returns once a condition that the rules made true no longer is; it was last asked when

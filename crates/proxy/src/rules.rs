@@ -5,10 +5,12 @@ use std::{
     fs, io,
     net::IpAddr,
     path::{Path, PathBuf},
+    pin::Pin,
     sync::{
         Arc,
         atomic::{AtomicBool, Ordering},
     },
+    task::{self, Poll},
 };
 
 use anyhow::Context;
@@ -97,6 +99,26 @@ impl Networks {
         self.0.iter().find_map(|(length, networks)| {
             networks.get(&IpNet::new(address, *length).ok()?.trunc()).copied()
         })
+    }
+}
+
+/// Tells of changes of the rules. It waits for the next one as long as it lives, which costs less
+/// than to begin to wait whenever something else is waited for as well.
+pub struct Changes(Pin<Box<dyn Future<Output = watch::Receiver<u64>> + Send + Sync>>);
+
+impl Changes {
+    /// Of those that the receiver has not seen.
+    pub(crate) fn new(mut receiver: watch::Receiver<u64>) -> Self {
+        Self(Box::pin(async move {
+            // The rules are there as long as whoever waits for others.
+            _ = receiver.changed().await;
+            receiver
+        }))
+    }
+
+    /// Whether the rules changed since they were last said to have.
+    pub fn poll(&mut self, cx: &mut task::Context<'_>) -> Poll<()> {
+        self.0.as_mut().poll(cx).map(|receiver| *self = Self::new(receiver))
     }
 }
 

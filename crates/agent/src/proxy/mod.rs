@@ -16,10 +16,9 @@ use std::{
 
 pub use book::{RuleBook, Tables};
 use palisade_api::proxy::{
-    FromProxy, Hello, MAX_FRAME, RulesDelta, SOCKET, ToProxy, USER, VERSION, encode,
+    FromProxy, Hello, MAX_FRAME, Message, RulesDelta, SOCKET, ToProxy, USER, VERSION, encode,
 };
 use palisade_policy::{l7::Secrets, model::PolicyRef};
-use serde::de::DeserializeOwned;
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream, unix::OwnedReadHalf},
@@ -305,12 +304,12 @@ async fn hear(
     }
 }
 
-async fn receive<T: DeserializeOwned>(read: &mut OwnedReadHalf) -> io::Result<T> {
+async fn receive<T: Message>(read: &mut OwnedReadHalf) -> io::Result<T> {
     let length = read.read_u32().await? as usize;
     if length > MAX_FRAME {
         return Err(io::Error::other(format!("a frame of {length} bytes; at most {MAX_FRAME}")));
     }
     let mut body = vec![0; length];
     read.read_exact(&mut body).await?;
-    Ok(serde_json::from_slice(&body)?)
+    T::read(&body)
 }

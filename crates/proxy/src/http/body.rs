@@ -16,6 +16,16 @@ pub enum Framing {
 }
 
 impl Framing {
+    /// The length, where that is known beforehand and memory can hold so much.
+    #[must_use]
+    pub fn of_length(self) -> Option<usize> {
+        match self {
+            Self::None => Some(0),
+            Self::Length(length) => usize::try_from(length).ok(),
+            Self::Chunked | Self::UntilClose => None,
+        }
+    }
+
     /// Writes the field that tells it.
     pub fn write(self, out: &mut Vec<u8>) {
         match self {

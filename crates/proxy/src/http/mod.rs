@@ -8,6 +8,7 @@
 //! server: nothing is translated between versions.
 
 mod activity;
+mod alarm;
 pub mod body;
 mod one;
 pub mod reply;

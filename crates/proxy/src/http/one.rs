@@ -4,9 +4,11 @@
 //! that is allowed and ends with the client's; whatever is not in order on either ends both.
 
 use std::{
+    future::poll_fn,
     io,
     pin::pin,
     sync::atomic::{AtomicBool, Ordering::Relaxed},
+    task::Poll,
     time::Duration,
 };
 
@@ -19,6 +21,7 @@ use tokio::{
 use super::{
     HEAD_TIME, IDLE_TIME, LATE,
     activity::Activity,
+    alarm::Alarm,
     body::{Framing, Piece, Reader},
     may_trail,
     reply::Reply,
@@ -32,6 +35,7 @@ use crate::{
     judge::{Asked, Gate, Judged},
     log::Gist,
     net, relay,
+    rules::Changes,
     shares::Share,
 };
 
@@ -47,7 +51,16 @@ const GATHER: usize = 16 << 10;
 /// Serves the connection to its end. The first head, of which the buffer holds a part, has to be
 /// there at the deadline.
 pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
-    let mut connection = Connection { gate, client, buffer, room: None, server: None };
+    let mut connection = Connection {
+        gate,
+        client,
+        buffer,
+        room: None,
+        server: None,
+        changes: gate.changes(),
+        alarm: Alarm::new(deadline),
+        out: Vec::new(),
+    };
     if connection.serve(deadline).await.is_err() {
         net::reset(&connection.client);
         if let Some(server) = &connection.server {
@@ -92,6 +105,14 @@ struct Server {
     buffer: Buffer,
 }
 
+impl Server {
+    /// Whether it ended, or says what nobody asked for.
+    fn speaks(&self) -> bool {
+        let read = self.stream.try_read(&mut [0]);
+        !read.is_err_and(|error| error.kind() == io::ErrorKind::WouldBlock)
+    }
+}
+
 struct Connection<'g> {
     gate: &'g Gate,
     client: TcpStream,
@@ -99,12 +120,30 @@ struct Connection<'g> {
     /// What the head takes that was read last, if it is long.
     room: Option<Share>,
     server: Option<Server>,
+    changes: Changes,
+    /// Rings when nothing came for long.
+    alarm: Alarm,
+    /// Room for what is written; empty between two requests.
+    out: Vec<u8>,
+}
+
+/// What a connection waits for.
+enum Event {
+    /// The rules changed.
+    Changed,
+    /// The client has something to say, or ended.
+    Client,
+    /// So does the server.
+    Server,
+    /// Nothing, for long.
+    Late,
 }
 
 impl Connection<'_> {
-    async fn serve(&mut self, mut deadline: Instant) -> Result<(), Broken> {
+    async fn serve(&mut self, deadline: Instant) -> Result<(), Broken> {
+        let mut deadline = Some(deadline);
         loop {
-            let head = match self.read_head(deadline).await? {
+            let head = match self.read_head(deadline.take()).await? {
                 Some(Ok(head)) => head,
                 Some(Err(fault)) => {
                     return self.refuse(fault, Gist::of_head(self.buffer.data())).await;
@@ -118,33 +157,25 @@ impl Connection<'_> {
                 Ok(request) => request,
                 Err((fault, gist)) => return self.refuse(fault, gist).await,
             };
-            match self.answer(request).await? {
-                Next::Request => deadline = Instant::now() + HEAD_TIME,
-                Next::Close => return self.linger().await,
+            if let Next::Close = self.answer(request).await? {
+                return self.linger().await;
             }
         }
     }
 
     /// Waits for the head of the next request; `None` when either side ends the connection. The
-    /// deadline is that of a head that has begun.
+    /// deadline, if one is set already, is that of a head that has begun.
     async fn read_head(
         &mut self,
-        mut deadline: Instant,
+        mut deadline: Option<Instant>,
     ) -> Result<Option<Result<usize, Malformed>>, Broken> {
         self.room = None;
         self.buffer.shrink();
         if self.buffer.is_empty() {
-            let server = self.server.as_ref().map(|server| &server.stream);
-            let more = tokio::select! {
-                biased;
-                () = self.gate.forgotten() => return Ok(None),
-                more = timeout(IDLE_TIME, self.buffer.fill(&self.client)) => more,
-                () = ends(server) => return Ok(None),
-            };
-            if !matches!(more, Ok(Ok(1..))) {
+            if !self.hear().await {
                 return Ok(None);
             }
-            deadline = Instant::now() + HEAD_TIME;
+            deadline = None;
         }
         if self.buffer.data().starts_with(b"\r\n") {
             self.buffer.consume(2);
@@ -165,6 +196,7 @@ impl Connection<'_> {
             if let Some(length) = found {
                 return Ok(Some(Ok(length)));
             }
+            let deadline = *deadline.get_or_insert_with(|| Instant::now() + HEAD_TIME);
             match timeout_at(deadline, self.buffer.fill(&self.client)).await {
                 Ok(Ok(1..)) => {}
                 Ok(_) => return Err(Broken),
@@ -173,6 +205,46 @@ impl Connection<'_> {
                 }
             }
         }
+    }
+
+    /// Waits for the first bytes of a request; `false` when either side ends the connection.
+    async fn hear(&mut self) -> bool {
+        self.alarm.set(Instant::now() + IDLE_TIME);
+        if self.gate.is_forgotten() {
+            return false;
+        }
+        loop {
+            match self.wait(true).await {
+                Event::Changed if self.gate.is_forgotten() => return false,
+                Event::Changed => {}
+                Event::Client => match self.buffer.take(&self.client) {
+                    Ok(Some(1..)) => return true,
+                    Ok(None) => {}
+                    _ => return false,
+                },
+                Event::Server if self.server.as_ref().is_some_and(Server::speaks) => return false,
+                Event::Server => {}
+                Event::Late => return false,
+            }
+        }
+    }
+
+    /// Waits for what comes first; for the client only if that is listened to.
+    async fn wait(&mut self, listens: bool) -> Event {
+        let Self { client, server, changes, alarm, .. } = self;
+        poll_fn(|cx| {
+            if changes.poll(cx).is_ready() {
+                return Poll::Ready(Event::Changed);
+            }
+            if listens && client.poll_read_ready(cx).is_ready() {
+                return Poll::Ready(Event::Client);
+            }
+            if server.as_ref().is_some_and(|server| server.stream.poll_read_ready(cx).is_ready()) {
+                return Poll::Ready(Event::Server);
+            }
+            alarm.poll(cx).map(|()| Event::Late)
+        })
+        .await
     }
 
     /// Answers what is no request. Nothing that follows can be told apart.
@@ -276,13 +348,140 @@ impl Connection<'_> {
         asked: &Asked<'_>,
         judged: &Judged,
     ) -> Result<Next, Broken> {
+        let mut out = std::mem::take(&mut self.out);
+        request.write(&mut out);
+        if request.body == Framing::None {
+            match self.exchange_shortly(request, came, asked, judged, &mut out).await {
+                Ok(Some(next)) => {
+                    out.clear();
+                    self.out = out;
+                    return Ok(next);
+                }
+                Ok(None) => {}
+                Err(fault) => return self.break_off(request, asked, judged, fault).await,
+            }
+        }
+        self.exchange_at_length(request, came, asked, judged, out).await
+    }
+
+    /// The way of most exchanges: the request has no body, the server takes it at once, and the
+    /// whole answer comes at once. `None` where it is another; then `out` is what the server has
+    /// not taken yet.
+    async fn exchange_shortly(
+        &mut self,
+        request: &Request,
+        came: &Fields,
+        asked: &Asked<'_>,
+        judged: &Judged,
+        out: &mut Vec<u8>,
+    ) -> Result<Option<Next>, Fault> {
+        let Some(server) = &self.server else { return Err(Fault::Broken) };
+        let taken = server.stream.try_write(out).unwrap_or_default();
+        out.drain(..taken);
+        if !out.is_empty() {
+            return Ok(None);
+        }
+        self.wait_for_answer(request, came, asked).await?;
+        let Some(server) = &mut self.server else { return Err(Fault::Broken) };
+        let data = server.buffer.data();
+        let Ok(Some(head)) = Scanner::default().find(data) else { return Ok(None) };
+        let (head, rest) = data.split_at(head);
+        let Ok(response) = Response::read(head, request) else { return Ok(None) };
+        let Some(body) = response.body.of_length().and_then(|length| rest.get(..length)) else {
+            return Ok(None);
+        };
+        if (100..200).contains(&response.status) {
+            return Ok(None);
+        }
+        self.gate.log(asked, judged, Some(response.status), None);
+        let close = request.close || response.close;
+        response.write(out, response.body, close);
+        out.extend_from_slice(body);
+        let length = head.len() + body.len();
+        server.buffer.consume(length);
+        let ends = close || !server.buffer.is_empty();
+        self.say(came, asked, judged, out).await?;
+        Ok(Some(if ends { Next::Close } else { Next::Request }))
+    }
+
+    /// Waits for the server to begin its answer, or to end. The client may ask for more meanwhile.
+    async fn wait_for_answer(
+        &mut self,
+        request: &Request,
+        came: &Fields,
+        asked: &Asked<'_>,
+    ) -> Result<(), Fault> {
+        self.alarm.set(Instant::from_std(asked.begun) + IDLE_TIME);
+        let mut listens = self.buffer.is_empty() && !request.websocket;
+        loop {
+            let event = self.wait(listens).await;
+            let Some(server) = &mut self.server else { return Err(Fault::Broken) };
+            match event {
+                // It may be a change of before the request was judged.
+                Event::Changed if self.gate.allows(asked, came) => {}
+                Event::Changed => {
+                    self.gate.log_cut(asked, came);
+                    return Err(Fault::Broken);
+                }
+                Event::Client => {
+                    let read = self.buffer.take(&self.client).map_err(|_| Fault::Broken)?;
+                    listens = read.is_none();
+                    if read == Some(0) {
+                        _ = socket2::SockRef::from(&server.stream)
+                            .shutdown(std::net::Shutdown::Write);
+                    }
+                }
+                Event::Server => match server.buffer.take(&server.stream) {
+                    Ok(Some(1..)) => return Ok(()),
+                    Ok(None) => {}
+                    _ => return Err(Fault::Gone),
+                },
+                Event::Late => return Err(Fault::Late),
+            }
+        }
+    }
+
+    /// Gives the client a whole answer, as long as it may have it.
+    async fn say(
+        &self,
+        came: &Fields,
+        asked: &Asked<'_>,
+        judged: &Judged,
+        answer: &[u8],
+    ) -> Result<(), Fault> {
+        let taken = self.client.try_write(answer).unwrap_or_default();
+        if taken == answer.len() {
+            return Ok(());
+        }
+        tokio::select! {
+            biased;
+            () = self.gate.revoked(asked, judged, came) => {
+                self.gate.log_cut(asked, came);
+                Err(Fault::Broken)
+            }
+            written = timeout(IDLE_TIME, write_all(&self.client, &answer[taken..])) => match written {
+                Ok(Ok(())) => Ok(()),
+                _ => Err(Fault::Broken),
+            },
+        }
+    }
+
+    /// The way of all other exchanges. `out` is what the server has not taken yet of the head.
+    async fn exchange_at_length(
+        &mut self,
+        request: &Request,
+        came: &Fields,
+        asked: &Asked<'_>,
+        judged: &Judged,
+        out: Vec<u8>,
+    ) -> Result<Next, Broken> {
         let Some(server) = &mut self.server else { return Err(Broken) };
         let sent = AtomicBool::new(false);
         let begun = AtomicBool::new(false);
         let activity = Activity::new();
         let outcome = {
             let way = (&self.client, &server.stream);
-            let mut upload = pin!(upload(request, way, &mut self.buffer, &sent, &activity));
+            let mut upload = pin!(upload(request, out, way, &mut self.buffer, &sent, &activity));
             let mut uploading = true;
             let download = Download {
                 gate: self.gate,
@@ -392,20 +591,6 @@ impl Connection<'_> {
     }
 }
 
-/// Returns when the server ends an idle connection, or says what nobody asked for.
-async fn ends(server: Option<&TcpStream>) {
-    let Some(server) = server else { return std::future::pending().await };
-    loop {
-        if server.readable().await.is_err() {
-            return;
-        }
-        match server.try_read(&mut [0]) {
-            Err(error) if error.kind() == io::ErrorKind::WouldBlock => {}
-            _ => return,
-        }
-    }
-}
-
 /// Why an exchange ended early.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
@@ -421,16 +606,17 @@ enum Fault {
     Late,
 }
 
-/// Sends the request, then hands on the client's end of the stream.
+/// Sends the request, whose head or what is left of it is given, then hands on the client's end of
+/// the stream.
 async fn upload(
     request: &Request,
+    head: Vec<u8>,
     (client, server): (&TcpStream, &TcpStream),
     buffer: &mut Buffer,
     sent: &AtomicBool,
     activity: &Activity,
 ) -> Result<(), Fault> {
-    let mut out = Outlet::new(server, request.body, activity);
-    request.write(&mut out.bytes);
+    let mut out = Outlet { stream: server, bytes: head, framing: request.body, activity };
     let mut reader = Reader::new(request.body);
     match hand_on(&mut reader, buffer, client, &mut out).await {
         Ok(()) => {}
@@ -517,8 +703,9 @@ impl Download<'_> {
         };
         let close = self.request.close || response.close || !self.sent.load(Relaxed);
         self.gate.log(self.asked, self.judged, Some(response.status), None);
-        let mut out = Outlet::new(self.client, framing, self.activity);
-        response.write(&mut out.bytes, framing, close);
+        let mut bytes = Vec::with_capacity(1024);
+        response.write(&mut bytes, framing, close);
+        let mut out = Outlet { stream: self.client, bytes, framing, activity: self.activity };
         self.begun.store(true, Relaxed);
         if response.status == 101 {
             out.flush().await.map_err(|_| Fault::Broken)?;
@@ -589,11 +776,7 @@ struct Outlet<'s> {
     activity: &'s Activity,
 }
 
-impl<'s> Outlet<'s> {
-    fn new(stream: &'s TcpStream, framing: Framing, activity: &'s Activity) -> Self {
-        Self { stream, bytes: Vec::with_capacity(1024), framing, activity }
-    }
-
+impl Outlet<'_> {
     async fn data(&mut self, data: &[u8]) -> io::Result<()> {
         let chunked = self.framing == Framing::Chunked;
         if chunked {

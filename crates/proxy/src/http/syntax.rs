@@ -11,6 +11,8 @@ pub use palisade_policy::l7::target::Malformed;
 
 /// Most fields in a head, or in trailers.
 pub const MOST_FIELDS: usize = 100;
+/// Fields of most heads.
+const USUAL_FIELDS: usize = 16;
 /// Longest head.
 pub const MOST_HEAD: usize = 64 << 10;
 /// Longest first line.
@@ -130,6 +132,7 @@ impl Fields {
     pub fn read(&mut self, lines: &[u8]) -> Result<(), Malformed> {
         self.text.clear();
         self.spans.clear();
+        self.spans.reserve(USUAL_FIELDS);
         self.text.extend_from_slice(lines);
         let mut at = 0;
         while at < self.text.len() {
@@ -167,7 +170,8 @@ impl Fields {
 
     /// The values of one name.
     pub fn all<'a>(&'a self, name: &'a str) -> impl Iterator<Item = &'a [u8]> {
-        self.iter().filter(move |(other, _)| *other == name).map(|(_, value)| value)
+        let named = |span: &&Span| self.text[range(&span.name)] == *name.as_bytes();
+        self.spans.iter().filter(named).map(|span| self.value(span))
     }
 
     /// Keeps the fields that satisfy a condition.
