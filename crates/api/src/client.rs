@@ -1,5 +1,10 @@
 //! A connection to the API server for those who stay connected: one that dies without a word, as
-//! when a node gets another address, is noticed and replaced soon.
+//! when a node gets another address, is noticed and replaced soon, the token is the one that is in
+//! force now, and a server that has too much to do is spared.
+
+mod patience;
+mod refusal;
+mod token;
 
 use std::{
     error::Error,
@@ -30,7 +35,12 @@ use kube::{
 use palisade_abi::mark;
 use socket2::{SockRef, TcpKeepalive};
 use tokio::net::{TcpSocket, TcpStream, lookup_host};
-use tower::{BoxError, Service, ServiceBuilder, service_fn};
+use tower::{BoxError, Service, ServiceBuilder, service_fn, util::MapRequestLayer};
+
+pub use patience::{CALM, Patience, patient};
+use refusal::Refusal;
+pub use refusal::{is_refusal, retry_after};
+use token::TokenFile;
 
 /// Seconds after which a quiet watch is renewed: a server that hangs, though its machine answers,
 /// is noticed within this time.
@@ -49,7 +59,8 @@ const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 /// whose pods this process runs.
 ///
 /// # Errors
-/// The kubeconfig cannot be read, or this process runs in no pod with a service account.
+/// The kubeconfig or a file that it names cannot be read, or this process runs in no pod with a
+/// service account.
 pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
     let (config, advice) = match kubeconfig {
         None => {
@@ -67,13 +78,23 @@ pub async fn client(kubeconfig: Option<&Path>) -> anyhow::Result<Client> {
             (config, format!("{} says that it is there", file.display()))
         }
     };
-    Ok(connect(&config, advice)?)
+    connect(config, advice)
 }
 
-/// As `Client::try_from` does it, which has no way to say something about the sockets. Who asks in vain
-/// asks again by himself, and is to hear of it first.
-fn connect(config: &Config, advice: String) -> kube::Result<Client> {
+/// As `Client::try_from` does it, which has no way to say something about the sockets, and reads a
+/// new token late. Who asks in vain asks again by himself, and is to hear of it first.
+fn connect(mut config: Config, advice: String) -> anyhow::Result<Client> {
     let ways = Arc::<Ways>::default();
+    let file = config.auth_info.token_file.take();
+    let auth = config.auth_layer()?;
+    // What else the kubeconfig says goes before the file.
+    let file = file.filter(|_| auth.is_none());
+    let credentials = match &file {
+        Some(file) => format!("the token in {file}, which is read anew for each request"),
+        None => "what the kubeconfig says of this client, which is read once".to_owned(),
+    };
+    let token = file.map(TokenFile::open).transpose()?.map(Arc::new);
+    let token = token.map(|token| MapRequestLayer::new(move |request| token.authorize(request)));
     let tls = config.rustls_https_connector_with_connector(Tcp(ways.clone()))?;
     let mut connector = TimeoutConnector::new(tls);
     connector.set_connect_timeout(Some(CONNECT));
@@ -82,13 +103,16 @@ fn connect(config: &Config, advice: String) -> kube::Result<Client> {
     let connector = Turning { connector, ways };
     let http = legacy::Client::builder(TokioExecutor::new()).build(connector);
     let address = config.cluster_url.to_string();
+    let at = address.clone();
     let service = ServiceBuilder::new()
         .layer(config.base_uri_layer())
-        .option_layer(config.auth_layer()?)
+        .option_layer(auth)
+        .option_layer(token)
         .layer(config.extra_headers_layer()?)
-        .map_err(move |error| unreachable(error, &address, &advice))
+        .map_err(move |error| unreachable(error, &at, &advice))
         .service(http);
-    Ok(Client::new(service, config.default_namespace.clone()))
+    let client = Client::new(service, config.default_namespace);
+    Ok(refusal::named(client, address, credentials))
 }
 
 /// The way that connections take: to the Service of the API server as to any other, or past
@@ -209,21 +233,13 @@ pub fn noticing(client: &Client) -> (Client, Arc<AtomicBool>) {
     (Client::new(service, client.default_namespace()), begun)
 }
 
-/// Nobody answers there: whoever reads this in a log is to know where, why and what to do.
-#[derive(Debug, thiserror::Error)]
-#[error("the API server at {address} cannot be reached: {cause}; {advice}")]
-struct Unreachable {
-    address: String,
-    cause: String,
-    advice: String,
-}
-
 fn unreachable(error: legacy::Error, address: &str, advice: &str) -> BoxError {
     if !error.is_connect() {
         return error.into();
     }
     let cause = chain(&error);
-    Unreachable { address: address.to_owned(), cause, advice: advice.to_owned() }.into()
+    let (address, advice) = (address.to_owned(), advice.to_owned());
+    Refusal::Unreachable { address, cause, advice }.into()
 }
 
 /// What an error says, and what each of its causes adds, down to the first one.

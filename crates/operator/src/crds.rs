@@ -1,26 +1,26 @@
 //! The custom resources' definitions.
 
-use std::time::Duration;
-
 use k8s_openapi::apiextensions_apiserver::pkg::apis::apiextensions::v1::CustomResourceDefinition;
 use kube::{
     Api, Client, ResourceExt,
     api::{Patch, PatchParams},
     runtime::{conditions::is_crd_established, wait::await_condition},
 };
-use palisade_api::{client::chain, crd};
+use palisade_api::{
+    client::{Patience, chain},
+    crd,
+};
 use tracing::{info, warn};
-
-const PAUSE: Duration = Duration::from_secs(2);
 
 /// Applies every definition and waits until the API server serves it; tries until it succeeds.
 pub(crate) async fn apply(client: &Client) {
     let api: Api<CustomResourceDefinition> = Api::all(client.clone());
+    let mut patience = Patience::default();
     for definition in crd::all() {
         let name = definition.name_any();
         while let Err(error) = apply_one(&api, &name, &definition).await {
             warn!(name, error = chain(&*error), "cannot install the definition yet");
-            tokio::time::sleep(PAUSE).await;
+            tokio::time::sleep(patience.after(&*error)).await;
         }
     }
     info!("the definitions of custom resources are in place");

@@ -22,7 +22,10 @@ use kube::{
     core::{ApiResource, GroupVersionKind},
 };
 use palisade_abi::identity as number;
-use palisade_api::{client::chain, crd::UNUSED_SINCE};
+use palisade_api::{
+    client::{Patience, chain},
+    crd::UNUSED_SINCE,
+};
 use palisade_policy::{
     identity::{PodLabels, security_labels},
     label::Labels,
@@ -69,12 +72,15 @@ impl Collector {
     /// Collects until it is dropped.
     pub(crate) async fn run(self, term: Watch, metrics: Arc<Metrics>) {
         let period = (self.grace / ROUNDS_PER_GRACE).clamp(PERIOD.0, PERIOD.1);
+        let mut patience = Patience::default();
         loop {
+            let mut pause = period;
             if let Err(error) = self.round(&term, &metrics).await {
                 metrics.failed();
                 warn!(error = chain(&*error), "cannot collect identities yet");
+                pause = pause.max(patience.after(&*error));
             }
-            tokio::time::sleep(period).await;
+            tokio::time::sleep(pause).await;
         }
     }
 

@@ -12,7 +12,7 @@ use k8s_openapi::{
     jiff::Timestamp,
 };
 use kube::{Api, Client, api::PostParams};
-use palisade_api::client::chain;
+use palisade_api::client::{chain, retry_after};
 use tokio::{
     sync::watch,
     task::JoinHandle,
@@ -83,14 +83,17 @@ impl Elector {
         // The version of the Lease that was seen last, and since when.
         let mut seen: Option<(String, Instant)> = None;
         loop {
-            let begun = Instant::now();
+            let (begun, mut pause) = (Instant::now(), PERIOD);
             match timeout(DEADLINE, self.try_acquire(&mut seen)).await {
                 Ok(Ok(true)) => return self.begin(begun),
                 Ok(Ok(false)) => debug!("another one leads"),
-                Ok(Err(error)) => warn!(error = chain(&error), "cannot ask for the Lease"),
+                Ok(Err(error)) => {
+                    warn!(error = chain(&error), "cannot ask for the Lease");
+                    pause = pause.max(retry_after(&error));
+                }
                 Err(_) => warn!("the API server does not answer"),
             }
-            sleep(PERIOD).await;
+            sleep(pause).await;
         }
     }
 
@@ -132,11 +135,13 @@ impl Elector {
 
     /// Renews until it is not this process's any more, or may not be.
     async fn renew(&self, until: watch::Sender<Instant>) {
+        let left = || until.borrow().saturating_duration_since(Instant::now());
+        let mut pause = PERIOD;
         loop {
-            sleep(PERIOD).await;
+            sleep(pause.min(left())).await;
             let begun = Instant::now();
-            let left = until.borrow().saturating_duration_since(begun);
-            match timeout(left, self.renew_once()).await {
+            pause = PERIOD;
+            match timeout(left(), self.renew_once()).await {
                 Ok(Ok(true)) => {
                     until.send_replace(begun + DEADLINE);
                 }
@@ -144,7 +149,10 @@ impl Elector {
                     until.send_replace(begun);
                     return;
                 }
-                Ok(Err(error)) => warn!(error = chain(&error), "cannot renew the Lease"),
+                Ok(Err(error)) => {
+                    warn!(error = chain(&error), "cannot renew the Lease");
+                    pause = pause.max(retry_after(&error));
+                }
                 Err(_) => return,
             }
         }

@@ -20,7 +20,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use palisade_api::{
-    client::{WATCH_SECONDS, chain},
+    client::{Patience, WATCH_SECONDS, chain, patient},
     pool::{Pools, taken as others},
 };
 use serde_json::json;
@@ -30,25 +30,22 @@ use crate::{leader::Watch, metrics::Metrics};
 
 /// Nodes are looked at when one changes, and at least so often.
 const PERIOD: Duration = Duration::from_secs(60);
-/// After a failure.
-const PAUSE: Duration = Duration::from_secs(2);
 
 /// Sees to it that every node has pod networks, or says that one has none.
 pub(crate) async fn run(client: Client, pools: Option<Pools>, term: Watch, metrics: Arc<Metrics>) {
     let api: Api<Node> = Api::all(client.clone());
     let every = watcher::Config::default().timeout(WATCH_SECONDS);
-    let mut changes = Box::pin(watcher(api.clone(), every).default_backoff().touched_objects());
+    let mut changes = Box::pin(patient(watcher(api.clone(), every)).touched_objects());
+    let mut patience = Patience::default();
     loop {
-        let pause = match round(&client, &api, pools.as_ref(), &term, &metrics).await {
-            Ok(()) => PERIOD,
-            Err(error) => {
-                metrics.failed();
-                warn!(error = chain(&*error), "cannot see to the nodes' pod networks yet");
-                PAUSE
-            }
-        };
+        if let Err(error) = round(&client, &api, pools.as_ref(), &term, &metrics).await {
+            metrics.failed();
+            warn!(error = chain(&*error), "cannot see to the nodes' pod networks yet");
+            tokio::time::sleep(patience.after(&*error)).await;
+            continue;
+        }
         // A watch that fails is begun again; a change that is missed is found after the period.
-        let _ = tokio::time::timeout(pause, next_without_network(&mut changes)).await;
+        let _ = tokio::time::timeout(PERIOD, next_without_network(&mut changes)).await;
     }
 }
 
@@ -59,8 +56,8 @@ async fn next_without_network(
     loop {
         match changes.try_next().await {
             Ok(Some(node)) if networks(&node).next().is_some() => {}
-            Ok(Some(_)) => return,
-            _ => tokio::time::sleep(PAUSE).await,
+            Err(_) => {}
+            Ok(_) => return,
         }
     }
 }

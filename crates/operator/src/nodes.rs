@@ -17,7 +17,7 @@ use kube::{
     api::{ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
-use palisade_api::client::{WATCH_SECONDS, chain};
+use palisade_api::client::{Patience, WATCH_SECONDS, chain, patient};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -29,8 +29,6 @@ const TAINT: &str = "node.cilium.io/agent-not-ready";
 const SELECTOR: &str = "k8s-app=palisade";
 /// Nodes and pods are looked at when one changes, and at least so often.
 const PERIOD: Duration = Duration::from_secs(60);
-/// After a failure.
-const PAUSE: Duration = Duration::from_secs(2);
 /// Changes of so short a time are one.
 const BUNDLE: Duration = Duration::from_millis(100);
 
@@ -55,20 +53,18 @@ pub(crate) async fn run(
     let agents: Api<Pod> = Api::namespaced(client, &namespace);
     let every = watcher::Config::default().timeout(WATCH_SECONDS);
     let selected = every.clone().labels(SELECTOR);
-    let pods = watcher(agents.clone(), selected).default_backoff().touched_objects();
-    let others = watcher(nodes.clone(), every).default_backoff();
-    let mut changes =
-        stream::select(pods.map(drop).boxed(), others.touched_objects().map(drop).boxed());
+    let pods = patient(watcher(agents.clone(), selected)).touched_objects();
+    let others = patient(watcher(nodes.clone(), every)).touched_objects();
+    let mut changes = stream::select(pods.map(drop).boxed(), others.map(drop).boxed());
+    let mut patience = Patience::default();
     loop {
-        let pause = match round(&nodes, &agents, &selector, &metrics).await {
-            Ok(()) => PERIOD,
-            Err(error) => {
-                metrics.failed();
-                warn!(error = chain(&error), "cannot set the taints of nodes yet");
-                PAUSE
-            }
-        };
-        let _ = tokio::time::timeout(pause, changes.next()).await;
+        if let Err(error) = round(&nodes, &agents, &selector, &metrics).await {
+            metrics.failed();
+            warn!(error = chain(&error), "cannot set the taints of nodes yet");
+            tokio::time::sleep(patience.after(&error)).await;
+            continue;
+        }
+        let _ = tokio::time::timeout(PERIOD, changes.next()).await;
         while tokio::time::timeout(BUNDLE, changes.next()).await.is_ok() {}
     }
 }

@@ -1,19 +1,22 @@
 //! Numbers for labels. The API server's atomic create is the only agreement between agents: all
 //! try the same numbers in the same order.
 
-use std::{sync::Arc, time::Duration};
+use std::sync::Arc;
 
+use anyhow::bail;
 use kube::{
     Api, Client,
     api::{DynamicObject, Patch, PatchParams, PostParams},
 };
-use palisade_api::{client::chain, crd::UNUSED_SINCE};
+use palisade_api::{
+    client::{Patience, chain},
+    crd::UNUSED_SINCE,
+};
 use palisade_policy::{identity::candidates, label::Labels};
 use serde_json::json;
 use tokio::sync::mpsc;
 use tracing::{info, warn};
 
-use super::PAUSE;
 use crate::{
     engine::Command,
     reflect::identities::{is_unused, object, parse},
@@ -28,10 +31,10 @@ pub(super) async fn allocate(
     commands: mpsc::WeakSender<Command>,
 ) -> Arc<Labels> {
     let api: Api<DynamicObject> = Api::all_with(client, &resources::cilium("CiliumIdentity"));
-    let mut pause: Duration = PAUSE.0;
+    let mut patience = Patience::default();
     loop {
-        match try_allocate(&api, &labels).await {
-            Ok(Some(id)) => {
+        let error = match try_allocate(&api, &labels).await {
+            Ok(id) => {
                 info!(identity = id, %labels, "identity");
                 let identity = Identity { id, labels: labels.clone() };
                 if let Some(commands) = commands.upgrade() {
@@ -41,23 +44,22 @@ pub(super) async fn allocate(
                 }
                 return labels;
             }
-            Ok(None) => warn!(%labels, "every identity of the cluster is taken"),
-            Err(error) => warn!(%labels, error = chain(&error), "cannot allocate an identity yet"),
-        }
+            Err(error) => error,
+        };
+        warn!(%labels, error = chain(&*error), "cannot allocate an identity yet");
         if commands.strong_count() == 0 {
             return labels;
         }
-        tokio::time::sleep(pause).await;
-        pause = (pause * 2).min(PAUSE.1);
+        tokio::time::sleep(patience.after(&*error)).await;
     }
 }
 
-async fn try_allocate(api: &Api<DynamicObject>, labels: &Labels) -> kube::Result<Option<u32>> {
+async fn try_allocate(api: &Api<DynamicObject>, labels: &Labels) -> anyhow::Result<u32> {
     for id in candidates(labels) {
         match api.create(&PostParams::default(), &object(id, labels)).await {
-            Ok(_) => return Ok(Some(id)),
+            Ok(_) => return Ok(id),
             Err(kube::Error::Api(status)) if status.code == 409 => {}
-            Err(error) => return Err(error),
+            Err(error) => return Err(error.into()),
         }
         let Some(taken) = api.get_opt(&id.to_string()).await? else { continue };
         if parse(&taken).is_none_or(|identity| *identity.labels != *labels) {
@@ -66,9 +68,9 @@ async fn try_allocate(api: &Api<DynamicObject>, labels: &Labels) -> kube::Result
         if is_unused(&taken) {
             take_back(api, &taken).await?;
         }
-        return Ok(Some(id));
+        return Ok(id);
     }
-    Ok(None)
+    bail!("every identity of the cluster is taken")
 }
 
 /// Keeps the operator from collecting an identity. Should it have been faster, this fails.
@@ -168,7 +170,7 @@ mod tests {
         let mut numbers = BTreeMap::<usize, BTreeSet<u32>>::new();
         for worker in workers.collect::<Vec<_>>() {
             let (worker, number) = worker.await.expect("no panic");
-            let number = number.expect("an answer").expect("a number");
+            let number = number.expect("a number");
             numbers.entry(worker % sets.len()).or_default().insert(number);
         }
         assert!(numbers.values().all(|numbers| numbers.len() == 1), "{numbers:?}");

@@ -13,6 +13,7 @@ use std::{
 };
 
 use kube::Client;
+use palisade_api::client::{Patience, chain, is_refusal};
 use palisade_policy::{label::Labels, model::PolicyRef};
 use tokio::{sync::mpsc, task::JoinSet, time::Instant};
 use tracing::debug;
@@ -29,7 +30,7 @@ use crate::{
     },
 };
 
-/// Pauses between attempts: at first, and at most.
+/// Pauses between attempts to write what the API server does not take: at first, and at most.
 const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// One thing to write.
@@ -111,8 +112,11 @@ pub async fn run(
     // One at a time, so that an older state never overwrites a newer one; beside the queue, so that
     // a slow API server does not make it grow.
     let mut writing: JoinSet<(Subject, Waiting, kube::Result<()>)> = JoinSet::new();
+    // A server that refuses one thing because it serves nobody is not asked for the next one either.
+    let (mut patience, mut rested) = (Patience::default(), Instant::now());
     loop {
         let due = waiting.values().map(|item| item.due).min().filter(|_| writing.is_empty());
+        let due = due.map(|due| due.max(rested));
         let timer = async {
             match due {
                 Some(due) => tokio::time::sleep_until(due).await,
@@ -156,9 +160,13 @@ pub async fn run(
             }
             Some(written) = writing.join_next() => {
                 let Ok((subject, mut item, Err(error))) = written else { continue };
-                debug!(?subject, %error, "cannot write to the API yet");
-                item.due = Instant::now() + item.pause;
-                item.pause = (item.pause * 2).min(PAUSE.1);
+                debug!(?subject, error = chain(&error), "cannot write to the API yet");
+                if is_refusal(&error) {
+                    rested = Instant::now() + patience.after(&error);
+                } else {
+                    item.due = Instant::now() + item.pause;
+                    item.pause = (item.pause * 2).min(PAUSE.1);
+                }
                 // What came meanwhile is newer.
                 waiting.entry(subject).or_insert(item);
             }

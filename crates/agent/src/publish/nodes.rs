@@ -6,11 +6,11 @@ use kube::{
     Api, Client,
     api::{DynamicObject, Patch, PatchParams, PostParams},
 };
+use palisade_api::client::{Patience, chain};
 use serde_json::json;
 use tokio::sync::watch;
 use tracing::debug;
 
-use super::PAUSE;
 use crate::{
     engine::Progress,
     resources,
@@ -27,18 +27,16 @@ pub async fn keep_node(
     tables: TablesReader,
     mut progress: watch::Receiver<Progress>,
 ) {
-    let mut pause = PAUSE.0;
+    let mut patience = Patience::default();
     loop {
         let untold = untold(&tables.read(), &name);
         if let Some(node) = untold
             && let Err(error) = write(&client, &node).await
         {
-            debug!(%error, "cannot write the CiliumNode yet");
-            tokio::time::sleep(pause).await;
-            pause = (pause * 2).min(PAUSE.1);
+            debug!(error = chain(&error), "cannot write the CiliumNode yet");
+            tokio::time::sleep(patience.after(&error)).await;
             continue;
         }
-        pause = PAUSE.0;
         if progress.changed().await.is_err() {
             return;
         }

@@ -12,18 +12,11 @@ mod policies;
 mod secrets;
 mod services;
 
-use std::{
-    fmt::Debug,
-    sync::atomic::Ordering::Relaxed,
-    time::{Duration, Instant},
-};
+use std::{fmt::Debug, sync::atomic::Ordering::Relaxed, time::Duration};
 
 use futures::TryStreamExt;
-use kube::{
-    Api, Client, Resource,
-    runtime::{WatchStreamExt, utils::Backoff, watcher},
-};
-use palisade_api::client::{WATCH_SECONDS, chain, noticing};
+use kube::{Api, Client, Resource, runtime::watcher};
+use palisade_api::client::{CALM, WATCH_SECONDS, chain, noticing, patient};
 use serde::de::DeserializeOwned;
 use tokio::{sync::mpsc, task::JoinSet, time::timeout};
 use tracing::{debug, info, warn};
@@ -42,8 +35,7 @@ pub fn follow_all(
     commands: &mpsc::Sender<Command>,
 ) -> JoinSet<()> {
     let mut tasks = JoinSet::new();
-    let source =
-        Source { client: client.clone(), commands: commands.clone(), calm: Patience::CALM };
+    let source = Source { client: client.clone(), commands: commands.clone(), calm: CALM };
     let from = || source.clone();
     tasks.spawn(follow(from(), Api::all, namespaces::Reflect));
     tasks.spawn(follow(from(), Api::all, pods::Reflect));
@@ -94,8 +86,7 @@ async fn follow<P: Parse>(source: Source, api: impl FnOnce(Client) -> Api<P::Obj
     let (client, begun) = noticing(&source.client);
     let api = api(client);
     let config = watcher::Config::default().timeout(WATCH_SECONDS);
-    let stream = watcher(api, config).backoff(Patience::default());
-    let mut stream = std::pin::pin!(stream);
+    let mut stream = std::pin::pin!(patient(watcher(api, config)));
     let mut listed = Vec::new();
     let mut failing: Option<String> = None;
     loop {
@@ -147,52 +138,6 @@ async fn follow<P: Parse>(source: Source, api: impl FnOnce(Client) -> Api<P::Obj
     }
 }
 
-/// How long to wait after the API server failed: from little to three seconds.
-///
-/// The stream calls it a success when it merely begins to list, so what counts as one is time
-/// without a failure.
-#[derive(Debug)]
-struct Patience {
-    pause: Duration,
-    failed: Option<Instant>,
-}
-
-impl Patience {
-    const FIRST: Duration = Duration::from_millis(50);
-    const LAST: Duration = Duration::from_secs(3);
-    /// So long without a failure, and all is well again: longer than an attempt to connect and the
-    /// pause before it.
-    const CALM: Duration = Duration::from_secs(15);
-
-    fn after(&mut self, now: Instant) -> Duration {
-        if self.failed.is_none_or(|failed| now - failed > Self::CALM) {
-            self.pause = Self::FIRST;
-        }
-        self.failed = Some(now);
-        let pause = self.pause;
-        self.pause = (pause * 2).min(Self::LAST);
-        pause
-    }
-}
-
-impl Default for Patience {
-    fn default() -> Self {
-        Self { pause: Self::FIRST, failed: None }
-    }
-}
-
-impl Iterator for Patience {
-    type Item = Duration;
-
-    fn next(&mut self) -> Option<Duration> {
-        Some(self.after(Instant::now()))
-    }
-}
-
-impl Backoff for Patience {
-    fn reset(&mut self) {}
-}
-
 /// Name of a namespaced object.
 fn object_name<K: Resource>(object: &K) -> crate::tables::ObjectName {
     let meta = object.meta();
@@ -204,6 +149,8 @@ fn object_name<K: Resource>(object: &K) -> crate::tables::ObjectName {
 
 #[cfg(test)]
 mod tests {
+    use std::time::Instant;
+
     use serde_json::{Value, json};
     use tokio::{
         io::{AsyncReadExt, AsyncWriteExt},
@@ -213,30 +160,25 @@ mod tests {
 
     use super::*;
 
-    #[test]
-    fn patience_grows_until_all_is_calm() {
-        let mut patience = Patience::default();
-        let begun = Instant::now();
-        let mut now = begun;
-        let pauses: Vec<Duration> = std::iter::repeat_with(|| {
-            patience.reset();
-            let pause = patience.after(now);
-            now += pause;
-            pause
-        })
-        .take(9)
-        .collect();
-        let millis: Vec<u128> = pauses.iter().map(Duration::as_millis).collect();
-        assert_eq!(millis, [50, 100, 200, 400, 800, 1600, 3000, 3000, 3000]);
-        assert_eq!(patience.after(now + Patience::CALM * 2), Patience::FIRST);
+    /// As the agent itself connects.
+    async fn client_of(address: &str) -> Client {
+        let name = format!("palisade-reflect-{}-{address}", std::process::id());
+        let file = std::env::temp_dir().join(name);
+        let config = json!({ "apiVersion": "v1", "kind": "Config", "current-context": "a",
+            "contexts": [{ "name": "a", "context": { "cluster": "a", "user": "a" } }],
+            "clusters": [{ "name": "a", "cluster": { "server": format!("http://{address}") } }],
+            "users": [{ "name": "a", "user": {} }] });
+        std::fs::write(&file, config.to_string()).expect("a file");
+        let client = palisade_api::client::client(Some(&file)).await.expect("a client");
+        std::fs::remove_file(file).expect("it is there");
+        client
     }
 
     /// A server, who follows it, and what is told of that.
     async fn world(calm: Duration) -> (TcpListener, JoinHandle<()>, mpsc::Receiver<Command>) {
         let server = TcpListener::bind("127.0.0.1:0").await.expect("a port");
         let address = server.local_addr().expect("an address");
-        let url = format!("http://{address}").parse().expect("a URL");
-        let client = Client::try_from(kube::Config::new(url)).expect("a client");
+        let client = client_of(&address.to_string()).await;
         let (commands, queue) = mpsc::channel(64);
         let source = Source { client, commands, calm };
         (server, tokio::spawn(follow(source, Api::all, namespaces::Reflect)), queue)
@@ -245,7 +187,7 @@ mod tests {
     /// A server that is away must not be hammered by every agent.
     #[tokio::test]
     async fn a_server_that_fails_is_asked_less_and_less() {
-        let (server, following, mut queue) = world(Patience::CALM).await;
+        let (server, following, mut queue) = world(CALM).await;
         let mut asked = Vec::new();
         for _ in 0..6 {
             drop(server.accept().await.expect("a request"));
@@ -253,7 +195,7 @@ mod tests {
             assert!(matches!(queue.recv().await, Some(Command::Intent(_))), "the failure is told");
         }
         following.abort();
-        assert!(asked[5] - asked[4] >= Duration::from_millis(700), "{asked:?}");
+        assert!(asked[5] - asked[4] >= Duration::from_millis(400), "{asked:?}");
     }
 
     /// A server that takes requests and answers none of them is as quiet as one without news.
@@ -286,6 +228,19 @@ mod tests {
         answer(&mut watched, "Transfer-Encoding: chunked\r\n\r\n").await;
         assert!(matches!(told().await, Intent::Namespace(Change::Recovered)));
         following.abort();
+    }
+
+    /// Answers the next request, which asks for what is wanted.
+    async fn serve(server: &TcpListener, wanted: &str, status: &str, body: &str) {
+        let (mut stream, _) = server.accept().await.expect("a request");
+        let mut head = Vec::new();
+        while !head.ends_with(b"\r\n\r\n") {
+            head.push(stream.read_u8().await.expect("a head"));
+        }
+        let head = String::from_utf8(head).expect("text");
+        assert!(head.lines().next().is_some_and(|line| line.contains(wanted)), "{head}");
+        let answer = format!("HTTP/1.1 {status}\r\nconnection: close\r\n\r\n{body}");
+        stream.write_all(answer.as_bytes()).await.expect("an answer");
     }
 
     fn list(version: &str, names: &[&str], more: Option<&str>) -> (u16, String) {
@@ -324,17 +279,9 @@ mod tests {
             ("limit=", list("7", &["a", "d"], None)),
             ("resourceVersion=7", (200, event("DELETED", &object("d", "8")))),
         ];
-        let (server, following, mut queue) = world(Patience::CALM).await;
+        let (server, following, mut queue) = world(CALM).await;
         for (wanted, (status, body)) in script {
-            let (mut stream, _) = server.accept().await.expect("a request");
-            let mut head = Vec::new();
-            while !head.ends_with(b"\r\n\r\n") {
-                head.push(stream.read_u8().await.expect("a head"));
-            }
-            let head = String::from_utf8(head).expect("text");
-            assert!(head.lines().next().is_some_and(|line| line.contains(wanted)), "{head}");
-            let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n{body}");
-            stream.write_all(answer.as_bytes()).await.expect("an answer");
+            serve(&server, wanted, &format!("{status} x"), &body).await;
         }
         let mut known = Vec::new();
         while known.len() < 4 {
@@ -351,5 +298,29 @@ mod tests {
         }
         following.abort();
         assert_eq!(known, ["a b", "+c", "a d", "-d"]);
+    }
+    /// A server that has too much to do may say so between two pages.
+    #[tokio::test]
+    async fn a_busy_server_is_left_alone_as_long_as_it_asks_for_and_half_a_list_is_none() {
+        const BUSY: &str = "429 Too Many Requests\r\nRetry-After: 1";
+        let (server, following, mut queue) = world(CALM).await;
+        let (_, half) = list("100", &["a"], Some("rest"));
+        serve(&server, "limit=", "200 x", &half).await;
+        serve(&server, "continue=rest", BUSY, "Try again later.\n").await;
+        let begun = Instant::now();
+        let (_, whole) = list("101", &["b"], None);
+        serve(&server, "limit=", "200 x", &whole).await;
+        assert!(begun.elapsed() > Duration::from_secs(1), "{:?}", begun.elapsed());
+        let mut told = async || match queue.recv().await {
+            Some(Command::Intent(intent)) => *intent,
+            _ => panic!("nobody follows"),
+        };
+        let busy = told().await;
+        let Intent::Namespace(Change::Failed(error)) = busy else { panic!("{busy:?}") };
+        assert!(error.contains("429 Too Many Requests: Try again later."), "{error}");
+        let replaced = told().await;
+        let Intent::Namespace(Change::Replace(rows)) = replaced else { panic!("{replaced:?}") };
+        assert_eq!(rows.iter().map(|row| row.name.as_str()).collect::<Vec<_>>(), ["b"]);
+        following.abort();
     }
 }

@@ -45,6 +45,11 @@ impl Operator {
         Self(child)
     }
 
+    /// Whether it has ended by itself.
+    pub(crate) fn ended(&mut self) -> bool {
+        self.0.try_wait().unwrap().is_some()
+    }
+
     fn kill(&mut self) {
         self.0.kill().unwrap();
         self.0.wait().unwrap();
@@ -63,9 +68,17 @@ fn get(lab: &Lab, args: &[&str]) -> Option<Value> {
     Some(serde_json::from_str(&text).unwrap())
 }
 
+fn lease(lab: &Lab) -> Option<Value> {
+    get(lab, &["-n", "kube-system", "lease", "palisade-operator"])
+}
+
 pub(crate) fn holder(lab: &Lab) -> Option<String> {
-    let lease = get(lab, &["-n", "kube-system", "lease", "palisade-operator"])?;
-    Some(lease["spec"]["holderIdentity"].as_str()?.to_owned())
+    Some(lease(lab)?["spec"]["holderIdentity"].as_str()?.to_owned())
+}
+
+/// How often the Lease changed hands.
+pub(crate) fn transitions(lab: &Lab) -> Option<u64> {
+    lease(lab)?["spec"]["leaseTransitions"].as_u64()
 }
 
 fn identity_of(lab: &Lab, pod: &str) -> u64 {
