@@ -165,7 +165,7 @@ fn frames() -> impl Strategy<Value = Vec<u8>> {
     let stream = select(&[0_u8, 1, 1, 1, 2, 3, 3, 5, 7][..]);
     let settings: Vec<&[u8]> = vec![b"\0\x04\x80\0\0\0", b"\0\x04\0\0\0\x09", b"\0\x01\0\0\0\0"];
     let payload = prop_oneof![
-        6 => vec(field(), 0..6).prop_map(|fields| fields.concat()),
+        6 => block(),
         2 => select(&[4_usize, 5, 6, 8][..]).prop_map(|length| vec![0; length]),
         1 => vec(select(settings), 0..4).prop_map(|settings| settings.concat()),
         1 => vec(any::<u8>(), 0..10),
@@ -198,7 +198,6 @@ fn field() -> impl Strategy<Value = Vec<u8>> {
     // Padding of a byte, of zeros, with the end of the string; what is not there; no length.
     const BAD: &[&[u8]] =
         &[b"\x83\x10\x01\xff", b"\x82\x10\0", b"\x84\xff\xff\xff\xff", b"\x7f\x80\x80\x80\x80\0"];
-    const SIZES: &[&[u8]] = &[b"\x20", b"\x3f\xe1\x1f", b"\x3f\xe2\x1f", b"\x3f\x09"];
     let value = prop_oneof![12 => select(VALUES), 1 => select(BAD)].prop_map(<[u8]>::to_vec);
     let long = (0..4_usize).prop_map(|n| {
         let length = n * 900;
@@ -214,12 +213,33 @@ fn field() -> impl Strategy<Value = Vec<u8>> {
         [index, value].concat()
     });
     prop_oneof![
-        6 => (0x80..=0xd0_u8).prop_map(|index| vec![index]),
+        4 => (0xbd..=0xc0_u8).prop_map(|index| vec![index]),
+        2 => (0x80..=0xd0_u8).prop_map(|index| vec![index]),
         4 => named,
         4 => by_index,
         2 => long,
-        1 => select(SIZES).prop_map(<[u8]>::to_vec),
+        1 => size(),
     ]
+}
+
+/// Sizes of the table: none, all, more, and such that one or two short fields have just room or not.
+fn size() -> impl Strategy<Value = Vec<u8>> {
+    const SIZES: &[&[u8]] = &[
+        b"\x20",
+        b"\x3f\xe1\x1f",
+        b"\x3f\xe2\x1f",
+        b"\x3f\x05",
+        b"\x3f\x04",
+        b"\x3f\x29",
+        b"\x3f\x28",
+    ];
+    select(SIZES).prop_map(<[u8]>::to_vec)
+}
+
+fn block() -> impl Strategy<Value = Vec<u8>> {
+    let fields = vec(field(), 0..8).prop_map(|fields| fields.concat());
+    let size = prop::option::weighted(0.3, size());
+    (size, fields).prop_map(|(size, fields)| [size.unwrap_or_default(), fields].concat())
 }
 
 proptest! {
@@ -233,8 +253,7 @@ proptest! {
     }
 
     #[test]
-    fn blocks(blocks in vec(vec(field(), 0..8), 1..6), cut in 0..8_usize) {
-        let mut blocks: Vec<_> = blocks.into_iter().map(|fields| fields.concat()).collect();
+    fn blocks(mut blocks in vec(block(), 1..6), cut in 0..8_usize) {
         // Now and then a field does not end.
         if let (1, Some(last)) = (cut, blocks.last_mut()) {
             last.pop();
