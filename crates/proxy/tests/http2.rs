@@ -876,11 +876,6 @@ fn a_body_that_turns_out_wrong_is_taken_back_from_the_server() {
         ("trailers that do not end", &[], trailers(0, ("x", "y"))),
         ("trailers of the connection", &[], trailers(END_STREAM, ("connection", "close"))),
         ("a pseudo-header in trailers", &[], trailers(END_STREAM, (":path", "/admin"))),
-        (
-            "a pseudo-header, and then an error of the connection",
-            &[],
-            [trailers(END_STREAM, (":path", "/admin")), frame(PING, 0, 0, &[])].concat(),
-        ),
     ] {
         let mut stream = raw(&world);
         stream.write_all(&head(length)).unwrap();
