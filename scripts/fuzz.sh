@@ -8,7 +8,7 @@ set -euo pipefail
 seconds=$1
 shift
 targets=("$@")
-[ ${#targets[@]} -gt 0 ] || targets=(dns http1 http2 target tls)
+[ ${#targets[@]} -gt 0 ] || targets=(dns frames http1 http2 target tls)
 
 cd "$(dirname "$0")/../crates/proxy/fuzz"
 work=${CARGO_TARGET_DIR:-$PWD/target}

@@ -154,13 +154,131 @@ proptest! {
     }
 }
 
+/// Frames that mean something, or nearly.
+fn frames() -> impl Strategy<Value = Vec<u8>> {
+    let kind = prop_oneof![4 => Just(1), 2 => Just(9), 2 => Just(0), 2 => 0..=10_u8];
+    let flags = prop_oneof![
+        6 => select(&[0, 1, 4, 5][..]),
+        1 => select(&[8, 0xc, 0x20, 0x25, 0x2d][..]),
+        1 => any::<u8>(),
+    ];
+    let stream = select(&[0_u8, 1, 1, 1, 2, 3, 3, 5, 7][..]);
+    let settings: Vec<&[u8]> = vec![b"\0\x04\x80\0\0\0", b"\0\x04\0\0\0\x09", b"\0\x01\0\0\0\0"];
+    let payload = prop_oneof![
+        6 => block(),
+        2 => select(&[4_usize, 5, 6, 8][..]).prop_map(|length| vec![0; length]),
+        1 => vec(select(settings), 0..4).prop_map(|settings| settings.concat()),
+        1 => vec(any::<u8>(), 0..10),
+    ];
+    let frame = (kind, flags, stream, payload).prop_map(|(kind, flags, stream, payload)| {
+        let length = (payload.len() as u32).to_be_bytes();
+        [&length[1..], &[kind, flags, 0, 0, 0, stream], &payload].concat()
+    });
+    let all = vec(frame, 0..8).prop_map(|frames| frames.concat());
+    let change = (any::<prop::sample::Index>(), any::<u8>());
+    (all, prop::option::weighted(0.3, change)).prop_map(|(mut all, change)| {
+        if let Some((at, byte)) = change.filter(|_| !all.is_empty()) {
+            let at = at.index(all.len());
+            all[at] = byte;
+        }
+        all
+    })
+}
+
+/// What may stand in the value of a field.
+fn value_byte() -> impl Strategy<Value = u8> {
+    prop_oneof![Just(b'\t'), 0x20..=0x7e_u8, 0x80..=0xff_u8]
+}
+
+/// Fields that are packed, or nearly. Where they are whole, names and values are fit.
+fn field() -> impl Strategy<Value = Vec<u8>> {
+    const NAMES: &[&[u8]] = &[b"\x01x", b"\x05:path", b"\x84\xb9\x58\xd3\x3f", b"\x02te"];
+    // As text and in Huffman's code.
+    const VALUES: &[&[u8]] = &[b"\x03200", b"\x82\x10\x01"];
+    // Padding of a byte, of zeros, with the end of the string; what is not there; no length.
+    const BAD: &[&[u8]] =
+        &[b"\x83\x10\x01\xff", b"\x82\x10\0", b"\x84\xff\xff\xff\xff", b"\x7f\x80\x80\x80\x80\0"];
+    let value = prop_oneof![12 => select(VALUES), 1 => select(BAD)].prop_map(<[u8]>::to_vec);
+    let long = (0..4_usize).prop_map(|n| {
+        let length = n * 900;
+        let rest = [(length & 127) as u8 | 128, (length >> 7) as u8];
+        [b"\x40\x01y\x7f", &rest[..], &vec![b'y'; length + 127]].concat()
+    });
+    let how = select(&[0x40_u8, 0, 0x10][..]);
+    let named = (how.clone(), select(NAMES), value.clone())
+        .prop_map(|(how, name, value)| [&[how], name, &value].concat());
+    let by_index = (how, 1..90_u8, value).prop_map(|(how, index, value)| {
+        let most = if how == 0x40 { 0x3f } else { 0xf };
+        let index = if index < most { vec![how | index] } else { vec![how | most, index - most] };
+        [index, value].concat()
+    });
+    prop_oneof![
+        4 => (0xbd..=0xc0_u8).prop_map(|index| vec![index]),
+        2 => (0x80..=0xd0_u8).prop_map(|index| vec![index]),
+        4 => named,
+        4 => by_index,
+        2 => long,
+        1 => size(),
+    ]
+}
+
+/// Sizes of the table: none, all, more, and such that one or two short fields have just room or not.
+fn size() -> impl Strategy<Value = Vec<u8>> {
+    const SIZES: &[&[u8]] = &[
+        b"\x20",
+        b"\x3f\xe1\x1f",
+        b"\x3f\xe2\x1f",
+        b"\x3f\x05",
+        b"\x3f\x04",
+        b"\x3f\x29",
+        b"\x3f\x28",
+    ];
+    select(SIZES).prop_map(<[u8]>::to_vec)
+}
+
+fn block() -> impl Strategy<Value = Vec<u8>> {
+    let fields = vec(field(), 0..8).prop_map(|fields| fields.concat());
+    let size = prop::option::weighted(0.3, size());
+    (size, fields).prop_map(|(size, fields)| [size.unwrap_or_default(), fields].concat())
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 4_000, ..ProptestConfig::default() })]
+
+    #[test]
+    fn connections(frames in frames()) {
+        invariants::connection(&frames);
+        let begun = [&[0, 0, 0, 4, 0, 0, 0, 0, 0][..], &frames].concat();
+        invariants::connection(&begun);
+    }
+
+    #[test]
+    fn blocks(mut blocks in vec(block(), 1..6), cut in 0..8_usize) {
+        // Now and then a field does not end.
+        if let (1, Some(last)) = (cut, blocks.last_mut()) {
+            last.pop();
+        }
+        invariants::blocks(&blocks);
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig { cases: 500, ..ProptestConfig::default() })]
+
+    #[test]
+    fn lengths(requests in vec(vec(vec(value_byte(), 0..80), 0..5), 1..4)) {
+        invariants::lengths(&requests);
+    }
+}
+
 #[test]
 fn what_the_fuzzers_kept() {
     type Target = (&'static str, fn(&[u8]));
-    let targets: [Target; 4] = [
+    let targets: [Target; 5] = [
         ("http1", invariants::http1),
         ("target", invariants::target),
         ("http2", invariants::http2),
+        ("frames", invariants::connection),
         ("tls", invariants::tls),
     ];
     for (name, target) in targets {

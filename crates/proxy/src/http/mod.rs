@@ -4,12 +4,16 @@
 //! are made for servers and clients, which may be kind to what is ambiguous; a judge may not, and
 //! a strict reader in front of a kind one would be two readers that can differ. One strict reader,
 //! one writer, and a body that is framed anew are less code than the guards would be, and leave
-//! nothing that the server could see and the judge could not. HTTP/2 stays HTTP/2 towards the
-//! server: nothing is translated between versions.
+//! nothing that the server could see and the judge could not. What reads the frames of HTTP/2 before
+//! the crate does ends connections and streams, and nothing of what it reads is judged: where the
+//! two differed, less would pass. HTTP/2 stays HTTP/2 towards the server: nothing is translated
+//! between versions.
 
 mod activity;
 mod alarm;
 pub mod body;
+pub mod frames;
+mod hpack;
 mod one;
 pub mod reply;
 pub mod request;

@@ -219,6 +219,70 @@ async fn long_heads_have_a_bound() {
     assert_eq!(ask(&field).await, 200);
 }
 
+fn frame(kind: u8, flags: u8, stream: u8, payload: &[u8]) -> Vec<u8> {
+    let length = (payload.len() as u32).to_be_bytes();
+    [&length[1..], &[kind, flags, 0, 0, 0, stream], payload].concat()
+}
+
+const CALM: [u8; 8] = [0, 0, 0, 0, 0, 0, 0, 11];
+
+/// Over HTTP/2 a head takes room as it comes, although nobody knows yet what it asks.
+#[tokio::test]
+async fn long_heads_that_are_under_way_have_a_bound() {
+    let text = |text: &[u8]| {
+        let rest = text.len() - 127;
+        [&[127, (rest & 127) as u8 | 128, (rest >> 7) as u8], text].concat()
+    };
+    // GET, http, a, /small, and a field that is not indexed.
+    let asked =
+        [&b"\x82\x86\x41\x01a\x04\x06/small\0\x01x"[..], &text(&[b'y'; SHORT_HEAD])].concat();
+    let (begun, rest_of_head) = asked.split_at(asked.len() - 1);
+    let opening = [PREFACE, &frame(4, 0, 0, &[]), &frame(1, 1, 1, begun)].concat();
+
+    let (address, _) = endless().await;
+    let (bench, mut client) = Bench::new("under1", address).await;
+    let held = bench.fill_room();
+    client.write_all(&opening).await.unwrap();
+    let heard = rest(&mut client).await;
+    assert!(heard.ends_with(&frame(7, 0, 0, &CALM)), "{heard:x?}");
+    drop(held);
+
+    let (bench, mut client) = Bench::new("under2", address).await;
+    let _all_but_one = bench.fill_room().split_off(1);
+    let is_free = || bench.proxy.long_heads.admit([10, 0, 0, 1].into()).is_some();
+    let until = async |free| {
+        let begun = Instant::now();
+        while is_free() != free {
+            assert!(begun.elapsed() < WAIT, "{free}");
+            tokio::time::sleep(IDLE_TIME / 100).await;
+        }
+    };
+    assert!(is_free());
+    client.write_all(&opening).await.unwrap();
+    until(false).await;
+    client.write_all(&frame(9, 4, 1, rest_of_head)).await.unwrap();
+    // The answer has the status 200, and its body ends.
+    let mut heard = Vec::new();
+    while !heard.ends_with(b"ok") {
+        heard.push(client.read_u8().await.unwrap());
+    }
+    until(true).await;
+}
+
+/// Pseudo-headers in trailers, of more streams than anybody is told of.
+#[tokio::test]
+async fn what_the_crate_drops_has_a_bound() {
+    let (address, _) = endless().await;
+    let (_bench, mut client) = Bench::new("dropped", address).await;
+    // POST, http, a, /small, and then a method.
+    let post = |stream| frame(1, 4, stream, b"\x83\x86\x41\x01a\x04\x06/small");
+    let both = |n: u8| [post(2 * n + 1), frame(1, 5, 2 * n + 1, b"\x83")].concat();
+    let all: Vec<u8> = (0..=100).flat_map(both).collect();
+    client.write_all(&[PREFACE, &frame(4, 0, 0, &[]), &all].concat()).await.unwrap();
+    let heard = rest(&mut client).await;
+    assert!(heard.ends_with(&frame(7, 0, 0, &CALM)), "{heard:x?}");
+}
+
 /// An origin over HTTP/2 that answers `/small` at once, and everything else without an end; it tells
 /// when it may stop.
 async fn endless() -> (SocketAddr, mpsc::UnboundedReceiver<String>) {

@@ -2,26 +2,23 @@
 //! the server, over one connection that belongs to that of the client.
 //!
 //! The `h2` crate reads and writes the frames and refuses what RFC 9113 calls malformed; what it
-//! leaves open is settled in [`Asking::read`]. A target is judged and forwarded in the same
-//! canonical form as over HTTP/1. The crate drops a fragment before anybody sees it, so one is not
-//! refused here, but neither does the server get it.
+//! calls by another name, or drops, is seen before ([`frames`](super::frames)), and what it leaves
+//! open is settled in [`Asking::read`]. A target is judged and forwarded in the same canonical form
+//! as over HTTP/1.
 
 use std::{
     future::poll_fn,
     io,
     pin::{Pin, pin},
-    sync::{
-        Arc,
-        atomic::{AtomicUsize, Ordering::Relaxed},
-    },
-    task::{Context, Poll},
+    sync::{Arc, Mutex, MutexGuard, PoisonError},
+    task::{Context, Poll, ready},
     time::Duration,
 };
 
 use bytes::Bytes;
 use futures::{StreamExt, stream::FuturesUnordered};
 use h2::{
-    Reason, RecvStream, SendStream,
+    Reason, RecvStream, SendStream, StreamId,
     client::{self, ResponseFuture, SendRequest},
     server::{self, SendResponse},
 };
@@ -38,6 +35,7 @@ use tokio::{
 use super::{
     HEAD_TIME, IDLE_TIME, LATE, SHORT_HEAD,
     activity::Activity,
+    frames::{self, Reader},
     may_trail,
     reply::{DENIED, Reply, SERVER, date},
     request::{is_own, read_length},
@@ -50,6 +48,7 @@ use crate::{
     judge::{Asked, Gate, Headers, Judged},
     log::Gist,
     net::CONNECT_TIME,
+    shares::Share,
 };
 
 const VERSION: &str = "HTTP/2";
@@ -70,7 +69,7 @@ const MOST_ERRORS: usize = 100;
 
 /// Serves the connection to its end, if it has begun at the deadline.
 pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadline: Instant) {
-    let unheard = Arc::<Unheard>::default();
+    let told = Arc::<Told>::default();
     let handshake = server::Builder::new()
         .max_concurrent_streams(MOST_STREAMS)
         .max_header_list_size(MOST_HEAD as u32)
@@ -78,14 +77,22 @@ pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadli
         .initial_connection_window_size(CONNECTION_WINDOW)
         .max_send_buffer_size(WINDOW as usize)
         .max_local_error_reset_streams(Some(MOST_ERRORS))
-        .handshake(Prefixed { buffer, stream: client, unheard: Arc::clone(&unheard) });
+        .handshake(Client {
+            gate,
+            buffer,
+            stream: client,
+            reader: Reader::default(),
+            long_head: None,
+            fault: None,
+            told: Arc::clone(&told),
+        });
     if let Ok(Ok(connection)) = timeout_at(deadline, handshake).await {
-        let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default(), unheard };
+        let shared = Shared { gate, server: OnceCell::new(), gone: Arc::default(), told };
         shared.serve(connection).await;
     }
 }
 
-type Connection = server::Connection<Prefixed, Bytes>;
+type Connection<'g> = server::Connection<Client<'g>, Bytes>;
 
 /// What the streams of a connection share.
 struct Shared<'g> {
@@ -93,32 +100,36 @@ struct Shared<'g> {
     server: OnceCell<Server>,
     /// Told when the connection to the server ends.
     gone: Arc<Notify>,
-    unheard: Arc<Unheard>,
+    told: Arc<Told>,
 }
 
-/// What a client sent since its last request began or ended. The crate does not tell of a head
-/// before it is whole.
+/// What was seen in the client's frames, and the crate does not tell.
 #[derive(Default)]
-struct Unheard {
-    bytes: AtomicUsize,
-    much: Notify,
+struct Told {
+    seen: Mutex<Seen>,
+    /// A long head is under way.
+    long: Notify,
 }
 
-impl Unheard {
-    fn add(&self, count: usize) {
-        let before = self.bytes.fetch_add(count, Relaxed);
-        if before <= SHORT_HEAD && self.is_much() {
-            self.much.notify_one();
-        }
+#[derive(Default)]
+struct Seen {
+    /// Why the connection ends.
+    fault: Option<Reason>,
+    long: bool,
+    /// Streams, until it is said to them.
+    malformed: Vec<u32>,
+}
+
+impl Told {
+    fn seen(&self) -> MutexGuard<'_, Seen> {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner)
     }
 
-    /// More than a client has to say that asks nothing.
-    fn is_much(&self) -> bool {
-        self.bytes.load(Relaxed) > SHORT_HEAD
-    }
-
-    fn clear(&self) {
-        self.bytes.store(0, Relaxed);
+    /// Whether there is what the crate drops in what a stream said since it was asked last.
+    fn is_malformed(&self, stream: StreamId) -> bool {
+        let malformed = &mut self.seen().malformed;
+        let at = malformed.iter().position(|other| stream.as_u32() == *other);
+        at.map(|at| malformed.swap_remove(at)).is_some()
     }
 }
 
@@ -126,12 +137,12 @@ impl Unheard {
 #[derive(PartialEq, Eq)]
 enum Ended {
     Well,
-    /// The client took it back.
+    /// The client took it back, or made the proxy do so.
     TakenBack,
 }
 
 impl Shared<'_> {
-    async fn serve(&self, mut connection: Connection) {
+    async fn serve(&self, mut connection: Connection<'_>) {
         let mut streams = FuturesUnordered::new();
         let mut resets = Allowance::new();
         let mut idle = pin!(sleep_until(Instant::now() + IDLE_TIME));
@@ -144,7 +155,6 @@ impl Shared<'_> {
                 () = &mut forgotten, if !ending => true,
                 () = self.gone.notified(), if !ending => true,
                 Some(ended) = streams.next() => {
-                    self.unheard.clear();
                     if ended == Ended::TakenBack && !resets.take() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
@@ -154,18 +164,24 @@ impl Shared<'_> {
                 }
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
-                        self.unheard.clear();
                         streams.push(self.stream(request, respond));
                         false
                     }
-                    _ => return,
+                    Some(Err(_)) => {
+                        let Some(reason) = self.told.seen().fault.take() else { return };
+                        connection.abrupt_shutdown(reason);
+                        true
+                    }
+                    None => return,
                 },
-                () = self.unheard.much.notified() => {
+                () = self.told.long.notified() => {
                     late.as_mut().reset(Instant::now() + HEAD_TIME);
                     false
                 }
-                () = &mut late, if self.unheard.is_much() && streams.is_empty() && !ending => {
+                () = &mut late, if self.told.seen().long && !ending => {
                     self.gate.log_malformed(VERSION, LATE, Gist::default());
+                    // Nothing else can be said on the connection, be it of streams under way.
+                    connection.abrupt_shutdown(Reason::NO_ERROR);
                     true
                 }
                 () = &mut idle, if streams.is_empty() => match ending {
@@ -189,7 +205,8 @@ impl Shared<'_> {
         mut respond: SendResponse<Bytes>,
     ) -> Ended {
         let (parts, body) = request.into_parts();
-        let asking = match Asking::read(&parts) {
+        let stream = respond.stream_id();
+        let asking = match self.read(&parts, stream) {
             Ok(asking) => asking,
             Err(Fault::Malformed(fault)) => {
                 self.gate.log_malformed(VERSION, fault, gist(&parts));
@@ -257,11 +274,22 @@ impl Shared<'_> {
                     respond.send_reset(reason);
                     Ended::Well
                 }
+                Err(Break::Malformed) => {
+                    respond.send_reset(Reason::PROTOCOL_ERROR);
+                    Ended::TakenBack
+                }
                 Err(Break::Reply(reply, why)) => {
                     self.gate.log(&asked, &judged, Some(reply.status), Some(why));
                     answer(&mut respond, reply, parts.method == Method::HEAD)
                 }
             },
+        }
+    }
+
+    fn read(&self, parts: &http::request::Parts, stream: StreamId) -> Result<Asking, Fault> {
+        match self.told.is_malformed(stream) {
+            true => Err(Fault::Protocol("a fragment, or a pseudo-header in trailers")),
+            false => Asking::read(parts),
         }
     }
 
@@ -486,6 +514,8 @@ enum Break {
     Client,
     /// The client's stream is reset.
     Reset(Reason),
+    /// So it is, and by the client's own doing.
+    Malformed,
     /// The client gets an answer.
     Reply(Reply, &'static str),
 }
@@ -516,20 +546,30 @@ impl Exchange<'_> {
             .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
         let up = up.insert(sent);
         let activity = Activity::new();
+        let stream = respond.stream_id();
+        // Trailers of requests do not pass.
+        let own_trailers = |_| match self.shared.told.is_malformed(stream) {
+            true => Err(Stop::Malformed),
+            false => Ok(HeaderMap::new()),
+        };
         let mut upload = pin!(async {
-            match body.is_end_stream() {
-                true => Ok(()),
-                false => pump(body, up, |_| false, &activity).await,
+            if body.is_end_stream() {
+                return Ok(());
+            }
+            match pump(body, up, own_trailers, &activity).await {
+                Ok(()) | Err(Stop::Writer) => Ok(()),
+                Err(Stop::Reader(_)) => Err(Break::Client),
+                Err(Stop::Malformed) => Err(Break::Malformed),
             }
         });
         let mut uploading = true;
         let head = loop {
             tokio::select! {
                 biased;
-                sent = &mut upload, if uploading => match sent {
-                    Ok(()) | Err(Stop::Writer) => uploading = false,
-                    Err(Stop::Reader(_)) => return Err(Break::Client),
-                },
+                sent = &mut upload, if uploading => {
+                    sent?;
+                    uploading = false;
+                }
                 _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
                 heard = hear(&mut response) => match heard {
                     Heard::Interim(interim) => {
@@ -558,17 +598,18 @@ impl Exchange<'_> {
             return Ok(());
         }
         activity.note();
-        let mut download = pin!(pump(answer, &mut down, may_trail, &activity));
+        let mut download = pin!(pump(answer, &mut down, passing_trailers, &activity));
         loop {
             tokio::select! {
                 biased;
-                sent = &mut upload, if uploading => match sent {
-                    Ok(()) | Err(Stop::Writer) => uploading = false,
-                    Err(Stop::Reader(_)) => return Err(Break::Client),
-                },
+                sent = &mut upload, if uploading => {
+                    sent?;
+                    uploading = false;
+                }
                 sent = &mut download => return sent.map_err(|stop| match stop {
                     Stop::Writer => Break::Client,
                     Stop::Reader(reason) => Break::Reset(reason),
+                    Stop::Malformed => Break::Malformed,
                 }),
             }
         }
@@ -602,13 +643,21 @@ const GONE: &str = "the server went away before it answered";
 enum Stop {
     Reader(Reason),
     Writer,
+    /// What was read looked whole, and is not what it should be.
+    Malformed,
 }
 
-/// Moves a body, and the trailers that may pass.
+/// Trailers of answers without those that may not pass.
+fn passing_trailers(trailers: HeaderMap) -> Result<HeaderMap, Stop> {
+    let passing = trailers.iter().filter(|(name, _)| may_trail(name.as_str()));
+    Ok(passing.map(|(name, value)| (name.clone(), value.clone())).collect())
+}
+
+/// Moves a body, and those of its trailers that pass.
 async fn pump(
     mut from: RecvStream,
     to: &mut SendStream<Bytes>,
-    trails: impl Fn(&str) -> bool,
+    pass: impl FnOnce(HeaderMap) -> Result<HeaderMap, Stop>,
     activity: &Activity,
 ) -> Result<(), Stop> {
     loop {
@@ -630,12 +679,7 @@ async fn pump(
     let trailers = from.trailers().await;
     let trailers =
         trailers.map_err(|error| Stop::Reader(error.reason().unwrap_or(Reason::CANCEL)))?;
-    let trailers: HeaderMap = trailers
-        .iter()
-        .flatten()
-        .filter(|(name, _)| trails(name.as_str()))
-        .map(|(name, value)| (name.clone(), value.clone()))
-        .collect();
+    let trailers = pass(trailers.unwrap_or_default())?;
     match trailers.is_empty() {
         true => to.send_data(Bytes::new(), true),
         false => to.send_trailers(trailers),
@@ -683,34 +727,93 @@ impl Allowance {
     }
 }
 
-/// A stream of which some bytes were read already.
-struct Prefixed {
+/// What comes from a client, some of which was read already, is seen on its way to the crate.
+struct Client<'g> {
+    gate: &'g Gate,
     buffer: Buffer,
     stream: TcpStream,
-    unheard: Arc<Unheard>,
+    reader: Reader,
+    /// Room for a head that is under way.
+    long_head: Option<Share>,
+    /// Why nothing more of it reaches the crate.
+    fault: Option<Reason>,
+    told: Arc<Told>,
 }
 
-impl AsyncRead for Prefixed {
+impl Client<'_> {
+    fn poll_bytes(&mut self, cx: &mut Context<'_>, into: &mut ReadBuf<'_>) -> Poll<io::Result<()>> {
+        if self.buffer.is_empty() {
+            return Pin::new(&mut self.stream).poll_read(cx, into);
+        }
+        let count = self.buffer.data().len().min(into.remaining());
+        into.put_slice(&self.buffer.data()[..count]);
+        self.buffer.consume(count);
+        Poll::Ready(Ok(()))
+    }
+
+    fn see(&mut self, bytes: &[u8]) -> Result<(), frames::Fault> {
+        let read = self.reader.read(bytes);
+        // First of all: streams may end well in what comes before a fault.
+        self.tell_malformed()?;
+        read?;
+        self.make_room()
+    }
+
+    fn tell_malformed(&mut self) -> Result<(), frames::Fault> {
+        let streams = self.reader.take_malformed();
+        if streams.is_empty() {
+            return Ok(());
+        }
+        let malformed = &mut self.told.seen().malformed;
+        malformed.extend(streams);
+        match malformed.len() > MOST_ERRORS {
+            true => Err(TOO_MUCH),
+            false => Ok(()),
+        }
+    }
+
+    /// A head that is under way takes room as one that is whole.
+    fn make_room(&mut self) -> Result<(), frames::Fault> {
+        let length = self.reader.under_way();
+        if self.long_head.is_some() == (length > SHORT_HEAD) {
+            return Ok(());
+        }
+        self.long_head = room_for(self.gate, length).map_err(|fault| {
+            self.gate.log_malformed(VERSION, fault, Gist::default());
+            TOO_MUCH
+        })?;
+        self.told.seen().long = self.long_head.is_some();
+        self.told.long.notify_one();
+        Ok(())
+    }
+}
+
+/// The connection ends, whatever else is said.
+const TOO_MUCH: frames::Fault = frames::Fault { reason: Reason::ENHANCE_YOUR_CALM, before: 0 };
+
+impl AsyncRead for Client<'_> {
     fn poll_read(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,
         into: &mut ReadBuf<'_>,
     ) -> Poll<io::Result<()>> {
-        if self.buffer.is_empty() {
-            let before = into.filled().len();
-            let read = Pin::new(&mut self.stream).poll_read(cx, into);
-            self.unheard.add(into.filled().len() - before);
-            return read;
+        let begin = into.filled().len();
+        if self.fault.is_none() {
+            ready!(self.poll_bytes(cx, into))?;
+            let Err(fault) = self.see(&into.filled()[begin..]) else { return Poll::Ready(Ok(())) };
+            self.fault = Some(fault.reason);
+            into.set_filled(begin + fault.before);
+            if fault.before > 0 {
+                return Poll::Ready(Ok(()));
+            }
         }
-        let count = self.buffer.data().len().min(into.remaining());
-        into.put_slice(&self.buffer.data()[..count]);
-        self.buffer.consume(count);
-        self.unheard.add(count);
-        Poll::Ready(Ok(()))
+        // The crate has seen all that comes before.
+        self.told.seen().fault = self.fault;
+        Poll::Ready(Err(io::ErrorKind::InvalidData.into()))
     }
 }
 
-impl AsyncWrite for Prefixed {
+impl AsyncWrite for Client<'_> {
     fn poll_write(
         mut self: Pin<&mut Self>,
         cx: &mut Context<'_>,

@@ -1,4 +1,5 @@
-//! Fields of HTTP/2 as frames carry them, through the reader and the writer that the proxy uses.
+//! HTTP/2 through the readers and the writer that the proxy uses: fields as frames carry them, and
+//! frames of any kind.
 
 use std::{
     io,
@@ -6,14 +7,30 @@ use std::{
     task::{Context, Poll, Waker},
 };
 
-use h2::{client, server};
+use h2::{Reason, client, server};
 use http::request::Parts;
-use palisade_proxy::http::{PREFACE, two::Asking};
+use palisade_proxy::http::{
+    PREFACE,
+    frames::{Fault, Reader},
+    two::Asking,
+};
 use tokio::io::{AsyncRead, AsyncWrite, ReadBuf};
 
 use super::halves;
 
 type Field<'a> = (&'a [u8], &'a [u8]);
+
+const DATA: u8 = 0;
+const HEADERS: u8 = 1;
+const RST_STREAM: u8 = 3;
+const SETTINGS: u8 = 4;
+const PUSH_PROMISE: u8 = 5;
+const GOAWAY: u8 = 7;
+const CONTINUATION: u8 = 9;
+const END_STREAM: u8 = 1;
+const END_HEADERS: u8 = 4;
+const PADDED: u8 = 8;
+const WITH_PRIORITY: u8 = 0x20;
 
 /// What the rules of RFC 9113 section 8 forbid is no request, and what is forwarded of the others
 /// is read from its frames as what was judged.
@@ -93,9 +110,6 @@ fn is_of_connection(name: &str) -> bool {
 
 /// What a client sends: a preface, settings, and the fields, each as it is.
 fn request(fields: &[Field<'_>]) -> Vec<u8> {
-    const SETTINGS: u8 = 4;
-    const HEADERS: u8 = 1;
-    const END_STREAM_AND_HEADERS: u8 = 5;
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0x10);
@@ -106,7 +120,7 @@ fn request(fields: &[Field<'_>]) -> Vec<u8> {
     }
     let mut out = PREFACE.to_vec();
     write_frame(&mut out, SETTINGS, 0, 0, &[]);
-    write_frame(&mut out, HEADERS, END_STREAM_AND_HEADERS, 1, &block);
+    write_frame(&mut out, HEADERS, END_STREAM | END_HEADERS, 1, &block);
     out
 }
 
@@ -193,5 +207,181 @@ impl AsyncWrite for Memory {
 
     fn poll_shutdown(self: Pin<&mut Self>, _: &mut Context<'_>) -> Poll<io::Result<()>> {
         Poll::Ready(Ok(()))
+    }
+}
+
+/// The reader before the crate finds the same however the bytes come, and no fault where the crate
+/// finds none, but for what the protocol calls one all the same.
+pub(super) fn check_connection(frames: &[u8]) {
+    let bytes = [PREFACE, frames].concat();
+    let found = fault(&bytes, bytes.len());
+    for step in [1, 5, 13] {
+        assert_eq!(fault(&bytes, step), found, "in steps of {step}");
+    }
+    let Some(fault) = found else { return };
+    let alone = match fault.reason {
+        Reason::COMPRESSION_ERROR => end(in_one_part(&bytes, fault)),
+        _ => end(ended(&bytes, fault)),
+    };
+    assert!(alone.is_some() || is_stricter(&bytes, fault), "{fault:?}");
+}
+
+/// As far as the frame with a fault, which is whole, as the crate looks at no others.
+fn ended(bytes: &[u8], fault: Fault) -> Vec<u8> {
+    let mut ended = bytes.to_vec();
+    ended.resize(fault.before + length(&bytes[fault.before..]), 0);
+    ended
+}
+
+/// The same, with the last block in one frame. Of several the crate reads each anew: in the next it
+/// lets the table change, and it forgets a field without a name.
+fn in_one_part(bytes: &[u8], fault: Fault) -> Vec<u8> {
+    let ended = ended(bytes, fault);
+    let frames: Vec<_> = split(&ended).collect();
+    let first = frames.iter().rposition(|(_, frame)| frame[3] == HEADERS).expect("it begins");
+    let (start, frame) = frames[first];
+    let prefix = if frame[4] & WITH_PRIORITY != 0 { 5 } else { 0 };
+    let mut block = match frame[4] & PADDED != 0 {
+        true => frame[10 + prefix..frame.len() - usize::from(frame[9])].to_vec(),
+        false => frame[9 + prefix..].to_vec(),
+    };
+    for (_, part) in &frames[first + 1..] {
+        block.extend_from_slice(&part[9..]);
+    }
+    let mut all = ended[..start].to_vec();
+    write_frame(&mut all, HEADERS, END_STREAM | END_HEADERS, id(frame), &block);
+    all
+}
+
+/// Blocks in which every name and every value is fit: what faults they have are in their coding, and
+/// both readers find them.
+pub(super) fn check_blocks(blocks: &[Vec<u8>]) {
+    let mut bytes = PREFACE.to_vec();
+    write_frame(&mut bytes, SETTINGS, 0, 0, &[]);
+    for (stream, block) in (1..).step_by(2).zip(blocks) {
+        write_frame(&mut bytes, HEADERS, END_STREAM | END_HEADERS, stream, block);
+    }
+    let found = fault(&bytes, bytes.len()).map(|fault| fault.reason);
+    let name = |code| if code == Reason::PROTOCOL_ERROR { Reason::COMPRESSION_ERROR } else { code };
+    assert_eq!(found, end(bytes).map(name));
+}
+
+/// What a client packs is as long as it was before.
+pub(super) fn check_lengths(requests: &[Vec<Vec<u8>>]) {
+    let mut memory = Memory { input: io::Cursor::default(), output: Vec::new() };
+    let (mut send, mut connection) =
+        now(client::handshake(&mut memory)).expect("nothing is to wait for").expect("it begins");
+    let mut lengths = Vec::new();
+    for values in requests {
+        let mut request = http::Request::get("http://a/").body(()).expect("it is one");
+        for (number, value) in values.iter().enumerate() {
+            let name = http::HeaderName::try_from(format!("x{number}")).expect("it is one");
+            let Ok(value) = http::HeaderValue::from_bytes(value) else { return };
+            request.headers_mut().insert(name, value);
+        }
+        let fields = request.headers().iter();
+        let fields = fields.map(|(name, value)| name.as_str().len() + value.len());
+        lengths.push(":methodGET:schemehttp:authoritya:path/".len() + fields.sum::<usize>());
+        _ = send.send_request(request, true).expect("it is sent");
+        assert!(now(&mut connection).is_none(), "it waits for the answer");
+    }
+    drop(connection);
+    let mut reader = Reader::default();
+    reader.read(PREFACE).expect("it is one");
+    let mut lengths = lengths.into_iter();
+    for (_, frame) in split(&memory.output) {
+        let mut frame = frame.to_vec();
+        let ends = matches!(frame[3], HEADERS | CONTINUATION) && frame[4] & END_HEADERS != 0;
+        if ends {
+            frame[4] &= !END_HEADERS;
+        }
+        reader.read(&frame).expect("it has no fault");
+        if ends {
+            assert_eq!(Some(reader.under_way()), lengths.next());
+            let mut last = Vec::new();
+            write_frame(&mut last, CONTINUATION, END_HEADERS, frame[8].into(), &[]);
+            reader.read(&last).expect("it has no fault");
+            assert_eq!(reader.under_way(), 0);
+        }
+    }
+    assert_eq!(lengths.next(), None);
+}
+
+/// The first fault of some bytes that come in steps, and where its frame begins.
+fn fault(bytes: &[u8], step: usize) -> Option<Fault> {
+    let mut reader = Reader::default();
+    let (at, fault) = bytes
+        .chunks(step.max(1))
+        .enumerate()
+        .find_map(|(at, part)| Some((at * step, reader.read(part).err()?)))?;
+    let starts = split(bytes).map(|(start, _)| start);
+    let before = starts.take_while(|start| *start <= at + fault.before).last()?;
+    Some(Fault { before, ..fault })
+}
+
+/// The frames behind a preface, and where each begins.
+fn split(bytes: &[u8]) -> impl Iterator<Item = (usize, &[u8])> {
+    let mut start = PREFACE.len();
+    std::iter::from_fn(move || {
+        let rest = bytes.get(start..).filter(|rest| rest.len() >= 9)?;
+        let frame = (start, &rest[..length(rest).min(rest.len())]);
+        start += length(rest);
+        Some(frame)
+    })
+}
+
+fn id(frame: &[u8]) -> u32 {
+    u32::from_be_bytes([frame[5] & 0x7f, frame[6], frame[7], frame[8]])
+}
+
+fn length(frame: &[u8]) -> usize {
+    9 + u32::from_be_bytes([0, frame[0], frame[1], frame[2]]) as usize
+}
+
+/// The error with which the crate alone ends a connection.
+fn end(bytes: Vec<u8>) -> Option<Reason> {
+    let mut memory = Memory { input: io::Cursor::new(bytes), output: Vec::new() };
+    let mut connection = now(server::handshake(&mut memory))?.ok()?;
+    let mut kept = Vec::new();
+    while let Some(Some(Ok(stream))) = now(connection.accept()) {
+        kept.push(stream);
+    }
+    drop((kept, connection));
+    let output = [PREFACE, &memory.output].concat();
+    let codes = split(&output).filter(|(_, frame)| frame[3] == GOAWAY);
+    let codes =
+        codes.map(|(_, frame)| u32::from_be_bytes([frame[13], frame[14], frame[15], frame[16]]));
+    codes.map(Reason::from).find(|code| *code != Reason::NO_ERROR)
+}
+
+/// Faults that the crate bears: frames of streams that the client ended, which it takes for late, a
+/// frame between two parts of a block of which the first is malformed, a stream that depends on
+/// itself, whose fields it leaves packed, and promises of clients.
+fn is_stricter(bytes: &[u8], fault: Fault) -> bool {
+    let (_, frame) =
+        split(bytes).find(|(start, _)| *start == fault.before).expect("it has a frame");
+    let (kind, flags, stream) = (frame[3], frame[4], id(frame));
+    let ends = |frame: &[u8]| match frame[3] {
+        DATA | HEADERS => frame[4] & END_STREAM != 0,
+        kind => kind == RST_STREAM,
+    };
+    let earlier: Vec<_> = split(bytes).take_while(|(start, _)| *start < fault.before).collect();
+    let in_block = earlier.last().is_some_and(|(_, frame)| {
+        matches!(frame[3], HEADERS | CONTINUATION) && frame[4] & END_HEADERS == 0
+    });
+    let at = 9 + usize::from(flags & PADDED != 0);
+    let depends = kind == HEADERS && flags & WITH_PRIORITY != 0;
+    let on = frame.get(at..at + 4).filter(|_| depends);
+    let on_itself =
+        on.is_some_and(|on| [&[on[0] & 0x7f], &on[1..]].concat() == stream.to_be_bytes());
+    match fault.reason {
+        Reason::STREAM_CLOSED => {
+            let over = earlier.iter().any(|(_, frame)| id(frame) == stream && ends(frame));
+            over && matches!(kind, DATA | HEADERS)
+        }
+        Reason::PROTOCOL_ERROR => {
+            in_block && kind != CONTINUATION || kind == PUSH_PROMISE || on_itself
+        }
+        _ => false,
     }
 }

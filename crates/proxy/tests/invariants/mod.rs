@@ -235,6 +235,21 @@ fn parts(lines: &[&[u8]]) {
     assert!(!parts.headers.contains_key("host") && !parts.headers.contains_key("connection"));
 }
 
+/// Frames of a client, behind the preface.
+pub(crate) fn connection(bytes: &[u8]) {
+    frames::check_connection(bytes);
+}
+
+/// Blocks of fields, each of its own stream.
+pub(crate) fn blocks(blocks: &[Vec<u8>]) {
+    frames::check_blocks(blocks);
+}
+
+/// Values of fields, of one request after the other.
+pub(crate) fn lengths(requests: &[Vec<Vec<u8>>]) {
+    frames::check_lengths(requests);
+}
+
 /// Name and value of a line. The colon that a name begins with is its own.
 fn halves(line: &[u8]) -> (&[u8], &[u8]) {
     match line.iter().skip(1).position(|byte| *byte == b':') {
