@@ -394,6 +394,38 @@ mod tests {
         }
     }
 
+    fn passed_on(sent: Records) -> Vec<AccessRecord> {
+        let frame = encode(&FromProxy::Records(sent)).unwrap();
+        let Ok(Some((FromProxy::Records(got), length))) = decode(&frame) else { unreachable!() };
+        assert_eq!(length, frame.len());
+        got.into_records().unwrap()
+    }
+
+    /// Whatever is left out where people read it.
+    #[test]
+    fn what_the_proxy_saw_is_read_as_it_was_written() {
+        let l7 = [
+            r#"{"http": {"method": "GET", "url": "http://a/", "version": "HTTP/2", "status": null,
+                "latency_ns": 1}}"#,
+            r#"{"http": {"method": "", "url": "", "version": "", "status": 403, "grpc_status": 7,
+                "latency_ns": 0, "mismatches": ["x"], "error": "e"}}"#,
+            r#"{"dns": {"query": "a", "qtype": "A", "rcode": null, "latency_ns": 1}}"#,
+            r#"{"dns": {"query": "a", "qtype": "AAAA", "rcode": "NOERROR", "addresses":
+                ["10.0.0.1", "fd00::1"], "ttl": 5, "latency_ns": 1, "error": "e"}}"#,
+            r#"{"tls": {"server_name": null}}"#,
+            r#"{"tls": {"server_name": "a", "error": "e"}}"#,
+            r#"{"stream": {"error": "e"}}"#,
+        ];
+        let of = |l7| AccessRecord { l7: serde_json::from_str(l7).unwrap(), ..record(None) };
+        let records: Vec<_> = l7.into_iter().map(of).collect();
+        assert_eq!(passed_on(Records::new(records.clone(), 0)), records);
+        for length in 1..8 {
+            let frame = encode(&FromProxy::Ack { version: u64::MAX }).unwrap();
+            let body = &frame[4..];
+            assert!(FromProxy::read(&body[..body.len() - length]).is_err(), "{length}");
+        }
+    }
+
     #[test]
     fn records_of_one_rule_share_it() {
         let rules = [Arc::new(RuleSource::NoDefaultDeny), Arc::new(RuleSource::AllowLocalhost)];
@@ -401,8 +433,7 @@ mod tests {
             [Some(0), Some(1), None, Some(0)].map(|n| record(n.map(|n: usize| &rules[n]))).into();
         let sent = Records::new(records.clone(), 3);
         assert_eq!((sent.rules.len(), sent.lost), (2, 3));
-        let (got, _) = decode::<Records>(&encode(&sent).unwrap()).unwrap().unwrap();
-        let got = got.into_records().unwrap();
+        let got = passed_on(sent);
         assert_eq!(got, records);
         let rule = |n: usize| got[n].egress.as_ref().unwrap().rule.as_ref().unwrap();
         assert!(Arc::ptr_eq(rule(0), rule(3)));

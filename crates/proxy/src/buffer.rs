@@ -1,6 +1,10 @@
 //! Bytes that were read and not used yet.
 
-use std::{cell::RefCell, io};
+use std::{
+    cell::RefCell,
+    io,
+    ops::{Deref, DerefMut},
+};
 
 use tokio::{io::Interest, net::TcpStream};
 
@@ -119,6 +123,36 @@ fn drained(stream: &TcpStream) {
 fn take_one() -> Vec<u8> {
     let kept = FREE.with_borrow_mut(Vec::pop);
     kept.unwrap_or_else(|| Vec::with_capacity(SMALL))
+}
+
+/// Room to write something in, which takes no memory before it is made nor once it is dropped.
+pub(crate) struct Room(Vec<u8>);
+
+impl Room {
+    pub(crate) fn new() -> Self {
+        Self(take_one())
+    }
+}
+
+impl Deref for Room {
+    type Target = Vec<u8>;
+
+    fn deref(&self) -> &Self::Target {
+        &self.0
+    }
+}
+
+impl DerefMut for Room {
+    fn deref_mut(&mut self) -> &mut Self::Target {
+        &mut self.0
+    }
+}
+
+impl Drop for Room {
+    fn drop(&mut self) {
+        self.0.clear();
+        give_back(&mut self.0);
+    }
 }
 
 fn give_back(bytes: &mut Vec<u8>) {

@@ -13,6 +13,7 @@ use std::{
     fs,
     io::{Read, Write},
     net::{SocketAddr, TcpStream, UdpSocket},
+    sync::{Mutex, mpsc},
     thread,
     time::{Duration, Instant},
 };
@@ -31,6 +32,7 @@ use world::{
     CLIENT4, CLIENT6, HOLD, Namespace, RELEASE, SERVER4, SERVER6, WAIT, World,
     agent::{http, rules},
     origin::Origin,
+    rest, until,
 };
 
 /// A request over HTTP/2: the preface, empty settings, and `GET /public` on the first stream.
@@ -223,5 +225,44 @@ fn no_question_is_asked_after_the_acknowledgement_that_was_judged_before() {
         assert_eq!(heard[3] & 0xf, REFUSED);
         asked.set_nonblocking(true).unwrap();
         assert!(asked.recv(&mut heard).is_err());
+    }
+}
+
+/// The request has arrived, and the server takes its time.
+#[test]
+fn no_answer_outlives_the_rules_that_allowed_its_request() {
+    let before = || http(&["GET /public"]);
+    let world = World::new(rules(1, &[before()]));
+    let (release, held) = mpsc::channel::<()>();
+    let held = Mutex::new(held);
+    let origin = Origin::on(&world.server, world::PORT, move |_, stream| {
+        // Whoever holds it back is gone when the test failed.
+        _ = held.lock().unwrap().recv();
+        stream.write_all(b"HTTP/1.1 200 OK\r\ncontent-length: 2\r\n\r\nok").is_ok()
+    });
+    let stays = http(&["GET /public", "GET /more"]);
+    let mut version = 1;
+    for (after, answered) in [(stays, true), (http(&["GET /other"]), false)] {
+        for (server, begun) in [(SERVER4, ""), (SERVER6, ""), (SERVER4, "GET /public HTTP/1.1\r\n")]
+        {
+            version += 2;
+            world.agent.put(rules(version, &[before()]));
+            let mut stream = world.connect(server);
+            // Perhaps with the beginning of the next one.
+            write!(stream, "GET /public HTTP/1.1\r\nhost: a\r\n\r\n{begun}").unwrap();
+            origin.wait(|seen| !seen.bytes.is_empty());
+            world.agent.put(rules(version + 1, std::slice::from_ref(&after)));
+            if !answered {
+                // It ends before the server says anything.
+                assert_eq!(rest(&mut stream), b"", "{server}");
+            }
+            release.send(()).unwrap();
+            if answered {
+                assert!(until(&mut stream, "ok").starts_with("HTTP/1.1 200"), "{server}");
+            }
+            drop(stream);
+            origin.wait(|seen| seen.connections == seen.ended);
+            origin.forget();
+        }
     }
 }

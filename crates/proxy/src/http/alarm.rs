@@ -46,19 +46,18 @@ mod tests {
 
     use super::*;
 
-    #[tokio::test(start_paused = true)]
+    #[tokio::test]
     async fn it_rings_when_it_was_last_set_to() {
         let begun = Instant::now();
-        let after = |seconds| begun + Duration::from_secs(seconds);
+        let after = |n| begun + Duration::from_millis(20) * n;
         let mut alarm = Alarm::new(after(1));
-        for (set, rings) in [(vec![], 1), (vec![5], 5), (vec![20, 10], 10), (vec![30, 12, 15], 15)]
-        {
+        for (set, rings) in [(vec![], 1), (vec![3], 3), (vec![9, 5], 5), (vec![12, 6, 7], 7)] {
             for due in set {
                 alarm.set(after(due));
                 assert!(poll_fn(|cx| Poll::Ready(alarm.poll(cx))).await.is_pending());
             }
             poll_fn(|cx| alarm.poll(cx)).await;
-            assert_eq!(begun.elapsed().as_secs(), rings);
+            assert!(Instant::now() >= after(rings), "{rings}");
         }
     }
 }

@@ -31,7 +31,7 @@ use super::{
     syntax::{Fields, Malformed, Scanner},
 };
 use crate::{
-    buffer::{Buffer, write_all},
+    buffer::{Buffer, Room, write_all},
     judge::{Asked, Gate, Judged},
     log::Gist,
     net, relay,
@@ -59,7 +59,6 @@ pub(super) async fn serve(gate: &Gate, client: TcpStream, buffer: Buffer, deadli
         server: None,
         changes: gate.changes(),
         alarm: Alarm::new(deadline),
-        out: Vec::new(),
     };
     if connection.serve(deadline).await.is_err() {
         net::reset(&connection.client);
@@ -123,8 +122,6 @@ struct Connection<'g> {
     changes: Changes,
     /// Rings when nothing came for long.
     alarm: Alarm,
-    /// Room for what is written; empty between two requests.
-    out: Vec<u8>,
 }
 
 /// What a connection waits for.
@@ -348,39 +345,37 @@ impl Connection<'_> {
         asked: &Asked<'_>,
         judged: &Judged,
     ) -> Result<Next, Broken> {
-        let mut out = std::mem::take(&mut self.out);
-        request.write(&mut out);
-        if request.body == Framing::None {
-            match self.exchange_shortly(request, came, asked, judged, &mut out).await {
-                Ok(Some(next)) => {
-                    out.clear();
-                    self.out = out;
-                    return Ok(next);
-                }
+        let head = self.send_head(request);
+        if head.is_empty() {
+            match self.exchange_shortly(request, came, asked, judged).await {
+                Ok(Some(next)) => return Ok(next),
                 Ok(None) => {}
                 Err(fault) => return self.break_off(request, asked, judged, fault).await,
             }
         }
-        self.exchange_at_length(request, came, asked, judged, out).await
+        self.exchange_at_length(request, head, came, asked, judged).await
     }
 
-    /// The way of most exchanges: the request has no body, the server takes it at once, and the
-    /// whole answer comes at once. `None` where it is another; then `out` is what the server has
-    /// not taken yet.
+    /// Sends the head of a request without a body as far as the server takes it at once; returns the
+    /// rest. One with a body goes out together with that.
+    fn send_head(&self, request: &Request) -> Vec<u8> {
+        let mut head = Room::new();
+        request.write(&mut head);
+        let server = self.server.as_ref().filter(|_| request.body == Framing::None);
+        // An error comes again when the rest is sent.
+        let sent = server.and_then(|server| server.stream.try_write(&head).ok());
+        head[sent.unwrap_or_default()..].to_vec()
+    }
+
+    /// The way of most exchanges: the server has the request, which has no body, and the whole answer
+    /// comes at once. `None` where it does not.
     async fn exchange_shortly(
         &mut self,
         request: &Request,
         came: &Fields,
         asked: &Asked<'_>,
         judged: &Judged,
-        out: &mut Vec<u8>,
     ) -> Result<Option<Next>, Fault> {
-        let Some(server) = &self.server else { return Err(Fault::Broken) };
-        let taken = server.stream.try_write(out).unwrap_or_default();
-        out.drain(..taken);
-        if !out.is_empty() {
-            return Ok(None);
-        }
         self.wait_for_answer(request, came, asked).await?;
         let Some(server) = &mut self.server else { return Err(Fault::Broken) };
         let data = server.buffer.data();
@@ -395,12 +390,13 @@ impl Connection<'_> {
         }
         self.gate.log(asked, judged, Some(response.status), None);
         let close = request.close || response.close;
-        response.write(out, response.body, close);
+        let mut out = Room::new();
+        response.write(&mut out, response.body, close);
         out.extend_from_slice(body);
         let length = head.len() + body.len();
         server.buffer.consume(length);
         let ends = close || !server.buffer.is_empty();
-        self.say(came, asked, judged, out).await?;
+        self.say(came, asked, judged, &out).await?;
         Ok(Some(if ends { Next::Close } else { Next::Request }))
     }
 
@@ -466,14 +462,14 @@ impl Connection<'_> {
         }
     }
 
-    /// The way of all other exchanges. `out` is what the server has not taken yet of the head.
+    /// The way of all other exchanges. `head` is what the server has not taken yet of the request's.
     async fn exchange_at_length(
         &mut self,
         request: &Request,
+        head: Vec<u8>,
         came: &Fields,
         asked: &Asked<'_>,
         judged: &Judged,
-        out: Vec<u8>,
     ) -> Result<Next, Broken> {
         let Some(server) = &mut self.server else { return Err(Broken) };
         let sent = AtomicBool::new(false);
@@ -481,7 +477,7 @@ impl Connection<'_> {
         let activity = Activity::new();
         let outcome = {
             let way = (&self.client, &server.stream);
-            let mut upload = pin!(upload(request, out, way, &mut self.buffer, &sent, &activity));
+            let mut upload = pin!(upload(request, head, way, &mut self.buffer, &sent, &activity));
             let mut uploading = true;
             let download = Download {
                 gate: self.gate,

@@ -13,8 +13,8 @@ use std::{
 };
 
 use palisade_api::proxy::{
-    AccessRecord, Endpoint, FromProxy, Hello, Peer, Rules, SOCKET, ToProxy, USER, VERSION, decode,
-    encode,
+    AccessRecord, Endpoint, FromProxy, Hello, Message, Peer, Rules, SOCKET, ToProxy, USER, VERSION,
+    decode, encode,
 };
 use palisade_policy::{
     Chunk, CompiledPolicy, NamedPorts, RuleInfo, RuleSource,
@@ -158,7 +158,7 @@ fn bind(path: &Path) -> UnixListener {
     listener
 }
 
-fn next<T: serde::de::DeserializeOwned>(read: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<T> {
+fn next<T: Message>(read: &mut UnixStream, buffer: &mut Vec<u8>) -> Option<T> {
     loop {
         if let Some((message, length)) = decode(buffer).unwrap() {
             buffer.drain(..length);
