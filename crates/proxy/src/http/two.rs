@@ -2,7 +2,7 @@
 //! the server, over one connection that belongs to that of the client.
 //!
 //! The `h2` crate reads and writes the frames and refuses what RFC 9113 calls malformed; what it
-//! calls by another name, or drops, is seen before ([`frames`](super::frames)), and what it leaves
+//! calls by another name, or drops, is seen before ([`frames`]), and what it leaves
 //! open is settled in [`Asking::read`]. A target is judged and forwarded in the same canonical form
 //! as over HTTP/1.
 
