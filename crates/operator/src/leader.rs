@@ -139,6 +139,10 @@ impl Elector {
         let mut pause = PERIOD;
         loop {
             sleep(pause.min(left())).await;
+            // A refusal that comes at once would be asked for again and again.
+            if left().is_zero() {
+                return;
+            }
             let begun = Instant::now();
             pause = PERIOD;
             match timeout(left(), self.renew_once()).await {
@@ -229,10 +233,25 @@ fn duration(lease: &Lease) -> Duration {
 
 #[cfg(test)]
 mod tests {
+    use std::io;
+
+    use kube::client::Body;
+
     use super::*;
 
     fn term(renewal: JoinHandle<()>) -> Term {
         Term { until: watch::channel(Instant::now()).1, renewal }
+    }
+
+    /// As where the API server's port is closed.
+    #[tokio::test]
+    async fn a_leader_that_is_refused_at_once_stops_in_time() {
+        let refuse = tower::service_fn(|_: hyper::Request<Body>| async {
+            Err::<hyper::Response<Body>, _>(io::Error::from(io::ErrorKind::ConnectionRefused))
+        });
+        let elector = Elector::new(Client::new(refuse, "default"), "default", "this one");
+        let (sender, _until) = watch::channel(Instant::now() + Duration::from_millis(50));
+        timeout(DEADLINE, elector.renew(sender)).await.expect("it stops");
     }
 
     #[tokio::test]
