@@ -301,6 +301,16 @@ fn errors_are_answered_with_their_codes() {
             vec![open(1), frame(HEADERS, END_HEADERS, 1, &block(&[("x", "y")]))],
             &[PROTOCOL],
         ),
+        // 8.2.1: a name has a character.
+        ("field without a name", vec![around(&[], &[0x40, 0, 1, b'x'])], &[PROTOCOL]),
+        (
+            "field without a name in the first of two parts",
+            vec![
+                frame(HEADERS, END_STREAM, 1, &[&denied("GET"), &b"\x40\0\x01x"[..]].concat()),
+                frame(CONTINUATION, END_HEADERS, 1, &[]),
+            ],
+            &[PROTOCOL],
+        ),
         // RFC 7541, 2.3.3 and 6.1: indices.
         ("index 0", vec![around(&[], &[0x80])], &[COMPRESSION]),
         ("index beyond the tables", vec![around(&[], &[0xff, 0])], &[COMPRESSION]),

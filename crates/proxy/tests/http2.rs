@@ -860,6 +860,66 @@ fn what_the_crate_drops_is_refused() {
     }
 }
 
+/// A block is refused for what is in it, wherever it is cut: what is malformed in a part that ends
+/// within a field, the crate drops. A cut between two fields may cost the connection.
+#[test]
+fn a_block_is_refused_whatever_its_parts() {
+    const CODE: [u8; 4] = [0, 0, 0, 1];
+    let world = public();
+    let origin = Origin::new(&world.server);
+    let plain = |name, value| block(&[(name, value)]);
+    let cases: [(&str, Vec<u8>); 14] = [
+        ("connection", plain("connection", "close")),
+        ("keep-alive", plain("keep-alive", "5")),
+        ("proxy-connection", plain("proxy-connection", "x")),
+        ("coding", plain("transfer-encoding", "chunked")),
+        ("coding by the index of its name", b"\x0f\x2a\x07chunked".to_vec()),
+        ("coding by its index", b"\xb9".to_vec()),
+        ("upgrade", plain("upgrade", "websocket")),
+        ("connection in code", b"\0\x87\x21\xea\xa8\xa4\x49\x8f\x57\x01x".to_vec()),
+        ("te", plain("te", "gzip")),
+        ("te with more", plain("te", "trailers, gzip")),
+        ("method twice", plain(":method", "GET")),
+        ("another path", plain(":path", "/public/x")),
+        ("path after a field", [plain("x", "y"), plain(":path", "/public")].concat()),
+        ("what the table keeps", b"\xbe".to_vec()),
+    ];
+    // A field for the table, of a request that is refused for it.
+    let kept = [&block(&GET)[..], b"\x40\x0aconnection\x05close"].concat();
+    let kept = frame(HEADERS, END_HEADERS | END_STREAM, 1, &kept);
+    let other = frame(HEADERS, END_HEADERS | END_STREAM, 5, &block(&GET));
+    let head = block(&GET);
+    let post = block(&[&[(":method", "POST")], &GET[1..]].concat());
+    let post = frame(HEADERS, END_HEADERS, 3, &post);
+    for (name, field) in &cases {
+        let request = [&head[..], field, &plain("x", "y")].concat();
+        let trailers = [&field[..], &plain("x", "y")].concat();
+        let requests = (head.len() + 1..request.len()).map(|cut| (&[][..], &request, cut));
+        let trailers = (1..trailers.len()).map(|cut| (&post[..], &trailers, cut));
+        for (before, block, cut) in requests.chain(trailers) {
+            let (first, second) = block.split_at(cut);
+            let first = frame(HEADERS, END_STREAM, 3, first);
+            let second = frame(CONTINUATION, END_HEADERS, 3, second);
+            let mut stream = raw(&world);
+            _ = stream.write_all(&[&kept[..], before, &first, &second, &other].concat());
+            let within_a_field = cut + 1 == block.len();
+            let (mut refused, mut answered) = (false, false);
+            while !refused || within_a_field && !answered {
+                match outcome(&mut stream) {
+                    Some((RST_STREAM, 1, _)) => {}
+                    Some((RST_STREAM, 3, code)) if code == CODE => refused = true,
+                    Some((GOAWAY, _, why)) if !within_a_field && why[4..8] == CODE => {
+                        refused = true
+                    }
+                    Some((HEADERS, 5, block)) if !refuses(&block) => answered = true,
+                    other => panic!("{name}, cut at {cut}: {other:?}"),
+                }
+            }
+        }
+    }
+    assert!(origin.asked().iter().all(|asked| asked.starts_with("GET http://a/public {")));
+}
+
 /// A fault that comes when the server has the beginning: what it has never looks whole.
 #[test]
 fn a_body_that_turns_out_wrong_is_taken_back_from_the_server() {

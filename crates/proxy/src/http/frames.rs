@@ -98,12 +98,22 @@ enum Section {
 }
 
 impl Block {
-    /// Whether there is in it what must not be there, and what the crate drops: a fragment in the
-    /// path, which no target has (section 8.3.1), a pseudo-header in trailers (section 8.1).
+    /// Whether there is in it what must not be there. The crate drops a fragment in the path, a
+    /// pseudo-header in trailers (section 8.1), and whatever it is that comes in a part which ends
+    /// within a field.
     fn is_malformed(self, seen: Seen) -> bool {
         match self.section {
-            Section::Head => seen.fragment,
-            Section::Trailers => seen.pseudo,
+            Section::Head => seen.malformed,
+            Section::Trailers => seen.malformed || seen.has_pseudo(),
+        }
+    }
+}
+
+impl From<Broken> for Reason {
+    fn from(broken: Broken) -> Self {
+        match broken {
+            Broken::Coding => Self::COMPRESSION_ERROR,
+            Broken::NoName => Self::PROTOCOL_ERROR,
         }
     }
 }
@@ -145,7 +155,7 @@ impl Reader {
         self.fields.length()
     }
 
-    /// Streams that are malformed (section 8.1.1), in what the crate drops without a word.
+    /// Streams that are malformed (section 8.1.1), those among them that the crate refuses itself.
     pub fn take_malformed(&mut self) -> Vec<u32> {
         std::mem::take(&mut self.malformed)
     }
@@ -246,12 +256,12 @@ impl Reader {
 
     fn fields(&mut self, bytes: &[u8], padding: usize) -> Result<(), Reason> {
         let count = (self.left + bytes.len()).saturating_sub(padding).min(bytes.len());
-        self.fields.read(&bytes[..count]).map_err(|Broken| Reason::COMPRESSION_ERROR)
+        Ok(self.fields.read(&bytes[..count])?)
     }
 
     fn end(&mut self) -> Result<(), Reason> {
         if let Within::Fields { last: true, .. } = self.within {
-            let seen = self.fields.end().map_err(|Broken| Reason::COMPRESSION_ERROR)?;
+            let seen = self.fields.end()?;
             let block = self.block.take().filter(|block| block.is_malformed(seen));
             self.malformed.extend(block.map(|block| block.stream));
         }

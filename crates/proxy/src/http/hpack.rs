@@ -1,8 +1,8 @@
 //! What the compressed fields of HTTP/2 are like (RFC 7541), told as their bytes pass.
 //!
 //! The crate that unpacks them calls every fault in them by one name, and does not tell what it
-//! drops. This unpacks nothing, and keeps of a field how long it is and little else: as much as it
-//! takes to see where fields end, which of them the table holds, and whether one must not be there.
+//! drops. This keeps of a field how long it is, how it begins and little else: as much as it takes to
+//! see where fields end, which of them the table holds, and whether one must not be there.
 
 use std::collections::VecDeque;
 
@@ -15,7 +15,13 @@ const OVERHEAD: usize = 32;
 
 /// The fields cannot be unpacked.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) struct Broken;
+pub(super) enum Broken {
+    /// Their coding is wrong.
+    Coding,
+    /// One has no name. Where more of the block comes the crate forgets it, and its table is no
+    /// longer the client's.
+    NoName,
+}
 
 /// What there is in a block of fields.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
@@ -24,10 +30,32 @@ pub(super) struct Seen {
     length: usize,
     /// There is a field.
     any: bool,
-    /// There is a pseudo-header.
-    pub(super) pseudo: bool,
-    /// A path has a fragment.
-    pub(super) fragment: bool,
+    /// There is one that is no pseudo-header.
+    regular: bool,
+    /// A bit for each pseudo-header that there is.
+    pseudo: u8,
+    /// One must not be there, or not where it is (RFC 9113 sections 8.2.2 and 8.3).
+    pub(super) malformed: bool,
+}
+
+impl Seen {
+    fn add(&mut self, field: Field) {
+        self.any = true;
+        self.length += field.length();
+        self.malformed |= field.malformed;
+        match field.name.kind {
+            Kind::Pseudo(bit) => {
+                self.malformed |= self.regular || self.pseudo & bit != 0;
+                self.pseudo |= bit;
+            }
+            _ => self.regular = true,
+        }
+    }
+
+    /// Whether there is a pseudo-header.
+    pub(super) fn has_pseudo(self) -> bool {
+        self.pseudo != 0
+    }
 }
 
 /// Reads one block after the other.
@@ -117,7 +145,7 @@ impl Reader {
     pub(super) fn end(&mut self) -> Result<Seen, Broken> {
         match self.step {
             Step::Field => Ok(std::mem::take(&mut self.seen)),
-            _ => Err(Broken),
+            _ => Err(Broken::Coding),
         }
     }
 
@@ -127,7 +155,7 @@ impl Reader {
             0x80.. => (Number::Field, 7),
             0x40.. => (Number::Name { kept: true }, 6),
             // Only before the first field (section 4.2).
-            0x20.. if self.seen.any => return Err(Broken),
+            0x20.. if self.seen.any => return Err(Broken::Coding),
             0x20.. => (Number::Table, 5),
             _ => (Number::Name { kept: false }, 4),
         };
@@ -156,19 +184,22 @@ impl Reader {
         let value = value + (usize::from(byte & 0x7f) << shift);
         match byte & 0x80 != 0 {
             false => self.number(of, value),
-            true if shift == MOST_SHIFT => Err(Broken),
+            true if shift == MOST_SHIFT => Err(Broken::Coding),
             true => Ok(Step::Number { of, value, shift: shift + 7 }),
         }
     }
 
     fn number(&mut self, of: Number, value: usize) -> Result<Step, Broken> {
         match of {
-            Number::Field => Ok(self.field(self.table.get(value)?)),
+            Number::Field => {
+                self.seen.add(self.table.get(value)?);
+                Ok(Step::Field)
+            }
             Number::Name { kept } if value == 0 => Ok(Step::Length(Part::Name { kept })),
             Number::Name { kept } => {
                 Ok(Step::Length(Part::Value { name: self.table.get(value)?.name, kept }))
             }
-            Number::Table if value > MOST_TABLE => Err(Broken),
+            Number::Table if value > MOST_TABLE => Err(Broken::Coding),
             Number::Table => {
                 self.table.resize(value);
                 Ok(Step::Field)
@@ -184,45 +215,58 @@ impl Reader {
         }
         text.end()?;
         match of {
+            Part::Name { .. } if text.length == 0 => Err(Broken::NoName),
             Part::Name { kept } => {
-                let name = Name { length: text.length, is_pseudo: text.begins_with_colon };
+                let name = Name { length: text.length, kind: Kind::of(text.beginning()) };
                 Ok(Step::Length(Part::Value { name, kept }))
             }
             Part::Value { name, kept } => {
-                let field =
-                    Field { name, value: text.length, has_number_sign: text.has_number_sign };
+                let field = Field::new(name, text);
                 if kept {
                     self.table.add(field);
                 }
-                Ok(self.field(field))
+                self.seen.add(field);
+                Ok(Step::Field)
             }
         }
-    }
-
-    /// A field is there.
-    fn field(&mut self, field: Field) -> Step {
-        self.seen.any = true;
-        self.seen.length += field.length();
-        self.seen.pseudo |= field.name.is_pseudo;
-        self.seen.fragment |= field.name.is_path() && field.has_number_sign;
-        Step::Field
     }
 }
 
 #[derive(Clone, Copy, Debug)]
 struct Name {
     length: u32,
-    is_pseudo: bool,
+    kind: Kind,
 }
 
-impl Name {
-    const fn new(name: &str) -> Self {
-        Self { length: name.len() as u32, is_pseudo: matches!(name.as_bytes(), [b':', ..]) }
-    }
+/// What a name says of its field.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+enum Kind {
+    /// It is the pseudo-header with this bit.
+    Pseudo(u8),
+    /// It belongs to a connection, and there are none of those here.
+    OfConnection,
+    Te,
+    Other,
+}
 
-    /// No other pseudo-header has so short a name (RFC 9113 section 8.3).
-    fn is_path(self) -> bool {
-        self.is_pseudo && self.length == ":path".len() as u32
+impl Kind {
+    const PATH: Self = Self::Pseudo(1);
+
+    /// Of a name, which need not be whole if it is longer than what tells it from others. Pseudo-headers
+    /// that nobody knows end the connection, which is left to the crate.
+    const fn of(name: &[u8]) -> Self {
+        match name {
+            b":path" => Self::PATH,
+            b":method" => Self::Pseudo(2),
+            b":scheme" => Self::Pseudo(4),
+            b":authority" => Self::Pseudo(8),
+            b":protocol" => Self::Pseudo(16),
+            [b':', ..] => Self::Pseudo(32),
+            b"connection" | b"keep-alive" | b"proxy-connection" | b"transfer-encoding"
+            | b"upgrade" => Self::OfConnection,
+            b"te" => Self::Te,
+            _ => Self::Other,
+        }
     }
 }
 
@@ -231,10 +275,29 @@ struct Field {
     name: Name,
     /// Length of the value.
     value: u32,
-    has_number_sign: bool,
+    /// No message has it.
+    malformed: bool,
 }
 
 impl Field {
+    fn new(name: Name, value: Text) -> Self {
+        let malformed = match name.kind {
+            Kind::OfConnection => true,
+            Kind::Te => value.beginning() != b"trailers",
+            // No target has a fragment (RFC 9113 section 8.3.1).
+            Kind::PATH => value.has_number_sign,
+            _ => false,
+        };
+        Self { name, value: value.length, malformed }
+    }
+
+    /// One of the table that every table begins with.
+    const fn fixed(name: &str, value: &str) -> Self {
+        let kind = Kind::of(name.as_bytes());
+        let name = Name { length: name.len() as u32, kind };
+        Self { name, value: value.len() as u32, malformed: matches!(kind, Kind::OfConnection) }
+    }
+
     fn length(self) -> usize {
         self.name.length as usize + self.value as usize
     }
@@ -261,9 +324,9 @@ impl Default for Table {
 
 impl Table {
     fn get(&self, index: usize) -> Result<Field, Broken> {
-        let at = index.checked_sub(1).ok_or(Broken)?;
+        let at = index.checked_sub(1).ok_or(Broken::Coding)?;
         let fixed = STATIC.get(at).copied();
-        fixed.or_else(|| self.fields.get(at - STATIC.len()).copied()).ok_or(Broken)
+        fixed.or_else(|| self.fields.get(at - STATIC.len()).copied()).ok_or(Broken::Coding)
     }
 
     /// A field that has no room leaves an empty table (section 4.4).
@@ -297,30 +360,43 @@ struct Text {
     huffman: Option<Bits>,
     /// Of what was read, unpacked.
     length: u32,
-    begins_with_colon: bool,
+    /// As much of that.
+    beginning: [u8; Self::BEGINNING],
     has_number_sign: bool,
 }
 
 impl Text {
+    /// Tells what anybody looks for, the longest of which is `transfer-encoding`, from what only
+    /// begins like it.
+    const BEGINNING: usize = 18;
+
     fn new(left: usize, huffman: bool) -> Self {
         let huffman = huffman.then(Bits::default);
-        Self { left, huffman, length: 0, begins_with_colon: false, has_number_sign: false }
+        Self { left, huffman, length: 0, beginning: [0; Self::BEGINNING], has_number_sign: false }
+    }
+
+    fn beginning(&self) -> &[u8] {
+        &self.beginning[..Self::BEGINNING.min(self.length as usize)]
+    }
+
+    /// More of it, unpacked.
+    fn add(&mut self, characters: &[u8]) {
+        let room = self.beginning.iter_mut().skip(self.length as usize);
+        room.zip(characters).for_each(|(place, character)| *place = *character);
+        self.has_number_sign |= memchr(b'#', characters).is_some();
+        self.length += characters.len() as u32;
     }
 
     fn read(&mut self, piece: &[u8]) -> Result<(), Broken> {
         self.left -= piece.len();
         let Some(mut bits) = self.huffman else {
-            self.begins_with_colon |= self.length == 0 && piece.first() == Some(&b':');
-            self.has_number_sign |= memchr(b'#', piece).is_some();
-            self.length += piece.len() as u32;
+            self.add(piece);
             return Ok(());
         };
         for bytes in piece.chunks(Bits::ROOM) {
             bytes.iter().for_each(|byte| bits.add(*byte));
-            while let Some(code) = bits.next()? {
-                self.begins_with_colon |= self.length == 0 && code == Code::COLON;
-                self.has_number_sign |= code == Code::NUMBER_SIGN;
-                self.length += 1;
+            while let Some(character) = bits.next()? {
+                self.add(&[character]);
             }
         }
         self.huffman = Some(bits);
@@ -330,18 +406,6 @@ impl Text {
     fn end(&self) -> Result<(), Broken> {
         self.huffman.map_or(Ok(()), Bits::end)
     }
-}
-
-/// A code of Huffman's method, in the last of 32 bits.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Code {
-    bits: u32,
-    length: u32,
-}
-
-impl Code {
-    const COLON: Self = Self { bits: 0x5c, length: 7 };
-    const NUMBER_SIGN: Self = Self { bits: 0xffa, length: 12 };
 }
 
 /// Bits that stand for no character yet, the first of them in front.
@@ -360,23 +424,24 @@ impl Bits {
         self.count += u8::BITS;
     }
 
-    /// The next character's code, if it is whole; that of the end of a string stands for none.
-    fn next(&mut self) -> Result<Option<Code>, Broken> {
+    /// The next character, if its code is whole; that of the end of a string stands for none.
+    fn next(&mut self) -> Result<Option<u8>, Broken> {
         let front = (self.bits >> u32::BITS) as u32;
-        let (_, length) = *CODES.iter().find(|(end, _)| front < *end).ok_or(Broken)?;
-        if length > self.count {
+        let codes = CODES.iter().find(|codes| front < codes.end).ok_or(Broken::Coding)?;
+        if codes.length > self.count {
             return Ok(None);
         }
-        self.bits <<= length;
-        self.count -= length;
-        Ok(Some(Code { bits: front >> (u32::BITS - length), length }))
+        self.bits <<= codes.length;
+        self.count -= codes.length;
+        let back = (codes.end - 1 - front) >> (u32::BITS - codes.length);
+        Ok(Some(CHARACTERS.get((codes.last - back) as usize).copied().unwrap_or_default()))
     }
 
     /// What fills up the last byte is less than one, of ones (section 5.2).
     fn end(self) -> Result<(), Broken> {
         match self.count < u8::BITS && self.bits == !(u64::MAX >> self.count) {
             true => Ok(()),
-            false => Err(Broken),
+            false => Err(Broken::Coding),
         }
     }
 }
@@ -407,15 +472,28 @@ const COUNTS: [(u32, u32); 21] = [
     (30, 3),
 ];
 
-/// The codes are numbered without a gap, the shortest first. So 32 bits begin with a code of the
-/// first length here whose number is above theirs.
-const CODES: [(u32, u32); COUNTS.len()] = {
-    let mut codes = COUNTS;
-    let (mut at, mut end) = (0, 0);
+/// Characters in the order of their codes, as far as anybody looks for them.
+const CHARACTERS: &[u8] = b"012aceiost %-./3456789=A_bdfghlmnpru:BCDEFGHIJKLMNOPQRSTUVWYjkqvwxyz\
+    &*,;XZ!\"()?'+|#";
+
+/// Codes of one length. All are numbered without a gap, the shortest first: so 32 bits begin with a
+/// code of the first length whose end is above them.
+#[derive(Clone, Copy)]
+struct Codes {
+    length: u32,
+    end: u32,
+    /// The place of their last character.
+    last: u32,
+}
+
+const CODES: [Codes; COUNTS.len()] = {
+    let mut codes = [Codes { length: 0, end: 0, last: 0 }; COUNTS.len()];
+    let (mut at, mut end, mut characters) = (0, 0, 0);
     while at < codes.len() {
         let (length, count) = COUNTS[at];
         end += count << (u32::BITS - length);
-        codes[at] = (end, length);
+        characters += count;
+        codes[at] = Codes { length, end, last: characters - 1 };
         at += 1;
     }
     codes
@@ -486,12 +564,11 @@ const STATIC: [Field; 61] = {
         ("via", ""),
         ("www-authenticate", ""),
     ];
-    let none = Field { name: Name::new(""), value: 0, has_number_sign: false };
-    let mut fields = [none; 61];
+    let mut fields = [Field::fixed("", ""); 61];
     let mut at = 0;
     while at < FIELDS.len() {
         let (name, value) = FIELDS[at];
-        fields[at] = Field { name: Name::new(name), value: value.len() as u32, ..none };
+        fields[at] = Field::fixed(name, value);
         at += 1;
     }
     fields

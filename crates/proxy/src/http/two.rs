@@ -288,7 +288,7 @@ impl Shared<'_> {
 
     fn read(&self, parts: &http::request::Parts, stream: StreamId) -> Result<Asking, Fault> {
         match self.told.is_malformed(stream) {
-            true => Err(Fault::Protocol("a fragment, or a pseudo-header in trailers")),
+            true => Err(Fault::Protocol("fields that the message must not have")),
             false => Asking::read(parts),
         }
     }

@@ -32,13 +32,22 @@ const END_HEADERS: u8 = 4;
 const PADDED: u8 = 8;
 const WITH_PRIORITY: u8 = 0x20;
 
-/// What the rules of RFC 9113 section 8 forbid is no request, and what is forwarded of the others
-/// is read from its frames as what was judged.
+/// What the rules of RFC 9113 section 8 forbid is no request, be it in one frame or in two, and what
+/// is forwarded of the others is read from its frames as what was judged.
 pub(super) fn check(lines: &[&[u8]]) {
     let fields = fields(lines);
-    let Some(parts) = read(request(&fields)) else { return };
+    let block = write_block(&fields);
+    let cut = block.iter().map(|byte| usize::from(*byte)).sum::<usize>() % (block.len() + 1);
+    let (first, second) = block.split_at(cut);
+    for parts in [&[&*block][..], &[first, second]] {
+        check_request(&fields, request(parts));
+    }
+}
+
+fn check_request(fields: &[Field<'_>], bytes: Vec<u8>) {
+    let Some(parts) = read(bytes) else { return };
     let Ok(asking) = Asking::read(&parts) else { return };
-    assert!(is_well_formed(&fields), "{fields:?}");
+    assert!(is_well_formed(fields), "{fields:?}");
 
     let forwarded = asking.request(&parts).expect("what is judged can be forwarded");
     let (wanted, ()) = forwarded.clone().into_parts();
@@ -76,7 +85,8 @@ fn is_well_formed(fields: &[Field<'_>]) -> bool {
     known
         && (method, scheme, path) == (1, 1, 1)
         && count(b":authority") <= 1
-        && pseudo.iter().all(|(_, value)| is_clean(before_fragment(value)))
+        && pseudo.iter().all(|(_, value)| is_clean(value))
+        && !pseudo.iter().any(|(name, value)| *name == b":path" && value.contains(&b'#'))
         && regular.iter().all(|(name, value)| is_regular(name, value))
 }
 
@@ -99,17 +109,12 @@ fn is_clean(value: &[u8]) -> bool {
     !value.iter().any(|byte| b"\r\n\0".contains(byte))
 }
 
-/// A fragment is neither judged nor forwarded.
-fn before_fragment(value: &[u8]) -> &[u8] {
-    value.split(|byte| *byte == b'#').next().unwrap_or_default()
-}
-
 fn is_of_connection(name: &str) -> bool {
     ["connection", "keep-alive", "proxy-connection", "transfer-encoding", "upgrade"].contains(&name)
 }
 
-/// What a client sends: a preface, settings, and the fields, each as it is.
-fn request(fields: &[Field<'_>]) -> Vec<u8> {
+/// Each field as it is.
+fn write_block(fields: &[Field<'_>]) -> Vec<u8> {
     let mut block = Vec::new();
     for (name, value) in fields {
         block.push(0x10);
@@ -118,9 +123,18 @@ fn request(fields: &[Field<'_>]) -> Vec<u8> {
             block.extend_from_slice(text);
         }
     }
+    block
+}
+
+/// What a client sends: a preface, settings, and the fields in some parts.
+fn request(parts: &[&[u8]]) -> Vec<u8> {
     let mut out = PREFACE.to_vec();
     write_frame(&mut out, SETTINGS, 0, 0, &[]);
-    write_frame(&mut out, HEADERS, END_STREAM | END_HEADERS, 1, &block);
+    for (at, part) in parts.iter().enumerate() {
+        let kind = if at == 0 { HEADERS } else { CONTINUATION };
+        let end = if at + 1 == parts.len() { END_HEADERS } else { 0 };
+        write_frame(&mut out, kind, END_STREAM | end, 1, part);
+    }
     out
 }
 
@@ -148,6 +162,11 @@ fn write_length(out: &mut Vec<u8>, length: usize) {
 
 /// The request in what a client sent; `None` if it is refused.
 fn read(bytes: Vec<u8>) -> Option<Parts> {
+    let mut reader = Reader::default();
+    reader.read(&bytes).ok()?;
+    if !reader.take_malformed().is_empty() {
+        return None;
+    }
     let memory = Memory { input: io::Cursor::new(bytes), output: Vec::new() };
     let mut connection = now(server::handshake(memory))?.ok()?;
     let (request, _) = now(connection.accept())??.ok()?;
@@ -234,7 +253,7 @@ fn ended(bytes: &[u8], fault: Fault) -> Vec<u8> {
 }
 
 /// The same, with the last block in one frame. Of several the crate reads each anew: in the next it
-/// lets the table change, and it forgets a field without a name.
+/// lets the table change.
 fn in_one_part(bytes: &[u8], fault: Fault) -> Vec<u8> {
     let ended = ended(bytes, fault);
     let frames: Vec<_> = split(&ended).collect();
@@ -355,8 +374,9 @@ fn end(bytes: Vec<u8>) -> Option<Reason> {
 }
 
 /// Faults that the crate bears: frames of streams that the client ended, which it takes for late, a
-/// frame between two parts of a block of which the first is malformed, a stream that depends on
-/// itself, whose fields it leaves packed, and promises of clients.
+/// frame between two parts of a block of which the first is malformed, a field without a name where
+/// more of the block comes, a stream that depends on itself, whose fields it leaves packed, and
+/// promises of clients.
 fn is_stricter(bytes: &[u8], fault: Fault) -> bool {
     let (_, frame) =
         split(bytes).find(|(start, _)| *start == fault.before).expect("it has a frame");
@@ -380,7 +400,9 @@ fn is_stricter(bytes: &[u8], fault: Fault) -> bool {
             over && matches!(kind, DATA | HEADERS)
         }
         Reason::PROTOCOL_ERROR => {
-            in_block && kind != CONTINUATION || kind == PUSH_PROMISE || on_itself
+            let in_one_part = || end(in_one_part(bytes, fault)).is_some();
+            let nameless = || matches!(kind, HEADERS | CONTINUATION) && in_one_part();
+            in_block && kind != CONTINUATION || kind == PUSH_PROMISE || on_itself || nameless()
         }
         _ => false,
     }
