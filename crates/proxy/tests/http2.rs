@@ -652,6 +652,22 @@ fn an_early_answer_is_whole() {
     }
 }
 
+/// They have no window, so whoever sends many to a client that reads none would fill the memory.
+#[test]
+fn interim_answers_have_a_bound() {
+    for (interims, status) in [(8, 200), (9, 502)] {
+        let world = public();
+        let head = |flags, status| frame(HEADERS, flags, 1, &block(&[(":status", status)]));
+        let mut frames = vec![head(END_HEADERS, "103"); interims];
+        frames.push(head(END_HEADERS | END_STREAM, "200"));
+        let _kept = saying(&world.server, frames.concat());
+        let stream = world.connect(SERVER4);
+        let answered =
+            runtime().block_on(async { ask(&client(stream).await, get("/public"), "").await });
+        assert_eq!(answered.unwrap().0, status, "{interims}");
+    }
+}
+
 /// Whether a header block begins with a status that refuses: not one of the static 200 to 304.
 fn refuses(block: &[u8]) -> bool {
     !matches!(block.first(), Some(0x88..=0x8b))

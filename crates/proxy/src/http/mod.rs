@@ -38,6 +38,9 @@ use crate::{buffer::Buffer, judge::Gate, net, shares::Share};
 const HEAD_TIME: Duration = Duration::from_secs(10);
 /// A head that takes longer.
 const LATE: Malformed = Malformed { status: 408, why: "the head took too long" };
+/// Interim answers to one request.
+const MOST_INTERIM: usize = 8;
+const MANY_INTERIM: Malformed = Malformed::bad("too many interim answers");
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
 

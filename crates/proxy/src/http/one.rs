@@ -19,7 +19,7 @@ use tokio::{
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME, LATE,
+    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM,
     activity::Activity,
     alarm::Alarm,
     body::{Framing, Piece, Reader},
@@ -39,8 +39,6 @@ use crate::{
     shares::Share,
 };
 
-/// Interim answers to one request.
-const MOST_INTERIM: usize = 8;
 /// Of a body that nobody wants, before the connection is closed instead.
 const MOST_DRAINED: u64 = 64 << 10;
 /// For the client to hear the last answer.
@@ -728,7 +726,7 @@ impl Download<'_> {
             response.write(&mut out, Framing::None, false);
             write_all(self.client, &out).await.map_err(|_| Fault::Broken)?;
         }
-        Err(Fault::Response(Malformed::bad("too many interim answers")))
+        Err(Fault::Response(MANY_INTERIM))
     }
 
     async fn head(&self, buffer: &mut Buffer) -> Result<usize, Fault> {

@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME, LATE, SHORT_HEAD,
+    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM, SHORT_HEAD,
     activity::Activity,
     frames::{self, Reader},
     may_trail,
@@ -562,7 +562,7 @@ impl Exchange<'_> {
                 Err(Stop::Malformed) => Err(Break::Malformed),
             }
         });
-        let mut uploading = true;
+        let (mut uploading, mut interims) = (true, 0);
         let head = loop {
             tokio::select! {
                 biased;
@@ -572,7 +572,12 @@ impl Exchange<'_> {
                 }
                 _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
                 heard = hear(&mut response) => match heard {
+                    // A client takes them without a window: what it does not read is kept here.
+                    Heard::Interim(_) if interims == MOST_INTERIM => {
+                        return Err(Break::Reply(Reply::NO_ANSWER, MANY_INTERIM.why));
+                    }
                     Heard::Interim(interim) => {
+                        interims += 1;
                         activity.note();
                         _ = respond.send_informational(interim);
                     }
