@@ -13,10 +13,10 @@ mod world;
 
 use std::{
     io::Write,
-    net::{TcpStream, UdpSocket},
+    net::{Shutdown, TcpStream, UdpSocket},
     sync::{
         Mutex, PoisonError,
-        atomic::{AtomicBool, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU64, Ordering::Relaxed},
         mpsc::{Sender, channel},
     },
     thread,
@@ -177,6 +177,37 @@ fn requests_that_are_taken_back() {
                 number = 1;
             }
         })
+    });
+}
+
+/// What is denied is answered at once, so there is always a next request to answer.
+#[test]
+fn denied_requests_without_a_pause() {
+    const AT_ONCE: usize = 1000;
+    let _alone = MEASURING.lock().unwrap_or_else(PoisonError::into_inner);
+    let world = public();
+    let _origin = origin(&world);
+    let ask = asker(&world);
+    let denied = b"GET /secret HTTP/1.1\r\nHost: a\r\n\r\n".repeat(AT_ONCE);
+    is_hardly_noticed("denied requests without a pause", ask, |begins, over| {
+        let streams = many(&world, thread::available_parallelism().map_or(1, usize::from), b"");
+        begins.send(()).unwrap();
+        let (denied, asked) = (&denied, &AtomicU64::new(0));
+        thread::scope(|scope| {
+            for mut stream in &streams {
+                scope.spawn(move || {
+                    while stream.write_all(denied).is_ok() {
+                        asked.fetch_add(AT_ONCE as u64, Relaxed);
+                    }
+                });
+                scope.spawn(move || std::io::copy(&mut stream, &mut std::io::sink()));
+            }
+            while !over.load(Relaxed) {
+                thread::sleep(Duration::from_millis(1));
+            }
+            streams.iter().for_each(|stream| _ = stream.shutdown(Shutdown::Both));
+        });
+        asked.load(Relaxed)
     });
 }
 

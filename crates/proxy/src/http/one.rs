@@ -15,6 +15,7 @@ use std::{
 use palisade_policy::l7::Unwritable;
 use tokio::{
     net::TcpStream,
+    task::yield_now,
     time::{Instant, timeout, timeout_at},
 };
 
@@ -154,6 +155,10 @@ impl Connection<'_> {
             };
             if let Next::Close = self.answer(request).await? {
                 return self.linger().await;
+            }
+            // Whoever asks on without waiting for anything leaves others their turns.
+            if !self.buffer.is_empty() {
+                yield_now().await;
             }
         }
     }
