@@ -254,10 +254,11 @@ impl Connection<'_> {
         self.linger().await
     }
 
-    async fn reply(&self, reply: Reply, head_only: bool, close: bool) -> io::Result<()> {
+    /// A client that does not take it for long is gone.
+    async fn reply(&self, reply: Reply, head_only: bool, close: bool) -> Result<(), Broken> {
         let mut out = Vec::with_capacity(256);
         reply.write(&mut out, head_only, close);
-        write_all(&self.client, &out).await
+        Ok(timeout(IDLE_TIME, write_all(&self.client, &out)).await??)
     }
 
     /// Judges a request and sees it answered.
@@ -729,7 +730,8 @@ impl Download<'_> {
             }
             let mut out = Vec::new();
             response.write(&mut out, Framing::None, false);
-            write_all(self.client, &out).await.map_err(|_| Fault::Broken)?;
+            let written = self.activity.within(write_all(self.client, &out)).await;
+            written.and_then(Result::ok).ok_or(Fault::Broken)?;
         }
         Err(Fault::Response(MANY_INTERIM))
     }

@@ -48,7 +48,10 @@ impl Bench {
         let long_heads = Arc::new(Shares::new(MOST_LONG_HEADS));
         let proxy = Arc::new(Proxy { rules: store, log, dns, long_heads, workers, main });
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        // What nobody reads is soon too much for the kernel.
+        socket2::SockRef::from(&listener).set_send_buffer_size(1 << 16).unwrap();
         let client = TcpStream::connect(listener.local_addr().unwrap()).await.unwrap();
+        socket2::SockRef::from(&client).set_recv_buffer_size(1 << 16).unwrap();
         let (stream, peer) = listener.accept().await.unwrap();
         let gate = Gate::new(&proxy, protocol::TCP, peer, origin);
         let serving = tokio::spawn(async move { serve(&gate, stream).await });
@@ -140,6 +143,35 @@ async fn an_answer_that_nobody_reads_is_given_up() {
     client.write_all(GET).await.unwrap();
     bench.let_go(begun).await;
     timeout(WAIT, sending).await.expect("the server may stop").unwrap();
+}
+
+#[tokio::test]
+async fn interim_answers_that_nobody_reads_are_given_up() {
+    let (address, sending) = origin(|mut stream| async move {
+        let link = "x".repeat(syntax::MOST_HEAD - 100);
+        let interim = format!("HTTP/1.1 103 Early Hints\r\nlink: {link}\r\n\r\n");
+        for _ in 0..MOST_INTERIM {
+            _ = stream.write_all(interim.as_bytes()).await;
+        }
+        rest(&mut stream).await;
+    })
+    .await;
+    let (bench, mut client) = Bench::new("interim", address).await;
+    let begun = Instant::now();
+    client.write_all(GET).await.unwrap();
+    bench.let_go(begun).await;
+    timeout(WAIT, sending).await.expect("the server may stop").unwrap();
+}
+
+/// Nor are the proxy's own answers waited for without end.
+#[tokio::test]
+async fn refusals_that_nobody_reads_are_given_up() {
+    let nobody = TcpListener::bind("127.0.0.1:0").await.unwrap().local_addr().unwrap();
+    let (bench, mut client) = Bench::new("refusals", nobody).await;
+    let begun = Instant::now();
+    let asking = tokio::spawn(async move { while client.write_all(GET).await.is_ok() {} });
+    bench.let_go(begun).await;
+    timeout(WAIT, asking).await.expect("the client hears of it").unwrap();
 }
 
 #[tokio::test]
