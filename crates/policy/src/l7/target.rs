@@ -28,6 +28,9 @@ impl Malformed {
     }
 }
 
+/// A whole URL is asked for, and of another host than the header names.
+pub const ANOTHER_HOST: Malformed = Malformed::bad("the target names another host than the header");
+
 /// A target in canonical form: a path that begins with a slash and, behind a question mark, the
 /// query; or the asterisk of `OPTIONS`.
 #[derive(Clone, Debug, PartialEq, Eq)]
@@ -57,7 +60,7 @@ impl Target {
         let (named, path) = split_url(text).ok_or(Malformed::bad("the target is no path"))?;
         let named = Authority::read(named)?;
         if host.is_some_and(|host| *host != named) {
-            return Err(Malformed::bad("the target names another host than the header"));
+            return Err(ANOTHER_HOST);
         }
         Self::read(&path)
     }

@@ -1,8 +1,8 @@
 //! What the compressed fields of HTTP/2 are like (RFC 7541), told as their bytes pass.
 //!
 //! The crate that unpacks them calls every fault in them by one name, and does not tell what it
-//! drops. This keeps of a field how long it is, how it begins and little else: as much as it takes to
-//! see where fields end, which of them the table holds, and whether one must not be there.
+//! drops. This keeps of a field how long it is, how it begins and little else: as much as it takes
+//! to see where fields end, which of them the table holds, and whether one must not be there.
 
 use std::collections::VecDeque;
 
@@ -252,7 +252,7 @@ enum Kind {
 impl Kind {
     const PATH: Self = Self::Pseudo(1);
 
-    /// Of a name, which need not be whole if it is longer than what tells it from others. Pseudo-headers
+    /// Of a name, which need not be whole if it is longer than any that is looked for. Pseudo-headers
     /// that nobody knows end the connection, which is left to the crate.
     const fn of(name: &[u8]) -> Self {
         match name {

@@ -1,10 +1,11 @@
 //! Requests over HTTP/1.
 
-pub(super) use palisade_policy::l7::field::{is_hop, is_own};
+use palisade_policy::l7::field::WEBSOCKET;
+pub(super) use palisade_policy::l7::field::{Hops, is_hop, is_own, only};
 
 use super::{
     body::Framing,
-    syntax::{Fields, MOST_METHOD, Malformed, ascii, is_token, trim, write_field},
+    syntax::{Fields, MOST_METHOD, Malformed, ascii, is_token, write_field},
     target::{Authority, Target},
 };
 
@@ -46,18 +47,15 @@ impl Request {
 
         let body = framing(&fields, old)?;
         let expects = expectation(&fields)?;
-        let authority = Authority::read(only(&fields, "host")?.ok_or(NO_HOST)?)?;
+        let authority = Authority::read(only(fields.all("host"))?.ok_or(NO_HOST)?)?;
         let target = Target::of_request(&method, target, Some(&authority))?;
-        let hops = Hops::read(&fields)?;
-        let websocket = !old
-            && method == "GET"
-            && body == Framing::None
-            && hops.names("upgrade")
-            && fields.all("upgrade").any(|value| value.eq_ignore_ascii_case(b"websocket"));
+        let hops = Hops::read(fields.all("connection"))?;
+        let websocket =
+            !old && body == Framing::None && hops.ask_for_websocket(&method, fields.all("upgrade"));
         let close = old || hops.names("close");
-        fields.retain(|name, _| !(hops.names(name) || is_own(name)));
+        fields.retain(|name, _| hops.passes(name));
         if websocket {
-            fields.push("upgrade", b"websocket");
+            fields.push(WEBSOCKET.0, WEBSOCKET.1);
         }
         Ok(Self { method, target, authority, fields, body, old, close, expects, websocket })
     }
@@ -126,18 +124,9 @@ pub fn read_method(bytes: &[u8]) -> Result<Option<&[u8]>, Malformed> {
     }
 }
 
-/// The value of a field that must not come twice.
-pub(super) fn only<'a>(fields: &'a Fields, name: &'a str) -> Result<Option<&'a [u8]>, Malformed> {
-    let mut all = fields.all(name);
-    match (all.next(), all.next()) {
-        (value, None) => Ok(value),
-        _ => Err(Malformed::bad("a field twice that may come once only")),
-    }
-}
-
 fn framing(fields: &Fields, old: bool) -> Result<Framing, Malformed> {
-    let length = only(fields, "content-length")?;
-    let coding = only(fields, "transfer-encoding")?;
+    let length = only(fields.all("content-length"))?;
+    let coding = only(fields.all("transfer-encoding"))?;
     match (length, coding) {
         (None, None) => Ok(Framing::None),
         (Some(length), None) => Ok(Framing::Length(read_length(length)?)),
@@ -164,45 +153,9 @@ pub(super) fn read_length(text: &[u8]) -> Result<u64, Malformed> {
 }
 
 fn expectation(fields: &Fields) -> Result<bool, Malformed> {
-    match only(fields, "expect")? {
+    match only(fields.all("expect"))? {
         None => Ok(false),
         Some(value) if value.eq_ignore_ascii_case(b"100-continue") => Ok(true),
         Some(_) => Err(Malformed { status: 417, why: "an expectation that nobody knows" }),
-    }
-}
-
-/// Names of the fields that go no further than this hop.
-pub(super) struct Hops(Vec<String>);
-
-impl Hops {
-    /// Reads `connection`.
-    ///
-    /// # Errors
-    ///
-    /// It is no list of names, or would take away what frames or routes the message.
-    pub(super) fn read(fields: &Fields) -> Result<Self, Malformed> {
-        let mut names = Vec::new();
-        for value in fields.all("connection") {
-            for name in value.split(|byte| *byte == b',').map(trim) {
-                if name.is_empty() {
-                    continue;
-                }
-                if !name.iter().all(|byte| is_token(*byte)) {
-                    return Err(Malformed::bad("the connection field is no list of names"));
-                }
-                names.push(ascii(name).to_ascii_lowercase());
-            }
-        }
-        let vital = |name: &String| {
-            matches!(name.as_str(), "host" | "content-length" | "transfer-encoding" | "expect")
-        };
-        if names.iter().any(vital) {
-            return Err(Malformed::bad("the connection field names what must go further"));
-        }
-        Ok(Self(names))
-    }
-
-    pub(super) fn names(&self, name: &str) -> bool {
-        self.0.iter().any(|hop| hop == name)
     }
 }

@@ -34,8 +34,8 @@ impl Response {
         let mut fields = Fields::default();
         fields.read(rest.strip_suffix(b"\r\n").unwrap_or(rest))?;
 
-        let length = only(&fields, "content-length")?.map(read_length).transpose()?;
-        let coding = only(&fields, "transfer-encoding")?.map(is_chunked).transpose()?;
+        let length = only(fields.all("content-length"))?.map(read_length).transpose()?;
+        let coding = only(fields.all("transfer-encoding"))?.map(is_chunked).transpose()?;
         if coding.is_some() && (length.is_some() || old) {
             return Err(Malformed::bad("two ways to tell where the body ends"));
         }
@@ -46,7 +46,7 @@ impl Response {
             (Some(length), _) => Framing::Length(length),
             _ => Framing::UntilClose,
         };
-        let hops = Hops::read(&fields)?;
+        let hops = Hops::read(fields.all("connection"))?;
         if status == 101 {
             switches(request, &fields, &hops)?;
         }
@@ -111,7 +111,7 @@ fn read_line(line: &[u8]) -> Result<(u16, &[u8], bool), Malformed> {
 /// The protocol may change only to the one that was asked for.
 fn switches(request: &Request, fields: &Fields, hops: &Hops) -> Result<(), Malformed> {
     let websocket =
-        only(fields, "upgrade")?.is_some_and(|to| to.eq_ignore_ascii_case(b"websocket"));
+        only(fields.all("upgrade"))?.is_some_and(|to| to.eq_ignore_ascii_case(b"websocket"));
     if request.websocket && websocket && hops.names("upgrade") {
         return Ok(());
     }

@@ -7,7 +7,7 @@
 use std::ops::Range;
 
 use palisade_policy::l7::field;
-pub use palisade_policy::l7::target::Malformed;
+pub use palisade_policy::l7::{field::trim, target::Malformed};
 
 /// Most fields in a head, or in trailers.
 pub const MOST_FIELDS: usize = 100;
@@ -53,15 +53,6 @@ pub fn is_token(byte: u8) -> bool {
 #[must_use]
 pub fn is_value(byte: u8) -> bool {
     CLASSES[usize::from(byte)] & VALUE != 0
-}
-
-/// Without the spaces and tabs around it.
-#[must_use]
-pub fn trim(value: &[u8]) -> &[u8] {
-    let blank = |byte: &u8| matches!(byte, b' ' | b'\t');
-    let Some(first) = value.iter().position(|byte| !blank(byte)) else { return &[] };
-    let last = value.iter().rposition(|byte| !blank(byte)).unwrap_or(first);
-    &value[first..=last]
 }
 
 /// Finds the end of a head in bytes that arrive one by one or all at once.
