@@ -88,8 +88,12 @@ pub enum Inside {
         method: String,
         /// Path and query, as a client writes them in the first line.
         target: String,
-        /// Host, empty where nobody cares.
+        /// Host of a URL, empty where there is none.
         host: String,
+        /// Header fields as a client sends them: names in lower case, values without blanks around
+        /// them.
+        #[serde(default, skip_serializing_if = "Vec::is_empty")]
+        headers: Vec<(String, String)>,
     },
     /// A question of DNS for a name.
     Dns(String),

@@ -6,8 +6,10 @@ use palisade_policy::{
     evaluate::End,
     explain::{self, Reason},
     l7::{
-        HttpRequest, Question, Secrets, server_name,
-        target::{Authority, Malformed, Target},
+        HttpRequest, Question, Secrets,
+        field::{Hops, WEBSOCKET, only},
+        server_name,
+        target::{ANOTHER_HOST, Authority, Malformed, Target},
     },
     model::Policy,
 };
@@ -23,7 +25,7 @@ pub struct NamedEnd {
     pub end: End,
 }
 
-/// The answer. Requests have no headers but those that rules add.
+/// The answer. A request has no body.
 #[must_use]
 pub fn explain(
     policies: &[&Policy],
@@ -33,7 +35,9 @@ pub fn explain(
     asked: &Explain,
 ) -> Explanation {
     let request = match &asked.inside {
-        Some(Inside::Http { method, target, host }) => Some(Request::read(method, target, host)),
+        Some(Inside::Http { method, target, host, headers }) => {
+            Some(Request::read(method, target, host, headers))
+        }
         _ => None,
     };
     let server = match &asked.inside {
@@ -106,25 +110,46 @@ struct Request<'a> {
     method: &'a str,
     target: Target,
     host: Option<Authority>,
-    written: [&'a str; 2],
+    /// Those that go further than this hop.
+    headers: Vec<(&'a str, &'a [u8])>,
+    written: [&'a [u8]; 2],
 }
 
 impl<'a> Request<'a> {
-    fn read(method: &'a str, target: &'a str, host: &'a str) -> Result<Self, Malformed> {
-        let written = [target, host];
-        let host = if host.is_empty() { None } else { Some(Authority::read(host.as_bytes())?) };
+    /// `host` is that of a URL, or empty.
+    fn read(
+        method: &'a str,
+        target: &'a str,
+        host: &'a str,
+        headers: &'a [(String, String)],
+    ) -> Result<Self, Malformed> {
+        let fields = headers.iter().map(|(name, value)| (name.as_str(), value.as_bytes()));
+        let all = |name| fields.clone().filter(move |field| field.0 == name).map(|field| field.1);
+        let named = Some(host.as_bytes()).filter(|host| !host.is_empty());
+        let said = only(all("host"))?;
+        let written = [target.as_bytes(), named.or(said).unwrap_or_default()];
+        let [named, said] = [named, said].map(|host| host.map(Authority::read).transpose());
+        let (named, said) = (named?, said?);
+        if named.is_some() && said.is_some() && named != said {
+            return Err(ANOTHER_HOST);
+        }
+        let host = named.or(said);
         let target = Target::of_request(method, target.as_bytes(), host.as_ref())?;
-        Ok(Self { method, target, host, written })
+        let hops = Hops::read(all("connection"))?;
+        let websocket = hops.ask_for_websocket(method, all("upgrade")).then_some(WEBSOCKET);
+        let headers = fields.clone().filter(|(name, _)| hops.passes(name)).chain(websocket);
+        Ok(Self { method, target, host, headers: headers.collect(), written })
     }
 
     fn is_as_written(&self) -> bool {
         let HttpRequest { target, host, .. } = self.judged();
-        self.written == [target, host]
+        self.written == [target, host].map(str::as_bytes)
     }
 
     fn judged(&self) -> HttpRequest<'_> {
         let host = self.host.as_ref().map_or("", Authority::as_str);
-        HttpRequest { method: self.method, target: self.target.as_str(), host, headers: &[] }
+        let (target, headers) = (self.target.as_str(), &self.headers);
+        HttpRequest { method: self.method, target, host, headers }
     }
 }
 

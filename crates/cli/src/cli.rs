@@ -235,7 +235,7 @@ pub(crate) enum PolicyCommand {
     },
     /// Would this pass, and why? Exits with 0 if it would and 1 if not.
     #[command(
-        after_help = "Examples:\n  palisade policy explain --from tiefighter --to deathstar --port 80 --http 'PUT /v1/exhaust-port'\n  palisade policy explain --from web --to svc/shop/cart --port 80\n  palisade policy explain --from web --to 192.0.2.1 --port 443 -f pods.yaml -f policies.yaml"
+        after_help = "Examples:\n  palisade policy explain --from tiefighter --to deathstar --port 80 --http 'PUT /v1/exhaust-port'\n  palisade policy explain --from web --to svc/shop/cart --port 80\n  palisade policy explain --from web --to api --port 80 --http 'GET /v1' --header 'X-Role: admin'\n  palisade policy explain --from web --to 192.0.2.1 --port 443 -f pods.yaml -f policies.yaml"
     )]
     Explain(ExplainArgs),
 }
@@ -260,6 +260,9 @@ pub(crate) struct ExplainArgs {
     /// proxy reads it.
     #[arg(long, value_name = "REQUEST", group = "inside")]
     pub(crate) http: Option<String>,
+    /// A header of the request, `Name: value`; may be repeated.
+    #[arg(long, value_name = "HEADER", requires = "http")]
+    pub(crate) header: Vec<String>,
     /// A question for a DNS name.
     #[arg(long, value_name = "NAME", group = "inside")]
     pub(crate) dns: Option<String>,

@@ -14,15 +14,24 @@ fn text(output: &Output) -> String {
     format!("{}{}", String::from_utf8_lossy(out), String::from_utf8_lossy(err))
 }
 
+const EXPLAIN: [&str; 8] =
+    ["policy", "explain", "--from", "192.0.2.1", "--to", "192.0.2.2", "--port", "80"];
+
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 13] = [
+    let cases: [(&[&str], i32, &str); 15] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
         (&["policy", "check", "/dev/null"], 1, "no policy found"),
         (&["nosuch"], 2, "unrecognized subcommand"),
         (&["observe", "--protocol", "nosuch"], 2, "possible values: tcp, udp"),
         (&["observe", "--verdict", "nosuch"], 2, "possible values"),
+        (&[&EXPLAIN[..], &["--header", "x: y"]].concat(), 2, "--http <REQUEST>"),
+        (
+            &[&EXPLAIN[..], &["--http", "GET /", "--header", "x"]].concat(),
+            1,
+            "--header: write a name, a colon and a value, such as 'X-Role: admin'",
+        ),
         (&["status"], 3, "$KUBECONFIG names /nonexistent/kubeconfig, which does not exist"),
         (&["endpoint", "list"], 3, "/nonexistent/admin.sock"),
         // Told before anybody looks for a cluster.

@@ -27,7 +27,7 @@ pub(super) fn ask(
     cluster::on_runtime(Some(TIMEOUT), in_its_pod(global, args, node, &mut there)).map_err(
         |error| {
             let question =
-                command(args).iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+                command(args).iter().map(|word| quoted(&told(word))).collect::<Vec<_>>().join(" ");
             let advice = there.map_or_else(
                 || {
                     format!(
@@ -75,15 +75,24 @@ fn quoted(word: &str) -> String {
     }
 }
 
+/// Without the value of a header, which may be a secret.
+fn told(word: &str) -> String {
+    match word.strip_prefix("--header=").and_then(|header| header.split_once(':')) {
+        Some((name, _)) => format!("--header={name}: VALUE"),
+        None => word.to_owned(),
+    }
+}
+
 /// The question as it was asked.
 fn command(args: &ExplainArgs) -> Vec<String> {
-    let ExplainArgs { from, to, port, protocol, http, dns, server_name, file: _ } = args;
+    let ExplainArgs { from, to, port, protocol, http, header, dns, server_name, file: _ } = args;
     let ask = ["/palisade", "--output=json", "policy", "explain"].map(str::to_owned);
     let ends = [format!("--from={from}"), format!("--to={to}"), format!("--port={port}")];
     let more = [("protocol", protocol), ("http", http), ("dns", dns), ("server-name", server_name)];
     let more =
         more.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value.as_ref()?)));
-    ask.into_iter().chain(ends).chain(more).collect()
+    let headers = header.iter().map(|header| format!("--header={header}"));
+    ask.into_iter().chain(ends).chain(more).chain(headers).collect()
 }
 
 #[cfg(test)]
@@ -97,6 +106,8 @@ mod tests {
     fn a_shell_reads_what_was_meant() {
         assert_eq!(quoted("--from=a/b"), "--from=a/b");
         assert_eq!(quoted("--http=GET /a'b"), r"'--http=GET /a'\''b'");
+        assert_eq!(told("--header=x: s3cret"), "--header=x: VALUE");
+        assert_eq!(told("--http=GET http://a/"), "--http=GET http://a/");
     }
 
     #[test]
@@ -112,8 +123,9 @@ mod tests {
         let once = asked(&words);
         assert_eq!(format!("{:?}", asked(&command(&once))), format!("{once:?}"));
         let mut request: Vec<String> = words[..9].to_vec();
-        request.push("--http=GET /a b".to_owned());
+        request.extend(["--http=GET /a b", "--header=x: y z", "--header=a:b"].map(str::to_owned));
         let once = asked(&request);
         assert_eq!(asked(&command(&once)).http.as_deref(), Some("GET /a b"));
+        assert_eq!(asked(&command(&once)).header, ["x: y z", "a:b"]);
     }
 }

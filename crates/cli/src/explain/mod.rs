@@ -35,7 +35,7 @@ pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
 
 fn asked(args: &ExplainArgs) -> Result<Explain> {
     let inside = match (&args.http, &args.dns, &args.server_name) {
-        (Some(request), ..) => Some(http(request)?),
+        (Some(request), ..) => Some(http(request, headers(&args.header)?)?),
         (_, Some(name), _) => Some(Inside::Dns(name.clone())),
         (.., Some(name)) => Some(Inside::Tls(name.clone())),
         _ => None,
@@ -55,8 +55,34 @@ fn asked(args: &ExplainArgs) -> Result<Explain> {
     Ok(Explain { from, to, protocol, port: args.port, inside })
 }
 
+fn headers(texts: &[String]) -> Result<Vec<(String, String)>> {
+    texts.iter().map(|text| header(text)).collect()
+}
+
+/// `NAME: VALUE`. The value may be a secret, and is not told.
+fn header(text: &str) -> Result<(String, String)> {
+    let Some((name, value)) = text.split_once(':') else {
+        bail!("--header: write a name, a colon and a value, such as 'X-Role: admin'");
+    };
+    if name.is_empty() || !name.bytes().all(field::is_token) {
+        bail!("--header {name:?}: no header has such a name; write letters, digits and hyphens");
+    }
+    let value = value.trim_matches([' ', '\t']);
+    if !field::is_value(value.as_bytes()) {
+        bail!("--header {name:?}: its value has a control character; write one line of text");
+    }
+    let lower = name.to_ascii_lowercase();
+    if field::is_own(&lower) && !matches!(&*lower, "host" | "connection" | "upgrade") {
+        bail!(
+            "--header {name:?}: no rule is asked about it, as it frames the message or goes no \
+             further than the proxy; leave it out"
+        );
+    }
+    Ok((lower, value.to_owned()))
+}
+
 /// `METHOD TARGET`; the target may be a whole URL, whose host then counts.
-fn http(text: &str) -> Result<Inside> {
+fn http(text: &str, headers: Vec<(String, String)>) -> Result<Inside> {
     let mut words = text.split_whitespace();
     let (Some(method), Some(target), None) = (words.next(), words.next(), words.next()) else {
         bail!("--http {text:?}: write a method and a path, such as 'PUT /v1/exhaust-port'");
@@ -78,7 +104,7 @@ fn http(text: &str) -> Result<Inside> {
             bail!("--http {text:?}: write a path that begins with a slash, or http://HOST/PATH")
         }
     };
-    Ok(Inside::Http { method: method.to_owned(), target, host })
+    Ok(Inside::Http { method: method.to_owned(), target, host, headers })
 }
 
 fn print(explanation: &Explanation) {
@@ -181,12 +207,37 @@ mod tests {
     }
 
     #[test]
+    fn a_header_is_a_name_and_a_value_that_is_not_told() {
+        let of = |name: &str, value: &str| (name.to_owned(), value.to_owned());
+        assert_eq!(header("X-Role:admin").unwrap(), of("x-role", "admin"));
+        assert_eq!(header("x-role: \ta, b: c ").unwrap(), of("x-role", "a, b: c"));
+        assert_eq!(header("X-Role:").unwrap(), of("x-role", ""));
+        for name in ["host", "connection", "upgrade", "authorization"] {
+            assert_eq!(header(&format!("{name}: s3cret")).unwrap(), of(name, "s3cret"));
+        }
+        for (wrong, says) in [
+            ("s3cret", "--header: write a name, a colon and a value, such as 'X-Role: admin'"),
+            (": s3cret", "--header \"\": no header has such a name"),
+            ("x role: s3cret", "--header \"x role\": no header has such a name"),
+            ("x: s3cret\r\ny: z", "--header \"x\": its value has a control character"),
+            ("X_Role: s3cret", "--header \"X_Role\": no rule is asked about it"),
+            ("Content-Length: 5", "--header \"Content-Length\": no rule is asked about it"),
+            ("TE: trailers", "--header \"TE\": no rule is asked about it"),
+        ] {
+            let told = header(wrong).unwrap_err().to_string();
+            assert!(told.starts_with(says) && !told.contains("s3cret"), "{told}");
+        }
+    }
+
+    #[test]
     fn a_request_is_a_method_and_a_path_or_an_url() {
         let of = |method: &str, target: &str, host: &str| Inside::Http {
             method: method.into(),
             target: target.into(),
             host: host.into(),
+            headers: Vec::new(),
         };
+        let http = |text: &str| http(text, Vec::new());
         assert_eq!(http("PUT /v1/exhaust-port").unwrap(), of("PUT", "/v1/exhaust-port", ""));
         assert_eq!(http("GET http://a.io:80/x?y").unwrap(), of("GET", "/x?y", "a.io:80"));
         assert_eq!(http("GET HTTP://a.io").unwrap(), of("GET", "/", "a.io"));

@@ -202,6 +202,8 @@ fn a_secret_that_is_not_there(lab: &Lab) {
     assert_eq!(get("/set", "own"), Some(200));
     is_explained(lab, "/set", true, "rules.http");
     is_explained(lab, "/secret", false, "with header x-token as in Secret default/token\n");
+    is_explained_with(lab, "/secret", &["--header", "X-Token: right"], true, "rules.http");
+    is_explained_with(lab, "/secret", &["--header", "X-Token: wrong"], false, "nearest: ");
     lab.kubectl(&["-n", "palisade-secrets", "delete", "secret", "default.token"]);
     says("False", &["SecretMissing", field, "default.token", "palisade-secrets"]);
     assert_eq!(ask("right"), Some(403), "what was taken away opens nothing any more");
@@ -209,15 +211,20 @@ fn a_secret_that_is_not_there(lab: &Lab) {
     is_explained(lab, "/set", false, wanting);
 }
 
-/// Of a request without headers of its own: by the agent, and from files.
+/// Of a request without headers of its own.
 fn is_explained(lab: &Lab, target: &str, allowed: bool, words: &str) {
+    is_explained_with(lab, target, &[], allowed, words);
+}
+
+/// By the agent, and from files.
+fn is_explained_with(lab: &Lab, target: &str, headers: &[&str], allowed: bool, words: &str) {
     let objects = lab.kubectl(&["get", "pods,cnp", "-o", "yaml"]);
     let secrets = lab.kubectl(&["-n", "palisade-secrets", "get", "secrets", "-o", "yaml"]);
     let file = std::env::temp_dir().join(format!("explained-{}.yaml", std::process::id()));
     std::fs::write(&file, format!("{objects}\n---\n{secrets}")).unwrap();
     let request = format!("GET {target}");
     let live = ["policy", "explain", "--from", "near", "--to", "server", "--port", "8080"];
-    let live = [&live[..], &["--http", &request]].concat();
+    let live = [&live[..], &["--http", &request], headers].concat();
     let from_files = [&live[..], &["-f", file.to_str().unwrap()]].concat();
     for args in [live, from_files] {
         let (code, text) = palisade(lab, &args);

@@ -214,7 +214,7 @@ fn rules_have_the_values_of_secrets_as_the_proxy_has_them() {
     }));
     let ask = |world: &World, target: &str| {
         let (method, target, host) = ("GET".into(), target.into(), String::new());
-        let inside = Some(Inside::Http { method, target, host });
+        let inside = Some(Inside::Http { method, target, host, headers: Vec::new() });
         let found = world.explain_inside("client", "server", 80, inside).unwrap();
         (found.allowed, found.ends.into_iter().find(|end| end.direction == "ingress").unwrap())
     };

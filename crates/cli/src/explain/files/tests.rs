@@ -38,13 +38,19 @@ fn ask(from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
 }
 
 fn ask_in(world: &str, from: &str, port: u16, inside: Option<(&str, &str)>) -> Explanation {
-    let inside = inside.map(|(method, target)| Inside::Http {
+    let inside = inside.map(|(method, target)| request(method, target, &[]));
+    answer(world, Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside })
+        .unwrap()
+}
+
+fn request(method: &str, target: &str, headers: &[(&str, &str)]) -> Inside {
+    let owned = |(name, value): &(&str, &str)| ((*name).to_owned(), (*value).to_owned());
+    Inside::Http {
         method: method.into(),
         target: target.into(),
         host: String::new(),
-    });
-    answer(world, Explain { from: from.into(), to: "star".into(), protocol: 6, port, inside })
-        .unwrap()
+        headers: headers.iter().map(owned).collect(),
+    }
 }
 
 fn answer(world: &str, asked: Explain) -> Result<Explanation> {
@@ -54,6 +60,72 @@ fn answer(world: &str, asked: Explain) -> Result<Explanation> {
     let answer = explain(std::slice::from_ref(&file), &asked);
     fs::remove_file(file).unwrap();
     answer
+}
+
+/// As the proxy has them: without what belongs to the connection, each of a name, the host apart.
+#[test]
+fn headers_are_judged_as_the_proxy_has_them() {
+    let rules = r#"{http: [
+        {path: /role, headers: [X-Role]},
+        {path: /token, headerMatches: [{name: x-token, secret: {name: token}}]},
+        {path: /host, host: a.io},
+        {path: /chat, headerMatches: [{name: upgrade, value: websocket}]}]}"#;
+    let secret = r#"
+apiVersion: v1
+kind: Secret
+metadata: {namespace: palisade-secrets, name: default.token}
+stringData: {value: s3cret}
+"#;
+    let plain = "{http: [{method: POST, path: /v1/land}, {method: GET, path: /public/.*}]}";
+    let world = format!("{}---{secret}", WORLD.replace(plain, rules));
+    let ask = |target: &str, headers: &[(&str, &str)]| {
+        let inside = Some(request("GET", target, headers));
+        let (from, to) = ("ship".into(), "star".into());
+        answer(&world, Explain { from, to, protocol: 6, port: 80, inside }).unwrap()
+    };
+    let upgrade = ("upgrade", "WebSocket");
+    for (target, headers, allowed) in [
+        ("/role", &[][..], false),
+        ("/role", &[("x-role", "any")], true),
+        ("/role", &[("x-role", "any"), ("connection", "close, X-Role")], false),
+        ("/token", &[("x-token", "s3cret")], true),
+        ("/token", &[("x-token", "wrong")], false),
+        ("/token", &[("x-token", "s3cret"), ("x-token", "wrong")], false),
+        ("/host", &[("host", "A.io")], true),
+        ("/host", &[("host", "b.io")], false),
+        ("/chat", &[upgrade], false),
+        ("/chat", &[upgrade, ("connection", "upgrade")], true),
+    ] {
+        let found = ask(target, headers);
+        assert_eq!(found.allowed, allowed, "{target} {headers:?}: {found:?}");
+        assert!(!format!("{found:?}").contains("s3cret"), "{found:?}");
+    }
+    for (headers, why) in [
+        (&[("host", "a"), ("host", "a")][..], "a field twice that may come once only"),
+        (&[("host", "a b")], "the host is not valid"),
+        (&[("connection", "host")], "the connection field names what must go further"),
+        (&[("connection", "a b")], "the connection field is no list of names"),
+    ] {
+        let verdict = ask("/role", headers).ends.pop().unwrap().verdict;
+        assert!(verdict.contains(&format!("the proxy answers 400: {why}")), "{verdict}");
+    }
+    assert_eq!(ask("/host", &[("host", "A.io")]).read_as.unwrap(), "GET http://a.io/host");
+}
+
+#[test]
+fn a_url_and_a_header_name_one_host() {
+    let ask = |host: &str, header: &str| {
+        let Inside::Http { method, target, headers, .. } =
+            request("GET", "/public/x", &[("host", header)])
+        else {
+            panic!()
+        };
+        let inside = Some(Inside::Http { method, target, host: host.into(), headers });
+        let (from, to) = ("ship".into(), "star".into());
+        answer(WORLD, Explain { from, to, protocol: 6, port: 80, inside }).unwrap().allowed
+    };
+    assert!(ask("a.io", "A.io"));
+    assert!(!ask("a.io", "b.io"));
 }
 
 const SERVICE: &str = r#"
