@@ -2,14 +2,17 @@
 //! `CiliumNode`. Nothing here holds up enforcement; what fails is tried again.
 
 mod endpoints;
+#[cfg(test)]
+mod fake;
 mod identities;
 mod nodes;
 mod policies;
+#[cfg(test)]
+mod tests;
 
 use std::{
     collections::{BTreeMap, HashSet},
     sync::Arc,
-    time::Duration,
 };
 
 use kube::Client;
@@ -29,9 +32,6 @@ use crate::{
         policies::{Condition, PolicyObject},
     },
 };
-
-/// Pauses between attempts to write what the API server does not take: at first, and at most.
-const PAUSE: (Duration, Duration) = (Duration::from_millis(100), Duration::from_secs(10));
 
 /// One thing to write.
 #[derive(Clone, Debug)]
@@ -96,7 +96,7 @@ enum Subject {
 struct Waiting {
     publication: Publication,
     due: Instant,
-    pause: Duration,
+    patience: Patience,
 }
 
 /// Writes what it is told until nobody tells any more.
@@ -139,7 +139,8 @@ pub async fn run(
                     Publication::Endpoint(state) => Subject::Endpoint(state.pod.clone()),
                     Publication::EndpointGone(pod, _) => Subject::Endpoint(pod.clone()),
                 };
-                let item = Waiting { publication, due: Instant::now(), pause: PAUSE.0 };
+                let patience = Patience::default();
+                let item = Waiting { publication, due: Instant::now(), patience };
                 waiting.insert(subject, item);
             }
             Some(done) = allocations.join_next() => {
@@ -148,9 +149,9 @@ pub async fn run(
                 }
             }
             () = timer => {
-                let now = Instant::now();
-                let ready = waiting.iter().find(|(_, item)| item.due <= now);
-                let Some(subject) = ready.map(|(subject, _)| subject.clone()) else { continue };
+                // What fails again and again does not come before what has not been tried.
+                let next = waiting.iter().min_by_key(|(_, item)| item.due);
+                let Some(subject) = next.map(|(subject, _)| subject.clone()) else { continue };
                 let Some(item) = waiting.remove(&subject) else { continue };
                 let (client, scope) = (client.clone(), scope.clone());
                 writing.spawn(async move {
@@ -164,8 +165,7 @@ pub async fn run(
                 if is_refusal(&error) {
                     rested = Instant::now() + patience.after(&error);
                 } else {
-                    item.due = Instant::now() + item.pause;
-                    item.pause = (item.pause * 2).min(PAUSE.1);
+                    item.due = Instant::now() + item.patience.after(&error);
                 }
                 // What came meanwhile is newer.
                 waiting.entry(subject).or_insert(item);
