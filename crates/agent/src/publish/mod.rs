@@ -42,7 +42,8 @@ pub enum Publication {
     Condition(Arc<PolicyObject>, Condition),
     /// The state of an endpoint.
     Endpoint(Box<EndpointState>),
-    /// An endpoint of this pod is gone; the uid tells a later pod of the same name apart.
+    /// An endpoint of this pod is gone; the container id tells it from others of the same pod, or
+    /// of a later pod of the same name.
     EndpointGone(ObjectName, String),
 }
 
@@ -93,6 +94,31 @@ enum Subject {
     Endpoint(ObjectName),
 }
 
+/// The endpoints of this node, by pod and container. A pod that got another sandbox has two until
+/// the runtime takes the first one away.
+#[derive(Default)]
+struct Living(BTreeMap<(ObjectName, String), Box<EndpointState>>);
+
+impl Living {
+    /// What is to be written: if an endpoint is gone whose pod has another one, the state of that.
+    fn follow(&mut self, publication: Publication) -> Publication {
+        match &publication {
+            Publication::Endpoint(state) => {
+                let key = (state.pod.clone(), state.container_id.clone());
+                self.0.insert(key, state.clone());
+                publication
+            }
+            Publication::EndpointGone(pod, container) => {
+                self.0.remove(&(pod.clone(), container.clone()));
+                let mut others = self.0.range((pod.clone(), String::new())..);
+                let other = others.next().filter(|((of, _), _)| of == pod);
+                other.map_or(publication, |(_, state)| Publication::Endpoint(state.clone()))
+            }
+            _ => publication,
+        }
+    }
+}
+
 struct Waiting {
     publication: Publication,
     due: Instant,
@@ -107,6 +133,7 @@ pub async fn run(
     commands: mpsc::WeakSender<Command>,
 ) {
     let mut waiting: BTreeMap<Subject, Waiting> = BTreeMap::new();
+    let mut living = Living::default();
     let mut allocations: JoinSet<Arc<Labels>> = JoinSet::new();
     let mut allocating: HashSet<Arc<Labels>> = HashSet::new();
     // One at a time, so that an older state never overwrites a newer one; beside the queue, so that
@@ -126,6 +153,7 @@ pub async fn run(
         tokio::select! {
             publication = queue.recv() => {
                 let Some(publication) = publication else { return };
+                let publication = living.follow(publication);
                 let subject = match &publication {
                     Publication::Identity(labels) => {
                         if allocating.insert(labels.clone()) {
@@ -181,7 +209,9 @@ async fn write(client: &Client, scope: &Scope, publication: &Publication) -> kub
             policies::report(client, scope, policy, condition).await
         }
         Publication::Endpoint(state) => endpoints::write(client, scope, state).await,
-        Publication::EndpointGone(pod, uid) => endpoints::delete(client, pod, uid).await,
+        Publication::EndpointGone(pod, container) => {
+            endpoints::delete(client, pod, container).await
+        }
     }
 }
 

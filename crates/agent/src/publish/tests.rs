@@ -18,6 +18,7 @@ struct Written {
 
 /// The publisher, before a server that refuses what it is told to.
 struct Bench {
+    client: Client,
     written: watch::Receiver<Written>,
     publications: mpsc::UnboundedSender<Publication>,
 }
@@ -37,11 +38,9 @@ impl Bench {
         })
         .await;
         let (publications, queue) = mpsc::unbounded_channel();
-        let scope =
-            Scope { node: "node1".into(), cluster: "default".into(), routing: Routing::Native };
         let (commands, _) = mpsc::channel(1);
-        tokio::spawn(run(client, scope, queue, commands.downgrade()));
-        Self { written, publications }
+        tokio::spawn(run(client.clone(), scope("node1"), queue, commands.downgrade()));
+        Self { client, written, publications }
     }
 
     fn publish(&self, publication: Publication) {
@@ -72,6 +71,10 @@ fn answer(asked: &Asked, objects: &mut BTreeMap<String, Value>) -> Answer {
     (200, object)
 }
 
+fn scope(node: &str) -> Scope {
+    Scope { node: node.into(), cluster: "default".into(), routing: Routing::Native }
+}
+
 fn endpoint(pod: &str, container: &str) -> Publication {
     Publication::Endpoint(Box::new(EndpointState {
         pod: ObjectName::new("default", pod),
@@ -96,4 +99,41 @@ async fn what_is_not_taken_is_tried_again_and_keeps_nothing_else_waiting() {
     bench.publish(endpoint("b", "1"));
     bench.until(|written| written.objects.contains_key("b")).await;
     bench.until(|written| written.attempts["a"] > 3).await;
+}
+
+fn gone(pod: &str, container: &str) -> Publication {
+    Publication::EndpointGone(ObjectName::new("default", pod), container.into())
+}
+
+/// Whose sandbox the object of a pod tells of.
+fn container<'a>(written: &'a Written, pod: &str) -> Option<&'a Value> {
+    Some(&written.objects.get(pod)?["status"]["external-identifiers"]["container-id"])
+}
+
+#[tokio::test]
+async fn only_the_endpoint_that_is_gone_takes_its_object_away() {
+    let mut bench = Bench::begin(|_| false).await;
+    bench.publish(endpoint("web", "old"));
+    bench.until(|written| container(written, "web").is_some_and(|it| it == "old")).await;
+    // Another sandbox of the pod, which is told of before and after the old one changes again.
+    bench.publish(endpoint("web", "new"));
+    bench.until(|written| container(written, "web").is_some_and(|it| it == "new")).await;
+    bench.publish(endpoint("web", "old"));
+    bench.until(|written| container(written, "web").is_some_and(|it| it == "old")).await;
+    bench.publish(gone("web", "old"));
+    bench.until(|written| container(written, "web").is_some_and(|it| it == "new")).await;
+    bench.publish(gone("web", "new"));
+    bench.until(|written| written.objects.is_empty()).await;
+}
+
+#[tokio::test]
+async fn an_object_that_another_node_wrote_stays() {
+    let bench = Bench::begin(|_| false).await;
+    let pod = ObjectName::new("default", "web");
+    let Publication::Endpoint(state) = endpoint("web", "there") else { unreachable!() };
+    endpoints::write(&bench.client, &scope("node2"), &state).await.expect("written");
+    endpoints::delete(&bench.client, &pod, "here").await.expect("nothing to do");
+    assert!(bench.written.borrow().objects.contains_key("web"));
+    endpoints::delete(&bench.client, &pod, "there").await.expect("deleted");
+    assert!(bench.written.borrow().objects.is_empty());
 }
