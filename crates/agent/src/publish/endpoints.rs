@@ -17,10 +17,6 @@ pub(super) async fn write(
     scope: &Scope,
     state: &EndpointState,
 ) -> kube::Result<()> {
-    if state.uid.is_empty() {
-        // The pod is not known (any more): there is nothing that could own the object.
-        return Ok(());
-    }
     let resource = resources::cilium("CiliumEndpoint");
     let api: Api<DynamicObject> =
         Api::namespaced_with(client.clone(), &state.pod.namespace, &resource);

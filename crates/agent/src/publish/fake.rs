@@ -28,7 +28,7 @@ impl Asked {
 pub(super) type Answer = (u16, Value);
 
 pub(super) fn refused(code: u16) -> Answer {
-    let status = json!({ "kind": "Status", "status": "Failure", "code": code, "reason": "x" });
+    let status = json!({ "kind": "Status", "status": "Failure", "code": code, "reason": "away", "message": "away" });
     (code, status)
 }
 

@@ -18,7 +18,11 @@ use std::{
 use kube::Client;
 use palisade_api::client::{Patience, chain, is_refusal};
 use palisade_policy::{label::Labels, model::PolicyRef};
-use tokio::{sync::mpsc, task::JoinSet, time::Instant};
+use tokio::{
+    sync::{mpsc, watch},
+    task::JoinSet,
+    time::Instant,
+};
 use tracing::debug;
 
 pub use nodes::keep_node;
@@ -64,26 +68,27 @@ pub struct EndpointState {
 }
 
 impl Publication {
-    /// The state of an endpoint as the tables tell.
-    pub fn endpoint(tables: &Tables, endpoint: &Endpoint) -> Self {
-        let pod = tables.pods.get(&endpoint.pod);
+    /// The state of an endpoint as the tables tell. None before the API server told of the pod, as
+    /// that owns the object.
+    pub fn endpoint(tables: &Tables, endpoint: &Endpoint) -> Option<Self> {
+        let pod = tables.pods.get(&endpoint.pod)?;
         let identity = tables.pod_identities.get(&endpoint.pod);
         let entry = tables.policy_entries.get(&endpoint.id);
         let known = identity.and_then(|row| row.identity.map(|id| (id, row.labels.clone())));
         let labels = known.as_ref().map(|(_, labels)| labels.iter().map(ToString::to_string));
-        Self::Endpoint(Box::new(EndpointState {
+        Some(Self::Endpoint(Box::new(EndpointState {
             pod: endpoint.pod.clone(),
-            uid: pod.map(|pod| pod.uid.clone()).unwrap_or_default(),
+            uid: pod.uid.clone(),
             id: endpoint.id,
             container_id: endpoint.container_id.clone(),
             identity: known.as_ref().map_or(palisade_abi::identity::INIT, |(id, _)| *id),
             labels: labels.map(Iterator::collect).unwrap_or_default(),
             addresses: endpoint.addresses().collect(),
-            ports: pod.map(|pod| pod.ports.clone()).unwrap_or_default(),
-            service_account: pod.map(|pod| pod.service_account.clone()).unwrap_or_default(),
+            ports: pod.ports.clone(),
+            service_account: pod.service_account.clone(),
             ingress: entry.is_some_and(|entry| entry.ingress.policy().is_some()),
             egress: entry.is_some_and(|entry| entry.egress.policy().is_some()),
-        }))
+        })))
     }
 }
 
@@ -119,6 +124,38 @@ impl Living {
     }
 }
 
+/// What has become of the `CiliumEndpoint`s of this node's pods.
+#[derive(Clone, Debug, Default)]
+pub struct Attempts {
+    /// The newest attempt to write each.
+    newest: BTreeMap<ObjectName, Result<(), String>>,
+    /// Why the API server takes nothing at all, where it does not.
+    refusal: Option<String>,
+}
+
+impl Attempts {
+    /// Why the API server does not have the newest state of a pod of this node, if it has not.
+    pub fn failure(&self, pod: &ObjectName) -> Option<&str> {
+        match self.newest.get(pod) {
+            Some(Ok(())) => None,
+            Some(Err(why)) => Some(why),
+            None => Some(self.refusal.as_deref().unwrap_or("it is not written yet")),
+        }
+    }
+
+    fn note(&mut self, publication: &Publication, result: &kube::Result<()>) {
+        let result = result.as_ref().map_err(|error| (chain(error), is_refusal(error)));
+        self.refusal = result.as_ref().err().filter(|(_, all)| *all).map(|(why, _)| why.clone());
+        match publication {
+            Publication::Endpoint(state) => {
+                self.newest.insert(state.pod.clone(), result.copied().map_err(|(why, _)| why));
+            }
+            Publication::EndpointGone(pod, _) => _ = self.newest.remove(pod),
+            Publication::Identity(_) | Publication::Condition(..) => {}
+        }
+    }
+}
+
 struct Waiting {
     publication: Publication,
     due: Instant,
@@ -131,6 +168,7 @@ pub async fn run(
     scope: Scope,
     mut queue: mpsc::UnboundedReceiver<Publication>,
     commands: mpsc::WeakSender<Command>,
+    attempts: watch::Sender<Attempts>,
 ) {
     let mut waiting: BTreeMap<Subject, Waiting> = BTreeMap::new();
     let mut living = Living::default();
@@ -188,7 +226,9 @@ pub async fn run(
                 });
             }
             Some(written) = writing.join_next() => {
-                let Ok((subject, mut item, Err(error))) = written else { continue };
+                let Ok((subject, mut item, result)) = written else { continue };
+                attempts.send_modify(|attempts| attempts.note(&item.publication, &result));
+                let Err(error) = result else { continue };
                 debug!(?subject, error = chain(&error), "cannot write to the API yet");
                 if is_refusal(&error) {
                     rested = Instant::now() + patience.after(&error);

@@ -21,6 +21,7 @@ struct Bench {
     client: Client,
     written: watch::Receiver<Written>,
     publications: mpsc::UnboundedSender<Publication>,
+    attempts: watch::Receiver<Attempts>,
 }
 
 impl Bench {
@@ -39,8 +40,9 @@ impl Bench {
         .await;
         let (publications, queue) = mpsc::unbounded_channel();
         let (commands, _) = mpsc::channel(1);
-        tokio::spawn(run(client.clone(), scope("node1"), queue, commands.downgrade()));
-        Self { client, written, publications }
+        let (sender, attempts) = watch::channel(Attempts::default());
+        tokio::spawn(run(client.clone(), scope("node1"), queue, commands.downgrade(), sender));
+        Self { client, written, publications, attempts }
     }
 
     fn publish(&self, publication: Publication) {
@@ -99,6 +101,12 @@ async fn what_is_not_taken_is_tried_again_and_keeps_nothing_else_waiting() {
     bench.publish(endpoint("b", "1"));
     bench.until(|written| written.objects.contains_key("b")).await;
     bench.until(|written| written.attempts["a"] > 3).await;
+    let [a, b] = ["a", "b"].map(|pod| ObjectName::new("default", pod));
+    let told = |attempts: &Attempts| {
+        let why = attempts.failure(&a);
+        why.is_some_and(|why| why.contains("away")) && attempts.failure(&b).is_none()
+    };
+    bench.attempts.wait_for(told).await.expect("a publisher");
 }
 
 fn gone(pod: &str, container: &str) -> Publication {
