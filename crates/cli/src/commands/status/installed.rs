@@ -365,10 +365,13 @@ fn warnings(installation: &Installation) -> Vec<Remark> {
             });
         }
         for container in pod.containers.iter().filter(|it| it.running && it.restarts > 0) {
+            let Container { name, restarts, .. } = container;
+            // It may be nothing to worry about: an operator that lost its Lease ends, too.
+            let after = container.ended.as_ref().map(|how| format!(", the last one after: {how}"));
             warnings.push(Remark {
                 component: component(pod),
                 from: pod.name.clone(),
-                text: format!("container {}: {} restarts", container.name, container.restarts),
+                text: format!("container {name}: {restarts} restarts{}", after.unwrap_or_default()),
             });
         }
     }

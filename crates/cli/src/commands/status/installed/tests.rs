@@ -86,6 +86,32 @@ fn operators_are_on_no_particular_node() {
 }
 
 #[test]
+fn a_restart_is_told_with_its_cause() {
+    let container = Container {
+        name: "operator".into(),
+        image: String::new(),
+        running: true,
+        ready: true,
+        restarts: 1,
+        ended: Some("Error, exit code 1: Error: the Lease is lost".into()),
+        problem: None,
+    };
+    let pod = PodState {
+        component: OPERATORS.into(),
+        name: "palisade-operator-1".into(),
+        node: None,
+        phase: "Running".into(),
+        unschedulable: None,
+        containers: vec![container],
+    };
+    let found = warnings(&Installation { pods: vec![pod], ..installed().installation });
+    let texts: Vec<&str> = found.iter().map(|it| it.text.as_str()).collect();
+    let operator = "container operator: 1 restarts, the last one after: Error, exit code 1: Error: \
+                    the Lease is lost";
+    assert_eq!(texts, [operator]);
+}
+
+#[test]
 fn a_proxy_that_its_agent_does_not_hear_is_told() {
     let mut installed = installed();
     installed.installation.proxy = true;
