@@ -1,8 +1,10 @@
 //! What is written when, and what is not.
 
+use std::time::Duration;
+
 use palisade_api::routing::Routing;
 use serde_json::Value;
-use tokio::sync::watch;
+use tokio::time::timeout;
 
 use super::{
     fake::{Answer, Asked, refused, server},
@@ -50,8 +52,13 @@ impl Bench {
     }
 
     async fn until(&mut self, holds: impl FnMut(&Written) -> bool) {
-        self.written.wait_for(holds).await.expect("a server");
+        within(self.written.wait_for(holds)).await.expect("a server");
     }
+}
+
+/// What is awaited comes much sooner, or never.
+async fn within<T>(work: impl Future<Output = T>) -> T {
+    timeout(Duration::from_secs(30), work).await.expect("in time")
 }
 
 fn answer(asked: &Asked, objects: &mut BTreeMap<String, Value>) -> Answer {
@@ -106,7 +113,7 @@ async fn what_is_not_taken_is_tried_again_and_keeps_nothing_else_waiting() {
         let why = attempts.failure(&a);
         why.is_some_and(|why| why.contains("away")) && attempts.failure(&b).is_none()
     };
-    bench.attempts.wait_for(told).await.expect("a publisher");
+    within(bench.attempts.wait_for(told)).await.expect("a publisher");
 }
 
 fn gone(pod: &str, container: &str) -> Publication {

@@ -93,7 +93,7 @@ fn the_tests_of_a_cluster_pass_on_a_lab() {
 fn interrupted_tests_say_what_was_seen_and_take_away_what_they_made() {
     let lab = Lab::up(1);
     let two = "^(all-ingress-deny-knp|clusterwide-ingress)$";
-    let mut tests = Command::new(program())
+    let tests = Command::new(program())
         .args(["connectivity", "test", "--test-concurrency", "1", "--test", two])
         .env("KUBECONFIG", lab.kubeconfig())
         .stdout(Stdio::piped())
