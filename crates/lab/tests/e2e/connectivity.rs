@@ -4,13 +4,14 @@ use std::{
     fs,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{Lab, Outside, eventually},
+    harness::{Lab, Outside, within},
     traffic::serve_echo,
 };
 
@@ -101,7 +102,8 @@ fn interrupted_tests_say_what_was_seen_and_take_away_what_they_made() {
         .spawn()
         .unwrap();
     let policy = ["get", "ciliumclusterwidenetworkpolicy", "palisade-test-1-ingress"];
-    eventually("the policy is there", || lab.try_kubectl(&policy).is_some());
+    // The whole first test comes before it.
+    within(Duration::from_secs(120), "the policy is there", || lab.try_kubectl(&policy).is_some());
     let process = Pid::from_raw(tests.id().try_into().unwrap()).unwrap();
     rustix::process::kill_process(process, Signal::INT).unwrap();
     let Output { status, stdout, stderr } = tests.wait_with_output().unwrap();
