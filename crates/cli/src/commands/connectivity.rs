@@ -313,8 +313,9 @@ async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
 /// First until everything is as it must be, then once more: it must stay so.
 async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
     let all = place.probes(test.kinds);
-    let begun = Instant::now();
     let mut answers = ask(place, test, all.clone()).await;
+    // From here on: where one round takes long, the state of before it is no answer for good.
+    let begun = Instant::now();
     while answers.iter().any(|it| !it.is_right()) {
         if begun.elapsed() > SETTLE {
             return Ok(Judgement::Asked(answers));
