@@ -191,11 +191,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
     let secrets = options.secrets_namespace.clone();
     let mut tasks: JoinSet<()> =
         reflect::follow_all(&client, &options.cluster_name, secrets, &commands);
+    let (attempts_sender, attempts) = watch::channel(publish::Attempts::default());
     tasks.spawn(publish::run(
         client.clone(),
         scope.clone(),
         publication_queue,
         commands.downgrade(),
+        attempts_sender,
     ));
     tasks.spawn(publish::keep_node(
         client,
@@ -252,6 +254,7 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         health: health.clone(),
         readiness,
         attachments: server.attachments(),
+        attempts,
     });
     tasks.spawn(admin::serve(admin, admin::listen(&options.run_dir)?));
 

@@ -328,8 +328,11 @@ impl Engine {
         let before = self.outputs.progress.borrow().endpoints.clone();
         for endpoint in tables.endpoints.rows() {
             let now = endpoints.get(&endpoint.id);
-            if now.is_some() && now != before.get(&endpoint.id) {
-                self.publish(Publication::endpoint(&tables, endpoint));
+            if now.is_some()
+                && now != before.get(&endpoint.id)
+                && let Some(state) = Publication::endpoint(&tables, endpoint)
+            {
+                self.publish(state);
             }
         }
         for labels in &outcome.unnumbered {

@@ -5,6 +5,7 @@
 //! closes. A connection may carry several requests, one after the other.
 
 use std::{
+    collections::BTreeMap,
     io::{self, BufRead, BufReader, Write},
     net::IpAddr,
     os::unix::net::UnixStream,
@@ -270,6 +271,10 @@ pub struct Status {
     pub endpoints: usize,
     /// Local endpoints that are not ready.
     pub endpoints_not_ready: usize,
+    /// Pods of the local endpoints whose `CiliumEndpoint` is not there or not up to date, as
+    /// `namespace/name`, and why. It says nothing of the endpoint itself.
+    #[serde(default)]
+    pub unwritten: BTreeMap<String, String>,
     /// Known identities.
     pub identities: usize,
     /// Known policies, those refused included.

@@ -19,4 +19,6 @@ pub mod replace;
 pub mod routing;
 #[cfg(feature = "crd")]
 pub mod secrets;
+#[cfg(feature = "crd")]
+pub mod service;
 pub mod settings;

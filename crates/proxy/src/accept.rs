@@ -12,6 +12,7 @@ use std::{
     time::Duration,
 };
 
+use rustix::thread::{CpuSet, sched_getaffinity, sched_setaffinity};
 use tokio::{net::TcpStream, runtime::Handle, sync::mpsc};
 
 use crate::{Proxy, connection, net, runtime, shares::Shares};
@@ -21,7 +22,7 @@ const MOST_CONNECTIONS: usize = 50_000;
 /// Descriptors for everything but connections.
 const OTHER_DESCRIPTORS: usize = 256;
 
-/// A thread for each core, each with a runtime of its own.
+/// A thread for each core, which stays there, each with a runtime of its own.
 pub struct Workers(Vec<Worker>);
 
 struct Worker {
@@ -36,12 +37,15 @@ impl Workers {
     ///
     /// The system gives no more threads or descriptors.
     pub fn start(count: NonZero<usize>) -> io::Result<Self> {
+        let cores = cores(count);
         let start = |number| {
             let runtime = runtime()?;
             let handle = runtime.handle().clone();
-            thread::Builder::new()
-                .name(format!("worker-{number}"))
-                .spawn(move || runtime.block_on(std::future::pending::<()>()))?;
+            let core = cores.get(number).copied();
+            thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
+                core.map(stay_on);
+                runtime.block_on(std::future::pending::<()>());
+            })?;
             Ok(Worker { runtime: handle, connections: Arc::default() })
         };
         (0..count.get()).map(start).collect::<io::Result<_>>().map(Self)
@@ -60,6 +64,25 @@ impl Workers {
     /// The one with the fewest connections.
     fn idlest(&self) -> Option<&Worker> {
         self.0.iter().min_by_key(|worker| worker.connections.load(Ordering::Relaxed))
+    }
+}
+
+/// One for each worker; none where the process may not use as much time as its cores have, so that
+/// the system has to choose.
+fn cores(workers: NonZero<usize>) -> Vec<usize> {
+    let allowed = sched_getaffinity(None).unwrap_or_else(|_| CpuSet::new());
+    let cores: Vec<_> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
+    if cores.len() == workers.get() { cores } else { Vec::new() }
+}
+
+/// Keeps the thread on a core, where the caches know its connections and the system need not look
+/// for a place whenever they wake it. If it must not be used any more, the kernel lets go of it
+/// (`sched_setaffinity(2)`, notes).
+fn stay_on(core: usize) {
+    let mut cores = CpuSet::new();
+    cores.set(core);
+    if let Err(error) = sched_setaffinity(None, &cores) {
+        tracing::warn!(core, %error, "a worker cannot stay on its core");
     }
 }
 

@@ -5,8 +5,9 @@
 mod world;
 
 use std::{
+    collections::BTreeSet,
     fs,
-    io::Write,
+    io::{self, Write},
     net::{IpAddr, Ipv4Addr, Ipv6Addr, Shutdown, SocketAddr, TcpStream},
     os::unix::fs::MetadataExt,
     sync::{
@@ -28,7 +29,7 @@ use palisade_policy::{
 };
 use rustix::{
     mount::{MountFlags, MountPropagationFlags},
-    thread::UnshareFlags,
+    thread::{CpuSet, UnshareFlags},
 };
 use world::{
     CLIENT4, CLIENT6, Namespace, SERVER4, WAIT, World,
@@ -46,9 +47,7 @@ fn the_process_keeps_no_more_than_it_needs() {
     let mut count = 0;
     for task in tasks {
         let status = fs::read_to_string(task.unwrap().path().join("status")).unwrap();
-        let value = |name: &str| {
-            status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
-        };
+        let value = |name: &str| field(&status, name);
         // CAP_NET_BIND_SERVICE is 10, CAP_NET_ADMIN is 12.
         let kept = 1u64 << 10 | 1 << 12;
         for set in ["CapEff:", "CapPrm:", "CapBnd:"] {
@@ -69,6 +68,35 @@ fn the_process_keeps_no_more_than_it_needs() {
     assert!(count > 1, "the workers are meant, too");
     let kept = fs::metadata(world.directory.join("state/rules.json")).unwrap();
     assert_eq!((kept.uid(), kept.mode() & 0o777), (USER, 0o600), "secrets are in it");
+}
+
+#[test]
+fn each_worker_stays_on_a_core_of_its_own() {
+    let world = World::new(rules(1, &[http(&["* *"])]));
+    let allowed = rustix::thread::sched_getaffinity(None).unwrap();
+    let cores: Vec<_> = (0..CpuSet::MAX_CPU).filter(|core| allowed.is_set(*core)).collect();
+    if thread::available_parallelism().unwrap().get() < cores.len() {
+        eprintln!("skipped: this process may not use all of its cores' time");
+        return;
+    }
+    let wanted: BTreeSet<_> = cores.iter().map(ToString::to_string).collect();
+    // Rules are acknowledged once each worker runs.
+    assert_eq!(worker_cores(world.proxy.0.id()), wanted);
+}
+
+/// Where the workers of a proxy may run.
+fn worker_cores(proxy: u32) -> BTreeSet<String> {
+    let tasks = fs::read_dir(format!("/proc/{proxy}/task")).unwrap();
+    let read = |task: io::Result<fs::DirEntry>| {
+        fs::read_to_string(task.unwrap().path().join("status")).unwrap()
+    };
+    let workers = tasks.map(read).filter(|status| field(status, "Name:").starts_with("worker-"));
+    workers.map(|status| field(&status, "Cpus_allowed_list:")).collect()
+}
+
+/// Of a thread's status.
+fn field(status: &str, name: &str) -> String {
+    status.lines().find_map(|line| line.strip_prefix(name)).unwrap().trim().to_owned()
 }
 
 #[test]

@@ -1,6 +1,6 @@
 //! One answer for each question.
 
-use std::fmt::Write;
+use std::{collections::BTreeMap, fmt::Write};
 
 use palisade_abi::{DropReason, TABLE_NONE, metric_index};
 use palisade_api::admin::{
@@ -110,6 +110,7 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         problems: progress.problems.iter().cloned().chain(admin.health.problems()).collect(),
         endpoints: tables.endpoints.len(),
         endpoints_not_ready: tables.endpoints.rows().filter(|row| !in_force(row)).count(),
+        unwritten: unwritten(admin, tables),
         identities: tables.identities.len(),
         policies: tables.policies.rows().count(),
         policies_refused: tables.policies.rows().filter(refused).count(),
@@ -123,6 +124,15 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         remote_nodes: tables.nodes.rows().filter(|row| row.name != admin.scope.node).count(),
         l7_proxy: admin.proxy.acknowledged().is_some(),
     }
+}
+
+fn unwritten(admin: &Admin, tables: &Tables) -> BTreeMap<String, String> {
+    let attempts = admin.attempts.borrow();
+    let failures = tables.endpoints.rows().filter_map(|row| {
+        let why = attempts.failure(&row.pod)?;
+        Some((row.pod.to_string(), why.to_owned()))
+    });
+    failures.collect()
 }
 
 fn endpoint(admin: &Admin, tables: &Tables, progress: &Progress, row: &EndpointRow) -> Endpoint {

@@ -25,6 +25,7 @@ use crate::{
     engine::{Progress, Rounds},
     observer::{Observer, matches},
     proxy::ProxyLink,
+    publish::Attempts,
     resolve::Scope,
     tables::TablesReader,
 };
@@ -86,6 +87,8 @@ pub struct Admin {
     pub readiness: Readiness,
     /// The pods' addresses.
     pub attachments: watch::Receiver<Option<Arc<Attachments>>>,
+    /// What has become of their objects.
+    pub attempts: watch::Receiver<Attempts>,
 }
 
 /// Takes the socket, for the owner and the group only.

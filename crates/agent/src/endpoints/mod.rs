@@ -258,7 +258,7 @@ impl<A: Attach> Endpoints for Lifecycle<A> {
         book.rows.remove(&id);
         book.moving.remove(&id);
         drop(book);
-        let gone = Publication::EndpointGone(endpoint.pod, endpoint.uid);
+        let gone = Publication::EndpointGone(endpoint.pod, endpoint.container_id);
         // The publisher ends only when the agent does.
         let _ = self.publications.send(gone);
         Ok(())

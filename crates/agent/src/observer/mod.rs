@@ -48,8 +48,7 @@ impl Observer {
         self.keep(self.namer.name_requests(records));
     }
 
-    fn keep(&self, flows: Vec<Flow>) {
-        let flows: Vec<Arc<Flow>> = flows.into_iter().map(Arc::new).collect();
+    fn keep(&self, flows: Vec<Arc<Flow>>) {
         let mut kept = self.kept();
         for flow in flows {
             if kept.len() == KEPT {

@@ -41,18 +41,18 @@ impl Namer {
     }
 
     /// The flows of events; those that no program of this version writes are left out.
-    pub fn name_all(&self, events: &[Event]) -> Vec<Flow> {
+    pub fn name_all(&self, events: &[Event]) -> Vec<Arc<Flow>> {
         let clock = Clock::now();
         let (tables, progress) = (self.tables.read(), self.progress.borrow());
         let mut naming = Naming::new(&self.node, &tables, &progress);
-        events.iter().filter_map(|event| naming.event(event, &clock)).collect()
+        events.iter().filter_map(|event| naming.event(event, &clock)).map(Arc::new).collect()
     }
 
     /// The flows of requests, each told once it was answered.
-    pub fn name_requests(&self, records: Vec<AccessRecord>) -> Vec<Flow> {
+    pub fn name_requests(&self, records: Vec<AccessRecord>) -> Vec<Arc<Flow>> {
         let (tables, progress) = (self.tables.read(), self.progress.borrow());
         let mut naming = Naming::new(&self.node, &tables, &progress);
-        records.into_iter().map(|record| naming.request(record)).collect()
+        records.into_iter().map(|record| Arc::new(naming.request(record))).collect()
     }
 }
 

@@ -4,7 +4,7 @@ use std::net::IpAddr;
 
 use kube::{
     Api, Client,
-    api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams},
+    api::{DeleteParams, DynamicObject, Patch, PatchParams, PostParams, Preconditions},
 };
 use serde_json::{Value, json};
 
@@ -17,10 +17,6 @@ pub(super) async fn write(
     scope: &Scope,
     state: &EndpointState,
 ) -> kube::Result<()> {
-    if state.uid.is_empty() {
-        // The pod is not known (any more): there is nothing that could own the object.
-        return Ok(());
-    }
     let resource = resources::cilium("CiliumEndpoint");
     let api: Api<DynamicObject> =
         Api::namespaced_with(client.clone(), &state.pod.namespace, &resource);
@@ -46,16 +42,20 @@ pub(super) async fn write(
     gone_is_done(api.create(&PostParams::default(), &object).await)
 }
 
-/// Removes the object of a pod that left, unless it is another pod's by now.
-pub(super) async fn delete(client: &Client, pod: &ObjectName, uid: &str) -> kube::Result<()> {
+/// Removes the object of an endpoint that is gone, unless it tells of another one by now.
+pub(super) async fn delete(client: &Client, pod: &ObjectName, container: &str) -> kube::Result<()> {
     let resource = resources::cilium("CiliumEndpoint");
     let api: Api<DynamicObject> = Api::namespaced_with(client.clone(), &pod.namespace, &resource);
     let Some(object) = api.get_opt(&pod.name).await? else { return Ok(()) };
-    let owners = object.metadata.owner_references.unwrap_or_default();
-    if !uid.is_empty() && !owners.is_empty() && owners.iter().all(|owner| owner.uid != uid) {
+    if object.data["status"]["external-identifiers"]["container-id"] != container {
         return Ok(());
     }
-    gone_is_done(api.delete(&pod.name, &DeleteParams::default()).await)
+    // Who writes meanwhile has another endpoint to tell of.
+    let read = Preconditions {
+        uid: object.metadata.uid,
+        resource_version: object.metadata.resource_version,
+    };
+    gone_is_done(api.delete(&pod.name, &DeleteParams::default().preconditions(read)).await)
 }
 
 fn status(scope: &Scope, state: &EndpointState) -> Value {

@@ -93,54 +93,22 @@ mod tests {
 
     use palisade_policy::label::Label;
     use serde_json::Value;
-    use tokio::{
-        io::{AsyncReadExt, AsyncWriteExt},
-        net::{TcpListener, TcpStream},
-    };
 
-    use super::*;
+    use super::{
+        super::fake::{Answer, Asked, refused, server},
+        *,
+    };
 
     /// Identities by name: of an API server, what allocation relies on.
     type Objects = Arc<Mutex<BTreeMap<String, Value>>>;
 
-    async fn server(objects: &Objects) -> Client {
-        let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-        let url = format!("http://{}", listener.local_addr().expect("an address"));
-        let objects = objects.clone();
-        tokio::spawn(async move {
-            while let Ok((stream, _)) = listener.accept().await {
-                tokio::spawn(serve(stream, objects.clone()));
-            }
-        });
-        let config = kube::Config::new(url.parse().expect("a URL"));
-        Client::try_from(config).expect("a client")
-    }
-
-    async fn serve(mut stream: TcpStream, objects: Objects) {
-        let mut head = String::new();
-        while !head.ends_with("\r\n\r\n") {
-            head.push(stream.read_u8().await.expect("a head").into());
-        }
-        let head = head.to_ascii_lowercase();
-        let length = head.lines().find_map(|line| line.strip_prefix("content-length: "));
-        let mut body = vec![0; length.map_or(0, |length| length.parse().expect("a length"))];
-        stream.read_exact(&mut body).await.expect("a body");
-        let (status, said) = answer(&head, &body, &objects);
-        let said = said.to_string();
-        let answer = format!("HTTP/1.1 {status} x\r\nconnection: close\r\n\r\n{said}");
-        stream.write_all(answer.as_bytes()).await.expect("an answer");
-    }
-
-    fn answer(head: &str, body: &[u8], objects: &Objects) -> (u16, Value) {
+    fn answer(asked: &Asked, objects: &Objects) -> Answer {
         let mut objects = objects.lock().unwrap_or_else(PoisonError::into_inner);
-        let refused = |code: u16| (code, json!({ "kind": "Status", "code": code, "reason": "x" }));
-        if head.starts_with("get ") {
-            let path = head.split(' ').nth(1).unwrap_or_default();
-            let name = path.rsplit('/').next().unwrap_or_default();
-            return objects.get(name).map_or_else(|| refused(404), |it| (200, it.clone()));
+        if asked.method == "get" {
+            return objects.get(asked.name()).map_or_else(|| refused(404), |it| (200, it.clone()));
         }
-        assert!(head.starts_with("post "), "{head}");
-        let object: Value = serde_json::from_slice(body).expect("an object");
+        assert_eq!(asked.method, "post");
+        let object = asked.body.clone();
         let name = object["metadata"]["name"].as_str().expect("a name").to_owned();
         if objects.contains_key(&name) {
             return refused(409);
@@ -161,7 +129,8 @@ mod tests {
             let object = serde_json::to_value(object(*id, &labels("other"))).expect("an object");
             objects.lock().expect("alone").insert(id.to_string(), object);
         }
-        let client = server(&objects).await;
+        let shared = objects.clone();
+        let client = server(move |asked| answer(asked, &shared)).await;
         let workers = (0..64).map(|worker| {
             let set = sets[worker % sets.len()].clone();
             let api = Api::all_with(client.clone(), &resources::cilium("CiliumIdentity"));

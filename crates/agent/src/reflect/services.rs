@@ -1,11 +1,10 @@
 //! `v1 Service` and `discovery.k8s.io/v1 EndpointSlice`.
 
-use std::net::IpAddr;
-
 use k8s_openapi::api::{
     core::v1::Service as ServiceObject,
     discovery::v1::{Endpoint, EndpointSlice as SliceObject},
 };
+use palisade_api::service;
 
 use super::{Parse, object_name};
 use crate::{
@@ -35,19 +34,11 @@ impl Parse for Services {
 
     fn parse(&self, object: ServiceObject) -> Option<Service> {
         let name = object_name(&object);
+        let addresses = service::addresses(&object);
         let spec = object.spec?;
         if spec.type_.as_deref() == Some("ExternalName") {
             return None;
         }
-        let mut addresses: Vec<IpAddr> = spec
-            .cluster_ips
-            .iter()
-            .flatten()
-            .chain(&spec.cluster_ip)
-            .filter_map(|ip| ip.parse().ok())
-            .collect();
-        addresses.sort();
-        addresses.dedup();
         let ports = spec.ports.iter().flatten();
         let affinity = (spec.session_affinity.as_deref() == Some("ClientIP")).then(|| {
             let config = spec.session_affinity_config.and_then(|config| config.client_ip);

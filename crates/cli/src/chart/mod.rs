@@ -66,9 +66,11 @@ impl Chart {
                 Err(fault) => problems.push(format!("config.{fault}")),
             }
         }
-        if chart.secrets_namespace() == namespace {
-            let own = "is the namespace of Palisade's pods; Secrets need one of their own";
-            problems.push(format!("secrets.namespace: {namespace:?} {own}"));
+        // What templates refuse themselves, for Helm has to refuse it too.
+        if problems.is_empty()
+            && let Err(refusal) = chart.objects()
+        {
+            problems.push(refusal.root_cause().to_string());
         }
         if !problems.is_empty() {
             return Err(Failure::refused(
@@ -370,9 +372,20 @@ mod tests {
             Chart::new(&chosen, "net").err().expect(name).to_string()
         };
         assert!(refused("default").contains("for these Secrets alone"), "{}", refused("default"));
+        let own = refused("net");
         assert!(
-            refused("net").contains("secrets.namespace: \"net\" is the namespace of Palisade's")
+            own.contains("secrets.namespace: is the namespace of Palisade's own pods"),
+            "{own}"
         );
+        let Some(mut helm) = helm() else {
+            eprintln!("SKIPPED: there is no helm; `make setup` installs it");
+            return;
+        };
+        helm.args(["template", "palisade", DIRECTORY, "--namespace", "net"]);
+        let output = helm.args(["--set", "secrets.namespace=net"]).output().unwrap();
+        let said = String::from_utf8(output.stderr).unwrap();
+        let words = own.strip_prefix("values that cannot be: ").unwrap();
+        assert!(!output.status.success() && said.contains(words), "{said}");
     }
 
     #[test]

@@ -4,8 +4,8 @@
 //! * `{{ if p }} … {{ else if p }} … {{ else }} … {{ end }}`
 //! * `{{ range $key, $value := p }} … {{ end }}` over a map or a list
 //! * operands: `.A.B` from the root, `$variable`, `"text"`, numbers, `true`, `false`, `(pipeline)`
-//! * functions: `and`, `default`, `eq`, `index`, `nindent`, `not`, `or`, `quote`, `sha256sum`,
-//!   `toJson`, `toYaml`
+//! * functions: `and`, `default`, `eq`, `fail`, `index`, `nindent`, `not`, `or`, `quote`,
+//!   `sha256sum`, `toJson`, `toYaml`
 //!
 //! A field that does not exist is null, as in Go. One difference: `toYaml` writes YAML's flow style,
 //! which is the same value.
@@ -311,6 +311,7 @@ fn call(name: &str, arguments: &[Value]) -> Result<Value> {
         }
         ("not", [value]) => (!is_true(value)).into(),
         ("eq", [one, other]) => (one == other).into(),
+        ("fail", [why]) => bail!(print(why)),
         ("and", [.., last]) => arguments.iter().find(|it| !is_true(it)).unwrap_or(last).clone(),
         ("or", [.., last]) => arguments.iter().find(|it| is_true(it)).unwrap_or(last).clone(),
         _ => bail!("no such function of {} arguments", arguments.len()),
@@ -404,6 +405,12 @@ mod tests {
         assert_eq!(rendered(range), "a=<1>;b=2;");
         let range = "{{- range $k, $v := .Values.list }}{{ $k }}={{ $v }};{{ end }}";
         assert_eq!(rendered(range), "0=1;1=a;");
+    }
+
+    #[test]
+    fn a_template_refuses_in_its_own_words() {
+        let error = render("{{ fail \"not so\" }}", &json!({})).unwrap_err();
+        assert_eq!(error.root_cause().to_string(), "not so");
     }
 
     #[test]

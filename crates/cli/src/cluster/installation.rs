@@ -62,6 +62,8 @@ pub(crate) struct Container {
     pub(crate) running: bool,
     pub(crate) ready: bool,
     pub(crate) restarts: i32,
+    /// How it ended before it was restarted.
+    pub(crate) ended: Option<String>,
     /// Why it does not run, where it should.
     pub(crate) problem: Option<String>,
 }
@@ -162,6 +164,7 @@ fn container(status: &ContainerStatus, prepares: bool) -> Container {
         running: state.running.is_some(),
         ready: status.ready,
         restarts: status.restart_count,
+        ended: status.last_state.as_ref().and_then(ended),
         problem: problem(&state, status.last_state.as_ref(), prepares),
     }
 }
@@ -171,15 +174,6 @@ fn problem(
     before: Option<&ContainerState>,
     prepares: bool,
 ) -> Option<String> {
-    let ended = |state: &ContainerState| {
-        let ended = state.terminated.as_ref()?;
-        let said = ended.message.as_deref().unwrap_or_default().trim();
-        // The last thing that it said is why.
-        let said =
-            said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
-        let reason = ended.reason.as_deref().unwrap_or("ended");
-        Some(format!("{reason}, exit code {}: {said}", ended.exit_code))
-    };
     if let Some(waiting) = &state.waiting {
         let reason = waiting.reason.as_deref().unwrap_or("waiting");
         if BEGINNING.contains(&reason) {
@@ -190,4 +184,35 @@ fn problem(
     }
     let failed = state.terminated.as_ref().is_some_and(|it| !prepares || it.exit_code != 0);
     if failed { ended(state) } else { None }
+}
+
+fn ended(state: &ContainerState) -> Option<String> {
+    let ended = state.terminated.as_ref()?;
+    let said = ended.message.as_deref().unwrap_or_default().trim();
+    // The last thing that it said is why; what it logged before may be in front.
+    let said = said.rfind("\nError: ").map_or(said, |at| &said[at..]);
+    let said = said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
+    let reason = ended.reason.as_deref().unwrap_or("ended");
+    Some(format!("{reason}, exit code {}: {said}", ended.exit_code))
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    #[test]
+    fn a_restart_is_told_with_what_came_before_it() {
+        let said = "INFO leading\nWARN cannot renew the Lease\nError: the Lease is lost\n";
+        let status = json!({
+            "name": "operator", "image": "palisade", "imageID": "", "ready": true,
+            "restartCount": 1, "state": { "running": {} },
+            "lastState": { "terminated": { "exitCode": 1, "reason": "Error", "message": said } },
+        });
+        let container = container(&serde_json::from_value(status).unwrap(), false);
+        let why = "Error, exit code 1: Error: the Lease is lost";
+        assert_eq!(container.ended.as_deref(), Some(why));
+        assert_eq!((container.restarts, container.problem), (1, None));
+    }
 }

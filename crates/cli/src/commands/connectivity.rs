@@ -7,7 +7,7 @@ mod report;
 mod suite;
 
 use std::{
-    collections::VecDeque,
+    collections::{BTreeMap, VecDeque},
     io::Write,
     path::PathBuf,
     sync::{
@@ -100,23 +100,25 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         file_options().with_context(|| format!("cannot write {}", file.display()))
     });
     let junit = junit.transpose()?;
-    let (verdicts, problem) = cluster::on_runtime(None, async {
+    let agenda = Arc::new(Agenda::new(&tests));
+    let ended = cluster::on_runtime(None, async {
         let client = cluster::client(global).await?;
         let dump = args.collect_sysdump_on_failure.then(|| FirstFailure::new(global.clone()));
         let mut interrupt = Interrupt::new()?;
         let mut interrupted = true;
         let all = async {
-            let results = run_all(&client, &args, tests, dump.map(Arc::new)).await;
+            let ended = run_all(&client, &args, &agenda, dump.map(Arc::new)).await;
             interrupted = false;
-            Ok(results)
+            ended
         };
-        let results = interrupt.or(all).await;
+        let ended = interrupt.or(all).await;
         if interrupted && !args.keep {
             warn(format_args!("interrupted; taking away clients, servers and policies"));
-            interrupt.or(remove_all(&client, &args)).await?;
+            return Ok(interrupt.or(remove_all(&client, &args)).await.and(ended));
         }
-        results
+        Ok(ended)
     })?;
+    let verdicts = agenda.verdicts(&tests);
     if let Some(mut file) = junit {
         file.set_len(0).context("--junit-file")?;
         file.write_all(report::junit(&verdicts).as_bytes()).context("--junit-file")?;
@@ -126,10 +128,40 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
         Format::Json => note!("{}", serde_json::to_string_pretty(&report::json(&verdicts))?),
         Format::Table => note!("{}", report::text(&verdicts).trim_end()),
     }
-    if let Some(problem) = problem {
-        return Err(problem.context("not all clients and servers started"));
-    }
+    ended?;
     Ok(if verdicts.iter().all(Verdict::passed) { Exit::Ok } else { Exit::No })
+}
+
+/// What there is to do, and what came of what was done.
+struct Agenda {
+    queue: Mutex<VecDeque<&'static Test>>,
+    seen: Mutex<Vec<Verdict>>,
+}
+
+impl Agenda {
+    fn new(tests: &[&'static Test]) -> Self {
+        Self { queue: Mutex::new(tests.iter().copied().collect()), seen: Mutex::default() }
+    }
+
+    fn left(&self) -> usize {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).len()
+    }
+
+    fn next(&self) -> Option<&'static Test> {
+        self.queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front()
+    }
+
+    fn note(&self, verdict: Verdict) {
+        self.seen.lock().unwrap_or_else(PoisonError::into_inner).push(verdict);
+    }
+
+    /// One for each test, in their order. Takes what was noted.
+    fn verdicts(&self, tests: &[&'static Test]) -> Vec<Verdict> {
+        let mut seen = self.seen.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut seen: BTreeMap<_, _> = seen.drain(..).map(|it| (it.name, it)).collect();
+        let of = |name| seen.remove(name).unwrap_or_else(|| Verdict::unrun(name));
+        tests.iter().map(|test| test.name).map(of).collect()
+    }
 }
 
 /// Collects once, whatever fails after that: later on others' policies have come and gone.
@@ -158,20 +190,20 @@ impl FirstFailure {
     }
 }
 
-/// Places take tests off one queue. The results, and why a place did not start.
+/// Places take tests off the agenda. Fails, after all tests that can be run, if a place did not start.
 async fn run_all(
     client: &Client,
     args: &TestArgs,
-    tests: Vec<&'static Test>,
+    agenda: &Arc<Agenda>,
     dump: Option<Arc<FirstFailure>>,
-) -> (Vec<Verdict>, Option<anyhow::Error>) {
+) -> Result<()> {
     let quiet = Progress::start("starting clients and servers");
     let plan = Plan {
         name: args.test_namespace.clone(),
         image: args.image.clone(),
         outside: args.outside.clone(),
     };
-    let count = u16::try_from(tests.len())
+    let count = u16::try_from(agenda.left())
         .map_or(args.test_concurrency, |it| it.min(args.test_concurrency));
     let mut starts = JoinSet::new();
     for number in 1..=count {
@@ -186,13 +218,12 @@ async fn run_all(
             ));
         }
     }
-    let queue = Arc::new(Mutex::new(VecDeque::from(tests)));
     let mut workers = JoinSet::new();
     let mut problem = None;
     for place in started {
         match place {
             Ok(place) => {
-                workers.spawn(work(place, queue.clone(), args.keep, dump.clone()));
+                workers.spawn(work(place, agenda.clone(), args.keep, dump.clone()));
             }
             Err(error) => {
                 if let Some(dump) = &dump {
@@ -202,17 +233,15 @@ async fn run_all(
             }
         }
     }
-    let mut verdicts: Vec<Verdict> = workers.join_all().await.into_iter().flatten().collect();
+    workers.join_all().await;
+    let Some(problem) = problem else { return Ok(()) };
     // What did start of a place goes, too.
-    if problem.is_some()
-        && !args.keep
+    if !args.keep
         && let Err(error) = remove_all(client, args).await
     {
         warn(format_args!("warning: {error:#}"));
     }
-    let place = |verdict: &Verdict| suite::TESTS.iter().position(|it| it.name == verdict.name);
-    verdicts.sort_by_key(place);
-    (verdicts, problem)
+    Err(problem.context("not all clients and servers started"))
 }
 
 /// Takes away what was begun, whatever has become of it.
@@ -225,16 +254,8 @@ async fn remove_all(client: &Client, args: &TestArgs) -> Result<()> {
     outcome
 }
 
-async fn work(
-    place: Place,
-    queue: Arc<Mutex<VecDeque<&'static Test>>>,
-    keep: bool,
-    dump: Option<Arc<FirstFailure>>,
-) -> Vec<Verdict> {
-    let mut verdicts = Vec::new();
-    loop {
-        let next = queue.lock().unwrap_or_else(PoisonError::into_inner).pop_front();
-        let Some(test) = next else { break };
+async fn work(place: Place, agenda: Arc<Agenda>, keep: bool, dump: Option<Arc<FirstFailure>>) {
+    while let Some(test) = agenda.next() {
         let begun = Instant::now();
         let mut outcome = judge(&place, test).await;
         if let Some(dump) = &dump
@@ -247,12 +268,11 @@ async fn work(
         }
         let verdict = Verdict::new(test.name, begun.elapsed(), outcome);
         warn(format_args!("{}", verdict.line()));
-        verdicts.push(verdict);
+        agenda.note(verdict);
     }
     if !keep && let Err(error) = place.remove().await {
         warn(format_args!("warning: {error:#}"));
     }
-    verdicts
 }
 
 /// What a test came to.
@@ -263,13 +283,15 @@ enum Judgement {
     Broken(String),
     /// The policy or whom to ask cannot be had here, and that is allowed.
     Skipped(String),
+    /// The tests ended before it had.
+    Unrun,
 }
 
 impl Judgement {
     fn passed(&self) -> bool {
         match self {
             Self::Asked(answers) => answers.iter().all(Answer::is_right),
-            Self::Broken(_) => false,
+            Self::Broken(_) | Self::Unrun => false,
             Self::Skipped(_) => true,
         }
     }
@@ -291,8 +313,9 @@ async fn judge(place: &Place, test: &'static Test) -> Result<Judgement> {
 /// First until everything is as it must be, then once more: it must stay so.
 async fn settle(place: &Place, test: &Test) -> Result<Judgement> {
     let all = place.probes(test.kinds);
-    let begun = Instant::now();
     let mut answers = ask(place, test, all.clone()).await;
+    // From here on: where one round takes long, the state of before it is no answer for good.
+    let begun = Instant::now();
     while answers.iter().any(|it| !it.is_right()) {
         if begun.elapsed() > SETTLE {
             return Ok(Judgement::Asked(answers));

@@ -2,16 +2,16 @@
 
 use std::{
     fs,
-    io::Read,
     path::{Path, PathBuf},
     process::{Command, Output, Stdio},
+    time::Duration,
 };
 
 use rustix::process::{Pid, Signal};
 use serde_json::{Value, json};
 
 use crate::{
-    harness::{Lab, Outside, eventually},
+    harness::{Lab, Outside, within},
     traffic::serve_echo,
 };
 
@@ -91,22 +91,32 @@ fn the_tests_of_a_cluster_pass_on_a_lab() {
 }
 
 #[test]
-fn interrupted_tests_take_away_what_they_made() {
+fn interrupted_tests_say_what_was_seen_and_take_away_what_they_made() {
     let lab = Lab::up(1);
-    let mut tests = Command::new(program())
-        .args(["connectivity", "test", "--test", "^clusterwide-ingress$"])
+    let two = "^(all-ingress-deny-knp|clusterwide-ingress)$";
+    let tests = Command::new(program())
+        .args(["connectivity", "test", "--test-concurrency", "1", "--test", two])
         .env("KUBECONFIG", lab.kubeconfig())
+        .stdout(Stdio::piped())
         .stderr(Stdio::piped())
         .spawn()
         .unwrap();
     let policy = ["get", "ciliumclusterwidenetworkpolicy", "palisade-test-1-ingress"];
-    eventually("the policy is there", || lab.try_kubectl(&policy).is_some());
+    // The whole first test comes before it.
+    within(Duration::from_secs(120), "the policy is there", || lab.try_kubectl(&policy).is_some());
     let process = Pid::from_raw(tests.id().try_into().unwrap()).unwrap();
     rustix::process::kill_process(process, Signal::INT).unwrap();
-    let mut said = String::new();
-    tests.stderr.take().unwrap().read_to_string(&mut said).unwrap();
-    assert_eq!(tests.wait().unwrap().code(), Some(1), "{said}");
+    let Output { status, stdout, stderr } = tests.wait_with_output().unwrap();
+    let [table, said] = [stdout, stderr].map(|text| String::from_utf8(text).unwrap());
+    assert_eq!(status.code(), Some(1), "{said}");
     assert!(said.contains("error: interrupted"), "{said}");
+    let result = |test: &str| {
+        let row = table.lines().find(|line| line.starts_with(test)).expect(test);
+        row[test.len()..].trim_start().split("  ").next().unwrap().to_owned()
+    };
+    assert_eq!(result("all-ingress-deny-knp"), "passed", "{table}");
+    assert_eq!(result("clusterwide-ingress"), "not run", "{table}");
+    assert!(table.contains("1 passed, 0 failed, 0 skipped, 1 not run"), "{table}");
     assert!(lab.try_kubectl(&policy).is_none(), "{said}");
     assert!(lab.try_kubectl(&["get", "namespace", "palisade-test-1"]).is_none(), "{said}");
 }

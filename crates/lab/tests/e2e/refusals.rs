@@ -13,8 +13,10 @@ use palisade_lab::nodes::Program;
 use super::{
     gate::{Asked, Gate, Refusal, Seen},
     harness::{Lab, Pod, eventually, within},
+    install::{pretend, run, succeeds},
     operator::{Operator, holder, networks, transitions},
     silence::CALM,
+    status::stand_in,
     traffic::{Flow, Siege, serve_echo},
 };
 
@@ -273,6 +275,27 @@ fn a_server_with_too_much_to_do_is_spared_and_nothing_is_lost() {
     siege.end(10_000);
     within(RELIEVED + CALM, "the agents are content", || errors(&lab, |error| error.is_none()));
     assert_eq!(pids(&lab), before, "no agent started again");
+}
+
+#[test]
+fn a_pod_whose_object_cannot_be_written_is_managed_all_the_same() {
+    let lab = Lab::up(1);
+    succeeds(&lab, &["install"]);
+    pretend(&lab, "palisade", 1, 1);
+    stand_in(&lab);
+    let gate = Gate::for_agents(&lab, 1, "token");
+    gate.refuse(too_many(who_writes));
+    lab.apply(LATE);
+    ready(&lab, "late");
+    let status = || run(&lab, &["status"]).1;
+    within(RELIEVED, "it is said what is so", || {
+        let text = status();
+        assert!(!text.contains("did not give them"), "{text}");
+        let managed = "1 pods are managed by Palisade, but have no CiliumEndpoint yet: ";
+        text.lines().any(|line| line.contains(managed) && line.contains("429 Too Many Requests"))
+    });
+    gate.refuse(None);
+    within(RELIEVED, "there is nothing to say", || !status().contains("CiliumEndpoint"));
 }
 
 #[test]

@@ -91,6 +91,22 @@ spec:
   ports: [{name: http, port: 80}, {name: dgram, port: 53, protocol: UDP}]
 ";
 
+/// From outside only the backends of one node answer; from inside all do.
+const LENT: &str = r"
+apiVersion: v1
+kind: Service
+metadata: {name: lent}
+spec:
+  type: LoadBalancer
+  externalTrafficPolicy: Local
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: web}
+  ports:
+  - {name: http, port: 80, targetPort: http}
+  - {name: alt, port: 443, targetPort: alt}
+  - {name: dgram, port: 53, targetPort: dgram, protocol: UDP}
+";
+
 /// What came of a question.
 #[derive(Clone, Debug, PartialEq, Eq, PartialOrd, Ord)]
 enum Said {
@@ -408,6 +424,38 @@ impl World {
         }
     }
 
+    fn a_load_balancers_address_is_one_of_the_service(&self) {
+        self.lab.apply(LENT);
+        let own = 2 * PORTS.len();
+        let lent = [IpAddr::from([192, 0, 2, 80]), "2001:db8::80".parse().unwrap()];
+        let lend = |mode: &str| {
+            let ingress = lent.map(|ip| format!(r#"{{"ip": "{ip}", "ipMode": "{mode}"}}"#));
+            let ingress = ingress.join(", ");
+            let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{ingress}]}}}}}}"#);
+            let patch = ["patch", "service", "lent", "--subresource=status", "-p", &status];
+            self.lab.kubectl(&[&patch[..], &["--type=merge"]].concat());
+        };
+        let entries = |count: usize| {
+            self.lab.await_table("service-entries", |rows| {
+                let complete =
+                    |row: &&Vec<String>| row[1] == "default/lent" && row[2].contains(',');
+                rows.iter().filter(complete).count() == count
+            });
+        };
+        lend("VIP");
+        entries(2 * own);
+        for pod in [&self.client, &self.foes[1]] {
+            check(pod, "lent", &lent, &PORTS, OFTEN, |_| both());
+        }
+        lend("Proxy");
+        entries(own);
+        lend("VIP");
+        entries(2 * own);
+        let ranges = r#"{"spec": {"loadBalancerSourceRanges": ["198.51.100.0/24"]}}"#;
+        self.lab.kubectl(&["patch", "service", "lent", "-p", ranges]);
+        entries(own);
+    }
+
     fn policies_hold_for_services(&self) {
         let silence = || BTreeSet::from([Said::Silence]);
         self.policy(
@@ -487,6 +535,7 @@ fn services_lead_where_they_should() {
     step("past services", &|| world.a_socket_may_pass_services());
     step("collisions", &|| world.one_port_has_one_use());
     step("hairpin", &|| world.a_pod_reaches_itself());
+    step("load balancer", &|| world.a_load_balancers_address_is_one_of_the_service());
     step("policies", &|| world.policies_hold_for_services());
     step("deleted", &|| world.a_deleted_service_is_no_more());
     println!("{}", times.join(", "));

@@ -9,7 +9,7 @@ use crate::{
     silence::{CALM, NOTICED, Pulled},
 };
 
-fn stand_in(lab: &Lab) {
+pub(crate) fn stand_in(lab: &Lab) {
     let program = Path::new(PROGRAM).with_file_name("palisade");
     lab.apply(&format!(
         "apiVersion: v1

@@ -16,7 +16,7 @@ use std::{
 };
 
 use bytes::Bytes;
-use futures::{StreamExt, stream::FuturesUnordered};
+use futures::{StreamExt, future::OptionFuture, stream::FuturesUnordered};
 use h2::{
     Reason, RecvStream, SendStream, StreamId,
     client::{self, ResponseFuture, SendRequest},
@@ -295,9 +295,15 @@ impl Shared<'_> {
 
     /// The connection to the server, made for the first request that is allowed.
     async fn server(&self) -> io::Result<SendRequest<Bytes>> {
-        let server = self.server.get_or_try_init(|| async {
-            let stream = self.gate.connect().await?;
-            Server::handshake(stream, Arc::clone(&self.gone)).await.map_err(io::Error::other)
+        if let Some(server) = self.server.get() {
+            return Ok(server.send.clone());
+        }
+        // In memory of its own, which all later requests do without.
+        let server = self.server.get_or_try_init(|| {
+            Box::pin(async {
+                let stream = self.gate.connect().await?;
+                Server::handshake(stream, Arc::clone(&self.gone)).await.map_err(io::Error::other)
+            })
         });
         // One who waits for a connection that fails begins anew, after those who waited before.
         Ok(timeout(CONNECT_TIME, server).await??.send.clone())
@@ -552,22 +558,22 @@ impl Exchange<'_> {
             true => Err(Stop::Malformed),
             false => Ok(HeaderMap::new()),
         };
-        let mut upload = pin!(async {
-            if body.is_end_stream() {
-                return Ok(());
-            }
-            match pump(body, up, own_trailers, &activity).await {
-                Ok(()) | Err(Stop::Writer) => Ok(()),
-                Err(Stop::Reader(_)) => Err(Break::Client),
-                Err(Stop::Malformed) => Err(Break::Malformed),
-            }
-        });
+        // In memory of its own, which most requests, having no body, do without.
+        let mut upload = OptionFuture::from((!body.is_end_stream()).then(|| {
+            Box::pin(async {
+                match pump(body, up, own_trailers, &activity).await {
+                    Ok(()) | Err(Stop::Writer) => Ok(()),
+                    Err(Stop::Reader(_)) => Err(Break::Client),
+                    Err(Stop::Malformed) => Err(Break::Malformed),
+                }
+            })
+        }));
         let (mut uploading, mut interims) = (true, 0);
         let head = loop {
             tokio::select! {
                 biased;
                 sent = &mut upload, if uploading => {
-                    sent?;
+                    sent.transpose()?;
                     uploading = false;
                 }
                 _ = poll_fn(|cx| respond.poll_reset(cx)) => return Err(Break::Client),
@@ -608,7 +614,7 @@ impl Exchange<'_> {
             tokio::select! {
                 biased;
                 sent = &mut upload, if uploading => {
-                    sent?;
+                    sent.transpose()?;
                     uploading = false;
                 }
                 sent = &mut download => return sent.map_err(|stop| match stop {
@@ -667,6 +673,7 @@ async fn pump(
 ) -> Result<(), Stop> {
     loop {
         let data = tokio::select! {
+            biased;
             data = from.data() => data,
             _ = poll_fn(|cx| to.poll_reset(cx)) => return Err(Stop::Writer),
             () = activity.stopped() => return Err(Stop::Reader(Reason::CANCEL)),

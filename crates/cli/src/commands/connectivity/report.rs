@@ -53,6 +53,11 @@ impl Verdict {
         Self { name, took, outcome }
     }
 
+    /// Of a test that was not run to its end.
+    pub(super) const fn unrun(name: &'static str) -> Self {
+        Self { name, took: Duration::ZERO, outcome: Judgement::Unrun }
+    }
+
     /// A skipped test did not fail.
     pub(super) fn passed(&self) -> bool {
         self.outcome.passed()
@@ -61,7 +66,7 @@ impl Verdict {
     fn answers(&self) -> &[Answer] {
         match &self.outcome {
             Judgement::Asked(answers) => answers,
-            Judgement::Broken(_) | Judgement::Skipped(_) => &[],
+            Judgement::Broken(_) | Judgement::Skipped(_) | Judgement::Unrun => &[],
         }
     }
 
@@ -75,6 +80,7 @@ impl Verdict {
             }
             Judgement::Broken(why) => ("failed", vec![why.clone()]),
             Judgement::Skipped(why) => ("skipped", vec![why.clone()]),
+            Judgement::Unrun => ("not run", vec!["the tests ended before it had".to_owned()]),
         }
     }
 
@@ -92,7 +98,7 @@ impl Verdict {
 
 pub(super) fn text(verdicts: &[Verdict]) -> String {
     let mut text = String::new();
-    for verdict in verdicts.iter().filter(|it| !it.passed()) {
+    for verdict in verdicts.iter().filter(|it| it.result().0 == "failed") {
         // Writing to a string never fails.
         let _ = writeln!(text, "\n{}:", verdict.name);
         if !verdict.answers().is_empty() {
@@ -120,7 +126,11 @@ pub(super) fn text(verdicts: &[Verdict]) -> String {
              ERROR: could not be asked, or was denied in another way than it must be.\n",
         );
     }
-    let _ = writeln!(text, "\n{passed} passed, {failed} failed, {skipped} skipped");
+    let _ = write!(text, "\n{passed} passed, {failed} failed, {skipped} skipped");
+    match count("not run") {
+        0 => text.push('\n'),
+        unrun => _ = writeln!(text, ", {unrun} not run"),
+    }
     text
 }
 
@@ -191,7 +201,8 @@ pub(super) fn json(verdicts: &[Verdict]) -> Value {
 /// The XML that JUnit writes.
 pub(super) fn junit(verdicts: &[Verdict]) -> String {
     let count = |result| verdicts.iter().filter(|it| it.result().0 == result).count();
-    let (failures, skipped) = (count("failed"), count("skipped"));
+    // JUnit has no word of its own for what was not run.
+    let (failures, skipped) = (count("failed"), count("skipped") + count("not run"));
     let mut xml = format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"palisade connectivity test\" \
          tests=\"{}\" failures=\"{failures}\" skipped=\"{skipped}\">\n",
@@ -203,7 +214,7 @@ pub(super) fn junit(verdicts: &[Verdict]) -> String {
         let why = escape(&why.join("\n"));
         let inner = match result {
             "failed" => format!("<failure>{why}</failure>"),
-            "skipped" => format!("<skipped message=\"{why}\"/>"),
+            "skipped" | "not run" => format!("<skipped message=\"{why}\"/>"),
             _ => String::new(),
         };
         let _ = writeln!(xml, "  <testcase name=\"{name}\" time=\"{took:.3}\">{inner}</testcase>");
@@ -261,6 +272,7 @@ mod tests {
             Verdict::new("bad", took, Ok(Judgement::Asked(bad))),
             Verdict::new("other", took, Ok(Judgement::Skipped("not yet".into()))),
             Verdict::new("broken", took, Err(anyhow::anyhow!("away"))),
+            Verdict::unrun("last"),
         ];
         assert_eq!(
             text(&verdicts),
@@ -282,15 +294,16 @@ good     passed    1         1        0        0      0
 bad      failed    1         1        1        1      1
 other    skipped   -         -        -        -      -
 broken   failed    -         -        -        -      -
+last     not run   -         -        -        -      -
 
 LEAKED: got through, and must not. LOST: did not get through, and must.
 ERROR: could not be asked, or was denied in another way than it must be.
 
-1 passed, 2 failed, 1 skipped
+1 passed, 2 failed, 1 skipped, 1 not run
 "
         );
         let xml = junit(&verdicts);
-        assert!(xml.contains("tests=\"4\" failures=\"2\" skipped=\"1\""), "{xml}");
+        assert!(xml.contains("tests=\"5\" failures=\"2\" skipped=\"2\""), "{xml}");
         assert!(
             xml.contains("through (TIMEOUT &lt;got&gt; &quot;in&quot;\u{fffd}), and must\n"),
             "{xml}"
@@ -313,6 +326,6 @@ ERROR: could not be asked, or was denied in another way than it must be.
             })
         );
         assert_eq!(told["probes"][4]["got"], Value::Null);
-        assert!(verdicts[2].passed() && !verdicts[3].passed());
+        assert!(verdicts[2].passed() && !verdicts[3].passed() && !verdicts[4].passed());
     }
 }

@@ -49,7 +49,7 @@ impl Installed {
             return Err(Box::new(cluster));
         };
         let errors = errors(&cluster, &installation);
-        let warnings = warnings(&cluster, &installation);
+        let warnings = warnings(&installation);
         Ok(Self {
             cluster: Box::new(cluster),
             installation,
@@ -86,6 +86,42 @@ impl Installed {
                 }
             }
         }
+        let remarks = self.pods_without_objects();
+        self.warnings.extend(remarks);
+    }
+
+    /// Whether a pod is Palisade's its agent knows; the object only tells so.
+    fn pods_without_objects(&self) -> Vec<Remark> {
+        let mut bare: BTreeSet<&String> =
+            self.cluster.running.difference(&self.cluster.endpoints).collect();
+        let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
+        for (pod, why) in self.agents.iter().flat_map(|status| &status.unwritten) {
+            if bare.remove(pod) {
+                *reasons.entry(why).or_default() += 1;
+            }
+        }
+        let texts = reasons.into_iter().map(|(why, count)| {
+            format!("{count} pods are managed by Palisade, but have no CiliumEndpoint yet: {why}")
+        });
+        let rest = (!bare.is_empty()).then(|| self.of_unknown(bare.len()));
+        let remark = |text| Remark { component: AGENTS, from: AGENTS.to_owned(), text };
+        texts.chain(rest).map(remark).collect()
+    }
+
+    /// Only who heard every agent can tell that none has these pods.
+    fn of_unknown(&self, pods: usize) -> String {
+        let all = usize::try_from(self.installation.agents.desired) == Ok(self.agents.len());
+        if all {
+            format!(
+                "{pods} pods have an address that Palisade did not give them, and no policy: \
+                 delete them, and what manages them starts them anew"
+            )
+        } else {
+            format!(
+                "{pods} pods have an address and no CiliumEndpoint; whether Palisade manages them \
+                 only their agents know, and not all of these could be asked"
+            )
+        }
     }
 
     /// Agents on every node of the newest version, an operator, and no errors.
@@ -99,7 +135,9 @@ impl Installed {
     }
 
     fn managed(&self) -> usize {
-        self.cluster.pods.intersection(&self.cluster.endpoints).count()
+        let unwritten = |pod| self.agents.iter().any(|status| status.unwritten.contains_key(pod));
+        let pods = self.cluster.pods.iter();
+        pods.filter(|pod| self.cluster.endpoints.contains(*pod) || unwritten(pod.as_str())).count()
     }
 
     fn state(&self, component: &str, replicas: Replicas) -> String {
@@ -309,7 +347,7 @@ fn errors(cluster: &Cluster, installation: &Installation) -> Vec<Remark> {
     errors
 }
 
-fn warnings(cluster: &Cluster, installation: &Installation) -> Vec<Remark> {
+fn warnings(installation: &Installation) -> Vec<Remark> {
     let mut warnings = Vec::new();
     if !installation.agents.current {
         warnings.push(Remark {
@@ -327,23 +365,15 @@ fn warnings(cluster: &Cluster, installation: &Installation) -> Vec<Remark> {
             });
         }
         for container in pod.containers.iter().filter(|it| it.running && it.restarts > 0) {
+            let Container { name, restarts, .. } = container;
+            // It may be nothing to worry about: an operator that lost its Lease ends, too.
+            let after = container.ended.as_ref().map(|how| format!(", the last one after: {how}"));
             warnings.push(Remark {
                 component: component(pod),
                 from: pod.name.clone(),
-                text: format!("container {}: {} restarts", container.name, container.restarts),
+                text: format!("container {name}: {restarts} restarts{}", after.unwrap_or_default()),
             });
         }
-    }
-    let unmanaged = cluster.running.difference(&cluster.endpoints).count();
-    if unmanaged > 0 {
-        warnings.push(Remark {
-            component: AGENTS,
-            from: AGENTS.to_owned(),
-            text: format!(
-                "{unmanaged} pods have an address that Palisade did not give them, and no policy: \
-                 delete them, and what manages them starts them anew"
-            ),
-        });
     }
     warnings
 }

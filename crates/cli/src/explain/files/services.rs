@@ -17,6 +17,7 @@ use k8s_openapi::{
 use palisade_api::{
     admin::Explain,
     explain::{NamedEnd, backend_name, named_service},
+    service::addresses,
 };
 use serde_json::Value;
 
@@ -249,12 +250,6 @@ fn selected<'a>(
         seen.insert(end.name.clone()).then_some((end, number))
     });
     backends.collect()
-}
-
-fn addresses(service: &Service) -> Vec<IpAddr> {
-    let spec = service.spec.iter();
-    let texts = spec.flat_map(|spec| spec.cluster_ips.iter().flatten().chain(&spec.cluster_ip));
-    texts.filter_map(|text| text.parse().ok()).collect()
 }
 
 pub(super) fn full_name(service: &Service) -> String {

@@ -86,6 +86,32 @@ fn operators_are_on_no_particular_node() {
 }
 
 #[test]
+fn a_restart_is_told_with_its_cause() {
+    let container = Container {
+        name: "operator".into(),
+        image: String::new(),
+        running: true,
+        ready: true,
+        restarts: 1,
+        ended: Some("Error, exit code 1: Error: the Lease is lost".into()),
+        problem: None,
+    };
+    let pod = PodState {
+        component: OPERATORS.into(),
+        name: "palisade-operator-1".into(),
+        node: None,
+        phase: "Running".into(),
+        unschedulable: None,
+        containers: vec![container],
+    };
+    let found = warnings(&Installation { pods: vec![pod], ..installed().installation });
+    let texts: Vec<&str> = found.iter().map(|it| it.text.as_str()).collect();
+    let operator = "container operator: 1 restarts, the last one after: Error, exit code 1: Error: \
+                    the Lease is lost";
+    assert_eq!(texts, [operator]);
+}
+
+#[test]
 fn a_proxy_that_its_agent_does_not_hear_is_told() {
     let mut installed = installed();
     installed.installation.proxy = true;
@@ -111,4 +137,36 @@ fn agents_that_nobody_may_ask_are_not_ill() {
     let text = installed.text(false);
     assert_eq!(text.matches("Not collected:").count(), 1, "{text}");
     assert_eq!(installed.json()["collection_errors"].as_array().map(Vec::len), Some(1));
+}
+
+#[test]
+fn pods_whose_objects_could_not_be_written_are_managed_all_the_same() {
+    let pods = ["default/a", "default/b", "default/c"].map(str::to_owned);
+    let hear = |answers: [Answer; 2]| {
+        let mut installed = installed();
+        installed.cluster.pods.extend(pods.clone());
+        installed.cluster.running.extend(pods.clone());
+        installed.cluster.endpoints.insert(pods[0].clone());
+        let answers = answers.map(|answer| Asked { pod: String::new(), answer });
+        installed.hear(Ok(answers.into()));
+        installed.text(false)
+    };
+    // What is outdated is there.
+    let unwritten = |pods: &[String]| {
+        let unwritten = pods.iter().map(|pod| (pod.clone(), "429 Too Many Requests".to_owned()));
+        says(Status { unwritten: unwritten.collect(), ..status("node1") })
+    };
+    let well = || says(status("node2"));
+    let managed = "1 pods are managed by Palisade, but have no CiliumEndpoint yet: 429 Too Many";
+    let foreign = "pods have an address that Palisade did not give them";
+    let unsure = "1 pods have an address and no CiliumEndpoint; whether Palisade manages them";
+
+    let text = hear([unwritten(&pods), well()]);
+    assert!(text.contains(&managed.replace('1', "2")) && !text.contains(foreign), "{text}");
+    assert!(text.contains("3/3 managed by Palisade"), "{text}");
+    let text = hear([unwritten(&pods[..2]), well()]);
+    assert!(text.contains(managed) && text.contains(&format!("1 {foreign}")), "{text}");
+    assert!(text.contains("2/3 managed by Palisade"), "{text}");
+    let text = hear([unwritten(&pods[..2]), Answer::Unasked("403 Forbidden".into())]);
+    assert!(text.contains(unsure) && !text.contains(foreign), "{text}");
 }

@@ -14,6 +14,7 @@ pub(in super::super) fn status(node: &str) -> Status {
         problems: Vec::new(),
         endpoints: 1,
         endpoints_not_ready: 0,
+        unwritten: BTreeMap::new(),
         identities: 2,
         policies: 0,
         policies_refused: 0,
