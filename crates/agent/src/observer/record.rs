@@ -369,8 +369,9 @@ mod tests {
     #[test]
     fn a_request_that_no_rule_matches_names_what_closes_the_end() {
         let unmatched = || Some(EndRecord { allowed: false, rule: None });
-        let by =
-            |end: Option<Arc<Judgement>>| end.map(|end| (end.outcome, end.default_deny_by.clone()));
+        let by = |end: &Option<Arc<Judgement>>| {
+            end.as_ref().map(|end| (end.outcome, end.default_deny_by.clone()))
+        };
         let closed = |name: &str| {
             let policy = format!("CiliumNetworkPolicy default/{name}");
             Some((Outcome::DefaultDeny, vec![policy]))
@@ -382,11 +383,11 @@ mod tests {
             AccessRecord { server: "10.0.0.8:80".parse().unwrap(), ..record(None, unmatched()) },
         ]);
         let strange = flows.pop().unwrap();
-        assert_eq!(by(strange.ingress), Some((Outcome::DefaultDeny, Vec::new())));
+        assert_eq!(by(&strange.ingress), Some((Outcome::DefaultDeny, Vec::new())));
         let ingress = flows.pop().unwrap();
-        assert_eq!((by(ingress.egress), by(ingress.ingress)), (None, closed("in")));
+        assert_eq!((by(&ingress.egress), by(&ingress.ingress)), (None, closed("in")));
         let egress = flows.pop().unwrap();
-        assert_eq!((by(egress.egress), by(egress.ingress)), (closed("out"), None));
+        assert_eq!((by(&egress.egress), by(&egress.ingress)), (closed("out"), None));
     }
 
     #[test]
