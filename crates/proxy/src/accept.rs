@@ -43,7 +43,9 @@ impl Workers {
             let handle = runtime.handle().clone();
             let core = cores.get(number).copied();
             thread::Builder::new().name(format!("worker-{number}")).spawn(move || {
-                core.map(stay_on);
+                if let Some(core) = core {
+                    stay_on(core);
+                }
                 runtime.block_on(std::future::pending::<()>());
             })?;
             Ok(Worker { runtime: handle, connections: Arc::default() })
