@@ -403,6 +403,16 @@ pub(crate) fn duration(text: &str) -> Result<Duration, String> {
     span.ok_or_else(|| "write a duration such as 90s or 5m".to_owned())
 }
 
+/// RFC 1123, a label: what a namespace can be called.
+pub(crate) fn namespace(text: &str) -> Result<String, String> {
+    let known = |byte: u8| byte.is_ascii_lowercase() || byte.is_ascii_digit() || byte == b'-';
+    let ends = text.starts_with('-') || text.ends_with('-');
+    match (1..=63).contains(&text.len()) && text.bytes().all(known) && !ends {
+        true => Ok(text.to_owned()),
+        false => Err("a namespace has up to 63 of a-z, 0-9 and -, and no - at its ends".to_owned()),
+    }
+}
+
 fn identity(text: &str) -> Result<u32, String> {
     let hint = "an identity is a number; palisade identity list shows them";
     text.parse().map_err(|_| hint.to_owned())

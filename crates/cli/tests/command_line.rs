@@ -41,6 +41,7 @@ fn exit_codes_mean_what_the_help_says() {
             "cannot write /nonexistent/x",
         ),
         (&["install", "-o", "json"], 1, "add --dry-run, which prints the objects"),
+        (&["install", "--dry-run", "-n", "Bad NS"], 2, "a namespace has up to 63 of a-z"),
         (&["uninstall", "-o", "json"], 1, "this command has no JSON to print"),
         (&["demo", "starwars", "--in-cluster", "-o", "json"], 1, "no JSON to print"),
         (&["get", "pods"], 3, "/nonexistent/admin.sock"),

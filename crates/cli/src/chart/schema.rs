@@ -48,9 +48,6 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                 Some(meaning) => format!("{value} is not {meaning}"),
                 None => format!("{value} must not match {wanted}"),
             }),
-            ("minLength", Value::String(text)) if wanted.as_u64() > Some(text.len() as u64) => {
-                problem("must not be empty".to_owned());
-            }
             ("minimum", Value::Number(number)) if number.as_i64() < wanted.as_i64() => {
                 problem(format!("{number} is less than {wanted}"));
             }
@@ -62,7 +59,6 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
                 | "enum"
                 | "pattern"
                 | "not"
-                | "minLength"
                 | "minimum"
                 | "maximum"
                 | "items"

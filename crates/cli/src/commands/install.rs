@@ -22,7 +22,7 @@ use serde_json::{Map, Value, json};
 use self::record::Record;
 use crate::{
     chart::{self, Chart},
-    cli::{Global, duration},
+    cli::{self, Global, duration},
     cluster,
     exit::{Exit, Failure},
     output::{self, Format, note, say},
@@ -34,7 +34,13 @@ pub(crate) use remove::{UninstallArgs, uninstall};
 #[derive(Debug, Args)]
 pub(crate) struct Place {
     /// Namespace of Palisade's pods.
-    #[arg(short, long, default_value = "kube-system", value_name = "NAMESPACE")]
+    #[arg(
+        short,
+        long,
+        default_value = "kube-system",
+        value_name = "NAMESPACE",
+        value_parser = cli::namespace
+    )]
     pub(crate) namespace: String,
 }
 

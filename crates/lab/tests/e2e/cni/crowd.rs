@@ -23,20 +23,16 @@ use crate::harness::{Lab, eventually};
 const WORKERS: usize = 12;
 /// Plugins that are killed.
 const KILLS: u64 = 40;
+/// Containers that come at once, and how many of them go again. What stays fits into the node's 253
+/// addresses beside the pods of the lab.
+const COME: usize = 500;
+const GO: usize = 250;
 /// Agents that are killed, while so many workers attach so many containers one after the other.
 const AGENTS: usize = 4;
 const RESTLESS: usize = 4;
 const ROUNDS: usize = 10;
 /// How often an address goes from one container to the next.
 const TURNS: usize = 10;
-
-/// Containers that come, and how many of them go again. What stays must fit into the node's 253
-/// addresses beside the pods of the lab.
-#[derive(Clone, Copy)]
-struct Crowd {
-    come: usize,
-    go: usize,
-}
 
 /// The addresses that containers have at a moment.
 #[derive(Default)]
@@ -58,21 +54,20 @@ impl InUse {
 }
 
 /// All come at the same time, and some of them go again at once. What stays is as it should be.
-fn come_and_go(node: &Node, crowd: Crowd) -> Vec<(Container<'_>, Value)> {
-    let Crowd { come, go } = crowd;
+fn come_and_go(node: &Node) -> Vec<(Container<'_>, Value)> {
     let in_use = InUse::default();
     let kept = Mutex::new(Vec::new());
     let times = Mutex::new(Vec::new());
     let begun = Instant::now();
     thread::scope(|scope| {
-        for number in 0..come {
+        for number in 0..COME {
             let (in_use, kept, times) = (&in_use, &kept, &times);
             scope.spawn(move || {
                 let container = Container::new(node, &format!("c{number}"));
                 let (result, took) = add_when_there_is_room(&container);
                 in_use.add(&result);
                 times.lock().unwrap().push(took);
-                match number < go {
+                match number < GO {
                     true => in_use.delete(&container, &result),
                     false => kept.lock().unwrap().push((container, result)),
                 }
@@ -82,11 +77,11 @@ fn come_and_go(node: &Node, crowd: Crowd) -> Vec<(Container<'_>, Value)> {
     let mut times = times.into_inner().unwrap();
     times.sort_unstable();
     println!(
-        "{come} ADD at once and {go} DEL among them: {:.1} s, ADD p50 {:?}, p99 {:?}, slowest {:?}",
+        "{COME} ADD at once and {GO} DEL among them: {:.1} s, ADD p50 {:?}, p99 {:?}, slowest {:?}",
         begun.elapsed().as_secs_f32(),
-        times[come / 2],
-        times[come * 99 / 100],
-        times[come - 1],
+        times[COME / 2],
+        times[COME * 99 / 100],
+        times[COME - 1],
     );
     kept.into_inner().unwrap()
 }
@@ -260,7 +255,8 @@ fn exhaust(node: &Node) -> Vec<(Container<'_>, Value)> {
     extra.into_inner().unwrap()
 }
 
-fn crowd(crowd: Crowd) {
+#[test]
+fn the_plugin_many_times_at_once() {
     let lab = Lab::up(1);
     lab.pods([("shared", 1)]);
     let rollout = ["-n", "kube-system", "rollout", "status", "deployment/kube-dns"];
@@ -274,8 +270,8 @@ fn crowd(crowd: Crowd) {
     };
     let nothing = held();
 
-    let mut kept = come_and_go(&node, crowd);
-    let stay = crowd.come - crowd.go;
+    let mut kept = come_and_go(&node);
+    let stay = COME - GO;
     let distinct: HashSet<IpAddr> = kept.iter().flat_map(|(_, result)| addresses(result)).collect();
     assert_eq!((kept.len(), distinct.len()), (stay, 2 * stay));
     let now = node.traces();
@@ -310,15 +306,4 @@ fn crowd(crowd: Crowd) {
     again.iter().for_each(Container::delete);
     assert_eq!(node.traces(), empty);
     assert_eq!(held(), nothing);
-}
-
-#[test]
-fn the_plugin_many_times_at_once() {
-    crowd(Crowd { come: 100, go: 50 });
-}
-
-#[test]
-#[ignore = "the same with as many as a node can take, which takes a minute"]
-fn the_plugin_as_often_as_a_node_can_take() {
-    crowd(Crowd { come: 500, go: 250 });
 }
