@@ -377,6 +377,7 @@ async fn interfaces_are_set_up_as_promised() {
     assert!(addresses.contains("fe80::1/64") && addresses.lines().count() == 1, "{addresses}");
     for (setting, value) in [
         ("ipv4/conf/{}/rp_filter", "0"),
+        ("ipv4/conf/{}/accept_local", "1"),
         ("ipv4/conf/{}/forwarding", "1"),
         ("ipv6/conf/{}/accept_ra", "0"),
         ("ipv6/conf/{}/forwarding", "1"),

@@ -109,7 +109,7 @@ impl Netlink {
         self.run(move |socket| {
             let ifindex = link.ifindex;
             let name = &link.name;
-            for (setting, value) in HOST_SETTINGS {
+            for (setting, value) in HOST_SETTINGS.into_iter().chain([ACCEPT_LOCAL]) {
                 sysctl::set(&setting.replace("{}", name), value)?;
             }
             let mut calls = vec![
@@ -165,6 +165,10 @@ pub(super) const HOST_SETTINGS: [(&str, &str); 5] = [
     ("ipv6/conf/{}/accept_ra", "0"),
     ("ipv6/conf/{}/forwarding", "1"),
 ];
+
+/// What a pod sends has its own source, or its program drops it: for what goes to the proxy the kernel
+/// need not look for a route back as well (`fib_validate_source`, Linux 6.18).
+const ACCEPT_LOCAL: (&str, &str) = ("ipv4/conf/{}/accept_local", "1");
 
 const POD_SETTINGS: [(&str, &str); 2] =
     [("ipv6/conf/{}/disable_ipv6", "0"), ("ipv6/conf/{}/accept_ra", "0")];
