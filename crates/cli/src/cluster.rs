@@ -23,7 +23,7 @@ use kube::{
 };
 
 use palisade_api::client::chain;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
 pub(crate) use installation::{Container, Installation, PodState, Replicas};
 pub(crate) use pods::{ClusterPod, Pods};
@@ -146,24 +146,32 @@ async fn config(global: &Global) -> Result<Config> {
     })
 }
 
-/// Runs a command in a container of a pod; whether it succeeded, and what it said. A command that
-/// was not run, or of whose end nobody knows, is an error.
+/// Runs a command in a container of a pod; whether it succeeded, and what it said. It does not hear
+/// where its input ends. A command that was not run, or of whose end nobody knows, is an error.
 pub(crate) async fn exec(
     pods: &Api<Pod>,
     pod: &str,
     container: Option<&str>,
     command: Vec<String>,
+    input: Option<&str>,
 ) -> Result<(bool, String)> {
     let params = AttachParams {
         container: container.map(str::to_owned),
-        ..AttachParams::default().stdin(false).stdout(true).stderr(true)
+        ..AttachParams::default().stdin(input.is_some()).stdout(true).stderr(true)
     };
     let run = async {
         let mut process = pods.exec(pod, command, &params).await?;
-        let (stdout, stderr) = (process.stdout(), process.stderr());
+        let (mut stdin, stdout, stderr) = (process.stdin(), process.stdout(), process.stderr());
         let status = process.take_status().context("no status")?;
-        // Neither must wait for the other to be read.
-        let (out, err) = tokio::join!(read_all(stdout), read_all(stderr));
+        let write = async {
+            if let (Some(stdin), Some(input)) = (&mut stdin, input) {
+                // A command that ended before it read everything says why.
+                let _ = stdin.write_all(input.as_bytes()).await;
+            }
+        };
+        // None must wait for the others. The input stays open: to close it would end the whole
+        // connection to a server of before Kubernetes 1.30.
+        let ((), out, err) = tokio::join!(write, read_all(stdout), read_all(stderr));
         let status = status.await.context("the command ended without a status")?;
         let said = format!("{}{}", out?, err?).trim().to_owned();
         Ok((succeeded(&status)?, said))
