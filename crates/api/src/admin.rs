@@ -271,10 +271,10 @@ pub struct Status {
     pub endpoints: usize,
     /// Local endpoints that are not ready.
     pub endpoints_not_ready: usize,
-    /// Pods of the local endpoints whose `CiliumEndpoint` is not there or not up to date, as
-    /// `namespace/name`, and why. It says nothing of the endpoint itself.
+    /// Pods of the local endpoints, as `namespace/name`. None where that is not known: not yet, or
+    /// by an agent of a version that does not tell.
     #[serde(default)]
-    pub unwritten: BTreeMap<String, String>,
+    pub pods: Option<BTreeMap<String, EndpointObject>>,
     /// Known identities.
     pub identities: usize,
     /// Known policies, those refused included.
@@ -298,6 +298,16 @@ pub struct Status {
     /// The node's L7 proxy is connected to the agent.
     #[serde(default)]
     pub l7_proxy: bool,
+}
+
+/// The `CiliumEndpoint` of a pod. It says nothing of the endpoint itself.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+pub enum EndpointObject {
+    /// It says what is so.
+    Current,
+    /// It is not there or not up to date, and why.
+    Unwritten(String),
 }
 
 /// A kind of object that the agent follows.

@@ -260,7 +260,8 @@ pub(crate) struct ExplainArgs {
     /// proxy reads it.
     #[arg(long, value_name = "REQUEST", group = "inside")]
     pub(crate) http: Option<String>,
-    /// A header of the request, `Name: value`; may be repeated.
+    /// A header of the request, `Name: value`; may be repeated. `-`: those on standard input, one a
+    /// line, up to an empty line; secrets are not seen in lists of processes then.
     #[arg(long, value_name = "HEADER", requires = "http")]
     pub(crate) header: Vec<String>,
     /// A question for a DNS name.

@@ -2,6 +2,7 @@
 
 pub(crate) mod agents;
 mod installation;
+mod pods;
 
 use std::{
     collections::BTreeSet,
@@ -17,14 +18,15 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, Config,
-    api::{ApiResource, AttachParams, DynamicObject, GroupVersionKind, ListParams},
+    api::{AttachParams, ListParams},
     config::{KubeConfigOptions, Kubeconfig},
 };
 
 use palisade_api::client::chain;
-use tokio::io::{AsyncRead, AsyncReadExt};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWriteExt};
 
 pub(crate) use installation::{Container, Installation, PodState, Replicas};
+pub(crate) use pods::{ClusterPod, Pods};
 
 use crate::{cli::Global, exit::Failure};
 
@@ -42,12 +44,9 @@ pub(crate) struct Cluster {
     pub(crate) version: String,
     /// Names of all nodes.
     pub(crate) nodes: Vec<String>,
-    /// Pods that want an address of their own, as `namespace/name`.
-    pub(crate) pods: BTreeSet<String>,
-    /// Those of them that have one.
-    pub(crate) running: BTreeSet<String>,
-    /// Pods for which there is a `CiliumEndpoint`, as `namespace/name`.
-    pub(crate) endpoints: BTreeSet<String>,
+    pub(crate) pods: Pods,
+    /// Pods for which there is a `CiliumEndpoint`, as `namespace/name`; or why nobody knows.
+    pub(crate) endpoints: Result<BTreeSet<String>, String>,
     /// Names of nodes that nobody gave a network for pods.
     pub(crate) without_network: Vec<String>,
     /// What `palisade install` or Helm put into it; a lab has none.
@@ -59,30 +58,24 @@ pub(crate) fn read(global: &Global) -> Result<Cluster> {
     on_runtime(Some(TIMEOUT * 2), async {
         let client = client(global).await?;
         let version = client.apiserver_version().await.context("the API server's version")?;
-        let everything = ListParams::default();
-        let nodes = Api::<Node>::all(client.clone()).list(&everything).await.context("nodes")?;
-        let pods = Api::<Pod>::all(client.clone()).list(&everything).await.context("pods")?;
-        let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumEndpoint");
-        let resource = ApiResource::from_gvk(&kind);
-        let endpoints = Api::<DynamicObject>::all_with(client.clone(), &resource)
-            .list(&everything)
-            .await
-            .map(|list| list.items)
-            .unwrap_or_default();
-        let with_address = pods.items.iter().filter(|pod| wants_address(pod) && has_address(pod));
+        let nodes = Api::<Node>::all(client.clone());
+        let nodes = nodes.list(&ListParams::default()).await.context("nodes")?;
         let without_network = nodes.items.iter().filter(|node| !has_network(node));
         Ok(Cluster {
             installation: Installation::find(&client).await?,
             without_network: without_network.filter_map(|it| it.metadata.name.clone()).collect(),
             version: version.git_version,
             nodes: nodes.items.into_iter().filter_map(|node| node.metadata.name).collect(),
-            pods: pods.items.iter().filter(|pod| wants_address(pod)).map(pod_name).collect(),
-            running: with_address.map(pod_name).collect(),
-            endpoints: endpoints
-                .into_iter()
-                .map(|endpoint| key(endpoint.metadata.namespace, endpoint.metadata.name))
-                .collect(),
+            pods: pods::read(&client).await.context("pods")?,
+            endpoints: pods::endpoints(&client).await,
         })
+    })
+}
+
+/// The pods as they are now.
+pub(crate) fn pods(global: &Global) -> Result<Pods> {
+    on_runtime(Some(TIMEOUT * 2), async {
+        pods::read(&client(global).await?).await.context("pods")
     })
 }
 
@@ -153,24 +146,32 @@ async fn config(global: &Global) -> Result<Config> {
     })
 }
 
-/// Runs a command in a container of a pod; whether it succeeded, and what it said. A command that
-/// was not run, or of whose end nobody knows, is an error.
+/// Runs a command in a container of a pod; whether it succeeded, and what it said. It does not hear
+/// where its input ends. A command that was not run, or of whose end nobody knows, is an error.
 pub(crate) async fn exec(
     pods: &Api<Pod>,
     pod: &str,
     container: Option<&str>,
     command: Vec<String>,
+    input: Option<&str>,
 ) -> Result<(bool, String)> {
     let params = AttachParams {
         container: container.map(str::to_owned),
-        ..AttachParams::default().stdin(false).stdout(true).stderr(true)
+        ..AttachParams::default().stdin(input.is_some()).stdout(true).stderr(true)
     };
     let run = async {
         let mut process = pods.exec(pod, command, &params).await?;
-        let (stdout, stderr) = (process.stdout(), process.stderr());
+        let (mut stdin, stdout, stderr) = (process.stdin(), process.stdout(), process.stderr());
         let status = process.take_status().context("no status")?;
-        // Neither must wait for the other to be read.
-        let (out, err) = tokio::join!(read_all(stdout), read_all(stderr));
+        let write = async {
+            if let (Some(stdin), Some(input)) = (&mut stdin, input) {
+                // A command that ended before it read everything says why.
+                let _ = stdin.write_all(input.as_bytes()).await;
+            }
+        };
+        // None must wait for the others. The input stays open: to close it would end the whole
+        // connection to a server of before Kubernetes 1.30.
+        let ((), out, err) = tokio::join!(write, read_all(stdout), read_all(stderr));
         let status = status.await.context("the command ended without a status")?;
         let said = format!("{}{}", out?, err?).trim().to_owned();
         Ok((succeeded(&status)?, said))
@@ -223,28 +224,9 @@ pub(crate) fn chosen(given: Option<&Path>) -> Option<PathBuf> {
     Some(PathBuf::from(LAB_KUBECONFIG)).filter(|file| file.exists())
 }
 
-fn has_address(pod: &Pod) -> bool {
-    pod.status.as_ref().is_some_and(|status| status.pod_ip.is_some())
-}
-
 fn has_network(node: &Node) -> bool {
     let spec = node.spec.as_ref();
     spec.is_some_and(|spec| spec.pod_cidrs.as_ref().is_some_and(|it| !it.is_empty()))
-}
-
-/// Pods on the host's network have no address of their own, and those that ended need none.
-fn wants_address(pod: &Pod) -> bool {
-    let host = pod.spec.as_ref().and_then(|spec| spec.host_network).unwrap_or_default();
-    let phase = pod.status.as_ref().and_then(|status| status.phase.as_deref());
-    !host && !matches!(phase, Some("Succeeded" | "Failed"))
-}
-
-fn pod_name(pod: &Pod) -> String {
-    key(pod.metadata.namespace.clone(), pod.metadata.name.clone())
-}
-
-fn key(namespace: Option<String>, name: Option<String>) -> String {
-    format!("{}/{}", namespace.unwrap_or_default(), name.unwrap_or_default())
 }
 
 #[cfg(test)]

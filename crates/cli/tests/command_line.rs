@@ -19,7 +19,7 @@ const EXPLAIN: [&str; 8] =
 
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 15] = [
+    let cases: [(&[&str], i32, &str); 16] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
         (&["policy", "check", "/dev/null"], 1, "no policy found"),
@@ -51,6 +51,23 @@ fn exit_codes_mean_what_the_help_says() {
         assert_eq!(output.status.code(), Some(code), "{arguments:?}: {}", text(&output));
         assert!(text(&output).contains(says), "{arguments:?}: {}", text(&output));
     }
+}
+
+#[test]
+fn results_of_tests_that_never_began_are_errors() {
+    let file = std::env::temp_dir().join(format!("palisade-results-{}", std::process::id()));
+    // Of an earlier run.
+    std::fs::write(&file, "failures=\"0\"").unwrap();
+    let output = palisade(&["connectivity", "test", "--test", "^all-ingress-deny-knp$"])
+        .arg("--junit-file")
+        .arg(&file)
+        .output()
+        .unwrap();
+    let xml = std::fs::read_to_string(&file).unwrap();
+    std::fs::remove_file(&file).unwrap();
+    assert!(!output.status.success() && output.stdout.is_empty(), "{}", text(&output));
+    assert!(xml.contains("tests=\"2\" failures=\"0\" errors=\"2\" skipped=\"0\""), "{xml}");
+    assert!(xml.contains("<error message=\"$KUBECONFIG names /nonexistent/kubeconfig"), "{xml}");
 }
 
 #[test]

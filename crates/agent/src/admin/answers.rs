@@ -4,8 +4,8 @@ use std::{collections::BTreeMap, fmt::Write};
 
 use palisade_abi::{DropReason, TABLE_NONE, metric_index};
 use palisade_api::admin::{
-    DirectionPolicy, Endpoint, EndpointPolicy, Identity, Input, PolicyReport, PolicyState, Request,
-    Response, RuleState, Status, Table as TableDump,
+    DirectionPolicy, Endpoint, EndpointObject, EndpointPolicy, Identity, Input, PolicyReport,
+    PolicyState, Request, Response, RuleState, Status, Table as TableDump,
 };
 use palisade_policy::identity::RESERVED;
 
@@ -110,7 +110,7 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
         problems: progress.problems.iter().cloned().chain(admin.health.problems()).collect(),
         endpoints: tables.endpoints.len(),
         endpoints_not_ready: tables.endpoints.rows().filter(|row| !in_force(row)).count(),
-        unwritten: unwritten(admin, tables),
+        pods: tables.endpoints.is_complete().then(|| pods(admin, tables)),
         identities: tables.identities.len(),
         policies: tables.policies.rows().count(),
         policies_refused: tables.policies.rows().filter(refused).count(),
@@ -126,13 +126,13 @@ fn status(admin: &Admin, tables: &Tables, progress: &Progress) -> Status {
     }
 }
 
-fn unwritten(admin: &Admin, tables: &Tables) -> BTreeMap<String, String> {
+fn pods(admin: &Admin, tables: &Tables) -> BTreeMap<String, EndpointObject> {
     let attempts = admin.attempts.borrow();
-    let failures = tables.endpoints.rows().filter_map(|row| {
-        let why = attempts.failure(&row.pod)?;
-        Some((row.pod.to_string(), why.to_owned()))
-    });
-    failures.collect()
+    let object = |pod| match attempts.failure(pod) {
+        None => EndpointObject::Current,
+        Some(why) => EndpointObject::Unwritten(why.to_owned()),
+    };
+    tables.endpoints.rows().map(|row| (row.pod.to_string(), object(&row.pod))).collect()
 }
 
 fn endpoint(admin: &Admin, tables: &Tables, progress: &Progress, row: &EndpointRow) -> Endpoint {

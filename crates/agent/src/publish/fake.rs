@@ -35,15 +35,28 @@ pub(super) fn refused(code: u16) -> Answer {
 /// A client of a server that answers so.
 pub(super) async fn server(answer: impl Fn(&Asked) -> Answer + Send + Sync + 'static) -> Client {
     let listener = TcpListener::bind("127.0.0.1:0").await.expect("a port");
-    let url = format!("http://{}", listener.local_addr().expect("an address"));
+    let address = listener.local_addr().expect("an address");
     let answer = Arc::new(answer);
     tokio::spawn(async move {
         while let Ok((stream, _)) = listener.accept().await {
             tokio::spawn(serve(stream, answer.clone()));
         }
     });
-    let config = kube::Config::new(url.parse().expect("a URL"));
-    Client::try_from(config).expect("a client")
+    client_of(&address.to_string()).await
+}
+
+/// As the agent itself connects.
+pub(crate) async fn client_of(address: &str) -> Client {
+    let name = format!("palisade-fake-{}-{address}", std::process::id());
+    let file = std::env::temp_dir().join(name);
+    let config = json!({ "apiVersion": "v1", "kind": "Config", "current-context": "a",
+        "contexts": [{ "name": "a", "context": { "cluster": "a", "user": "a" } }],
+        "clusters": [{ "name": "a", "cluster": { "server": format!("http://{address}") } }],
+        "users": [{ "name": "a", "user": {} }] });
+    std::fs::write(&file, config.to_string()).expect("a file");
+    let client = palisade_api::client::client(Some(&file)).await.expect("a client");
+    std::fs::remove_file(file).expect("it is there");
+    client
 }
 
 async fn serve(mut stream: TcpStream, answer: Arc<impl Fn(&Asked) -> Answer>) {

@@ -3,7 +3,7 @@
 
 mod endpoints;
 #[cfg(test)]
-mod fake;
+pub(crate) mod fake;
 mod identities;
 mod nodes;
 mod policies;
@@ -230,11 +230,13 @@ pub async fn run(
                 attempts.send_modify(|attempts| attempts.note(&item.publication, &result));
                 let Err(error) = result else { continue };
                 debug!(?subject, error = chain(&error), "cannot write to the API yet");
-                if is_refusal(&error) {
+                item.due = if is_refusal(&error) {
                     rested = Instant::now() + patience.after(&error);
+                    // After all that is due by then: it may be the only one that is refused.
+                    rested
                 } else {
-                    item.due = Instant::now() + item.patience.after(&error);
-                }
+                    Instant::now() + item.patience.after(&error)
+                };
                 // What came meanwhile is newer.
                 waiting.entry(subject).or_insert(item);
             }

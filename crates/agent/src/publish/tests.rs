@@ -27,17 +27,17 @@ struct Bench {
 }
 
 impl Bench {
-    async fn begin(refuses: impl Fn(&Asked) -> bool + Send + Sync + 'static) -> Self {
+    /// `refuses`: with which status, if it does.
+    async fn begin(refuses: impl Fn(&Asked) -> Option<u16> + Send + Sync + 'static) -> Self {
         let (shared, written) = watch::channel(Written::default());
         let client = server(move |asked| {
-            let mut answered = refused(403);
+            let mut answered = None;
             shared.send_modify(|written| {
                 *written.attempts.entry(asked.name().to_owned()).or_default() += 1;
-                if !refuses(asked) {
-                    answered = answer(asked, &mut written.objects);
-                }
+                let refusal = refuses(asked).map(refused);
+                answered = Some(refusal.unwrap_or_else(|| answer(asked, &mut written.objects)));
             });
-            answered
+            answered.expect("an answer")
         })
         .await;
         let (publications, queue) = mpsc::unbounded_channel();
@@ -102,7 +102,7 @@ fn endpoint(pod: &str, container: &str) -> Publication {
 
 #[tokio::test]
 async fn what_is_not_taken_is_tried_again_and_keeps_nothing_else_waiting() {
-    let mut bench = Bench::begin(|asked| asked.name() == "a").await;
+    let mut bench = Bench::begin(|asked| (asked.name() == "a").then_some(403)).await;
     bench.publish(endpoint("a", "1"));
     bench.until(|written| written.attempts.contains_key("a")).await;
     bench.publish(endpoint("b", "1"));
@@ -116,6 +116,16 @@ async fn what_is_not_taken_is_tried_again_and_keeps_nothing_else_waiting() {
     within(bench.attempts.wait_for(told)).await.expect("a publisher");
 }
 
+#[tokio::test]
+async fn one_object_that_a_busy_server_refuses_keeps_no_other_from_being_written() {
+    let mut bench = Bench::begin(|asked| (asked.name() == "a").then_some(429)).await;
+    bench.publish(endpoint("a", "1"));
+    bench.until(|written| written.attempts.contains_key("a")).await;
+    bench.publish(endpoint("b", "1"));
+    bench.until(|written| written.objects.contains_key("b")).await;
+    bench.until(|written| written.attempts["a"] > 1).await;
+}
+
 fn gone(pod: &str, container: &str) -> Publication {
     Publication::EndpointGone(ObjectName::new("default", pod), container.into())
 }
@@ -127,7 +137,7 @@ fn container<'a>(written: &'a Written, pod: &str) -> Option<&'a Value> {
 
 #[tokio::test]
 async fn only_the_endpoint_that_is_gone_takes_its_object_away() {
-    let mut bench = Bench::begin(|_| false).await;
+    let mut bench = Bench::begin(|_| None).await;
     bench.publish(endpoint("web", "old"));
     bench.until(|written| container(written, "web").is_some_and(|it| it == "old")).await;
     // Another sandbox of the pod, which is told of before and after the old one changes again.
@@ -143,7 +153,7 @@ async fn only_the_endpoint_that_is_gone_takes_its_object_away() {
 
 #[tokio::test]
 async fn an_object_that_another_node_wrote_stays() {
-    let bench = Bench::begin(|_| false).await;
+    let bench = Bench::begin(|_| None).await;
     let pod = ObjectName::new("default", "web");
     let Publication::Endpoint(state) = endpoint("web", "there") else { unreachable!() };
     endpoints::write(&bench.client, &scope("node2"), &state).await.expect("written");

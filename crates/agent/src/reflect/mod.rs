@@ -159,20 +159,7 @@ mod tests {
     };
 
     use super::*;
-
-    /// As the agent itself connects.
-    async fn client_of(address: &str) -> Client {
-        let name = format!("palisade-reflect-{}-{address}", std::process::id());
-        let file = std::env::temp_dir().join(name);
-        let config = json!({ "apiVersion": "v1", "kind": "Config", "current-context": "a",
-            "contexts": [{ "name": "a", "context": { "cluster": "a", "user": "a" } }],
-            "clusters": [{ "name": "a", "cluster": { "server": format!("http://{address}") } }],
-            "users": [{ "name": "a", "user": {} }] });
-        std::fs::write(&file, config.to_string()).expect("a file");
-        let client = palisade_api::client::client(Some(&file)).await.expect("a client");
-        std::fs::remove_file(file).expect("it is there");
-        client
-    }
+    use crate::publish::fake::client_of;
 
     /// A server, who follows it, and what is told of that.
     async fn world(calm: Duration) -> (TcpListener, JoinHandle<()>, mpsc::Receiver<Command>) {

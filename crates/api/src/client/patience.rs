@@ -9,17 +9,28 @@ use futures::{Stream, StreamExt, stream::unfold};
 use tokio::time::sleep;
 use tower::util::rng::{HasherRng, Rng};
 
-use super::refusal::{Refusal, retry_after};
+use super::refusal::{Refusal, is_denial, retry_after};
 
 /// So long without a failure, and all is well again: longer than an attempt to connect and the
 /// pause before it.
 pub const CALM: Duration = Duration::from_secs(15);
 
 /// Pauses double from the first to the last one.
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
 struct Pauses {
     first: Duration,
     last: Duration,
+}
+
+impl Pauses {
+    fn of(error: &(dyn Error + 'static)) -> Self {
+        match Refusal::of(error) {
+            Some(Refusal::Busy { .. }) => BUSY,
+            Some(Refusal::Unauthorized { .. }) => UNKNOWN,
+            None if is_denial(error) => DENIED,
+            Some(Refusal::Unreachable { .. }) | None => AWAY,
+        }
+    }
 }
 
 /// Nobody is burdened by who asks a server that is away, and who hears of nothing new should not for
@@ -27,6 +38,9 @@ struct Pauses {
 const AWAY: Pauses = Pauses { first: Duration::from_millis(50), last: Duration::from_secs(3) };
 /// A new token is taken within this time, and a thousand nodes whose tokens are old do no harm.
 const UNKNOWN: Pauses = Pauses { last: Duration::from_secs(10), ..AWAY };
+/// The same is denied until a person mends it, and a server and its webhooks have work with each time
+/// that they are asked. The first pauses are short, as some of it lasts a moment only.
+const DENIED: Pauses = Pauses { last: Duration::from_secs(30), ..AWAY };
 /// The requests that are too many come from all nodes at once: from the beginning they are spread
 /// over more time than the server asked for.
 const BUSY: Pauses = Pauses { first: Duration::from_secs(1), last: Duration::from_secs(30) };
@@ -52,12 +66,7 @@ impl Patience {
     /// How long to wait after this error. What begins anew after a failure is no success yet: that is
     /// time without a failure.
     pub fn after(&mut self, error: &(dyn Error + 'static)) -> Duration {
-        let pauses = match Refusal::of(error) {
-            Some(Refusal::Busy { .. }) => BUSY,
-            Some(Refusal::Unauthorized { .. }) => UNKNOWN,
-            Some(Refusal::Unreachable { .. }) | None => AWAY,
-        };
-        self.draw(pauses, retry_after(error), Instant::now())
+        self.draw(Pauses::of(error), retry_after(error), Instant::now())
     }
 
     /// Some time between the half and the whole of the next pause, after `least`.
@@ -93,6 +102,7 @@ mod tests {
     use std::io;
 
     use http::StatusCode;
+    use kube::{core::Status, runtime::watcher};
 
     use super::*;
 
@@ -125,6 +135,24 @@ mod tests {
         assert_eq!(pauses(UNKNOWN, none), [50, 100, 200, 400, 800, 1600, 3200, 6400, 10000]);
         let busy = [1000, 2000, 4000, 8000, 16000, 30000, 30000, 30000, 30000];
         assert_eq!(pauses(BUSY, Duration::from_secs(7)), busy);
+    }
+
+    #[test]
+    fn who_is_denied_asks_less_often_than_who_is_not_heard() {
+        let status = |code| Box::new(Status { code, ..Status::default() });
+        let api = |code| kube::Error::Api(status(code));
+        for code in [400, 403, 422, 500] {
+            assert_eq!(Pauses::of(&api(code)), DENIED, "{code}");
+            assert_eq!(Pauses::of(&watcher::Error::InitialListFailed(api(code))), DENIED);
+            assert_eq!(Pauses::of(&watcher::Error::WatchError(status(code))), DENIED);
+            assert_eq!(Pauses::of(&*anyhow::Error::new(api(code)).context("round")), DENIED);
+        }
+        for code in [404, 408, 409, 410, 502, 503, 504] {
+            assert_eq!(Pauses::of(&api(code)), AWAY, "{code}");
+            assert_eq!(Pauses::of(&watcher::Error::WatchError(status(code))), AWAY);
+        }
+        assert_eq!(Pauses::of(&io::Error::from(io::ErrorKind::ConnectionRefused)), AWAY);
+        assert_eq!(Pauses::of(&busy(1)), BUSY);
     }
 
     #[test]

@@ -3,7 +3,7 @@
 use std::{error::Error, iter, sync::Arc, time::Duration};
 
 use http::{HeaderMap, Request, Response, StatusCode, header::RETRY_AFTER};
-use kube::{Client, client::Body, core::Status};
+use kube::{Client, client::Body, core::Status, runtime::watcher};
 use tower::{BoxError, service_fn};
 
 /// Who asks for more patience than this is asked before. It is more than an API server asks for.
@@ -37,6 +37,24 @@ impl Refusal {
 #[must_use]
 pub fn is_refusal(error: &(dyn Error + 'static)) -> bool {
     Refusal::of(error).is_some()
+}
+
+/// Whether the server says no to what it was asked, itself or by a webhook, and will say so again
+/// until somebody mends that. What is not there yet, was changed by another or is too old is not
+/// meant, nor a server that passes on that another does not answer.
+pub(super) fn is_denial(error: &(dyn Error + 'static)) -> bool {
+    let code = iter::successors(Some(error), |&error| error.source()).find_map(code);
+    code.is_some_and(|code| matches!(code, 400..=500) && !matches!(code, 404 | 408..=410))
+}
+
+fn code(error: &(dyn Error + 'static)) -> Option<u16> {
+    if let Some(kube::Error::Api(status)) = error.downcast_ref() {
+        return Some(status.code);
+    }
+    match error.downcast_ref() {
+        Some(watcher::Error::WatchError(status)) => Some(status.code),
+        _ => None,
+    }
 }
 
 /// How long the server wants to be left alone.

@@ -54,7 +54,7 @@ pub(crate) fn ask(global: &Global, installation: &Installation) -> Result<Vec<As
 
 async fn answer(pods: &Api<Pod>, pod: &str) -> Result<Answer> {
     let command = ["/palisade", "node", "status"].map(str::to_owned).to_vec();
-    let (_, said) = exec(pods, pod, Some(CONTAINER), command).await?;
+    let (_, said) = exec(pods, pod, Some(CONTAINER), command, None).await?;
     let status = serde_json::from_str(&said).with_context(|| {
         let first = said.lines().next().unwrap_or_default();
         format!("not the answer of this command's own version: {first}")

@@ -180,7 +180,7 @@ fn problem(
             return None;
         }
         let why = before.and_then(ended).or_else(|| waiting.message.clone()).unwrap_or_default();
-        return Some(format!("{reason}: {why}"));
+        return Some(with(reason, &why));
     }
     let failed = state.terminated.as_ref().is_some_and(|it| !prepares || it.exit_code != 0);
     if failed { ended(state) } else { None }
@@ -193,7 +193,12 @@ fn ended(state: &ContainerState) -> Option<String> {
     let said = said.rfind("\nError: ").map_or(said, |at| &said[at..]);
     let said = said.lines().filter(|line| !line.trim().is_empty()).collect::<Vec<_>>().join(" ");
     let reason = ended.reason.as_deref().unwrap_or("ended");
-    Some(format!("{reason}, exit code {}: {said}", ended.exit_code))
+    Some(with(&format!("{reason}, exit code {}", ended.exit_code), &said))
+}
+
+/// What there is to say, and why if anybody said so.
+fn with(what: &str, why: &str) -> String {
+    if why.is_empty() { what.to_owned() } else { format!("{what}: {why}") }
 }
 
 #[cfg(test)]
@@ -214,5 +219,14 @@ mod tests {
         let why = "Error, exit code 1: Error: the Lease is lost";
         assert_eq!(container.ended.as_deref(), Some(why));
         assert_eq!((container.restarts, container.problem), (1, None));
+    }
+
+    #[test]
+    fn nothing_follows_where_nothing_was_said() {
+        let problem = |state| problem(&serde_json::from_value(state).unwrap(), None, false);
+        let waiting = json!({ "waiting": { "reason": "CrashLoopBackOff" } });
+        assert_eq!(problem(waiting).as_deref(), Some("CrashLoopBackOff"));
+        let ended = json!({ "terminated": { "exitCode": 137, "reason": "OOMKilled" } });
+        assert_eq!(problem(ended).as_deref(), Some("OOMKilled, exit code 137"));
     }
 }

@@ -117,14 +117,18 @@ pub(crate) fn run(global: &Global, command: ConnectivityCommand) -> Result<Exit>
             return Ok(interrupt.or(remove_all(&client, &args)).await.and(ended));
         }
         Ok(ended)
-    })?;
+    });
+    let begun = ended.is_ok();
+    let ended = ended.flatten();
     let verdicts = agenda.verdicts(&tests);
     if let Some(mut file) = junit {
+        let results = report::junit(&verdicts, ended.as_ref().err());
         file.set_len(0).context("--junit-file")?;
-        file.write_all(report::junit(&verdicts).as_bytes()).context("--junit-file")?;
+        file.write_all(results.as_bytes()).context("--junit-file")?;
     }
     // Whether anybody reads on or not, the exit code is that of the tests.
     match global.output {
+        _ if !begun => {}
         Format::Json => note!("{}", serde_json::to_string_pretty(&report::json(&verdicts))?),
         Format::Table => note!("{}", report::text(&verdicts).trim_end()),
     }

@@ -73,7 +73,7 @@ impl Summary {
     fn ask_agents(&mut self, global: &Global) {
         if let Self::Installed(installed) = self {
             let answers = cluster::agents::ask(global, installed.installation());
-            installed.hear(answers);
+            installed.hear(answers, || cluster::pods(global));
         }
     }
 

@@ -154,7 +154,7 @@ impl Collected {
             }
             if main.iter().any(|container| container.name == "agent") {
                 let command = ["/palisade", "node", "dump"].map(str::to_owned).to_vec();
-                let said = cluster::exec(&api, &name, Some("agent"), command).await;
+                let said = cluster::exec(&api, &name, Some("agent"), command, None).await;
                 let state = said.and_then(|(_, text)| {
                     serde_json::from_str::<Value>(&text).context("unreadable answer")
                 });

@@ -14,42 +14,45 @@ use crate::{
 };
 
 const AGENTS: &str = "k8s-app=palisade";
+/// They are on standard input.
+const HEADERS: &str = "--header=-";
 const TIMEOUT: Duration = Duration::from_secs(30);
 
-/// `why`: what is known on that node only.
+/// `headers`: those of the request. `why`: what is known on that node only.
 pub(super) fn ask(
     global: &Global,
     args: &ExplainArgs,
+    headers: &[String],
     node: &str,
     why: &str,
 ) -> Result<Explanation> {
     let mut there = None;
-    cluster::on_runtime(Some(TIMEOUT), in_its_pod(global, args, node, &mut there)).map_err(
-        |error| {
-            let question =
-                command(args).iter().map(|word| quoted(&told(word))).collect::<Vec<_>>().join(" ");
-            let advice = there.map_or_else(
-                || {
-                    format!(
-                        "Ask on node {node}, in the container `agent` of its pod:\n  {question}"
-                    )
-                },
-                |(namespace, pod)| {
-                    format!(
-                        "Ask there:\n  kubectl -n {namespace} exec {pod} -c agent -- {question}"
-                    )
-                },
-            );
-            let failure = format!("{why}, whose agent cannot be asked from here: {error:#}");
-            Failure::refused(failure, advice).into()
-        },
-    )
+    let asking = in_its_pod(global, args, headers, node, &mut there);
+    cluster::on_runtime(Some(TIMEOUT), asking).map_err(|error| {
+        let failure = format!("{why}, whose agent cannot be asked from here: {error:#}");
+        Failure::refused(failure, advice(&command(args), node, there)).into()
+    })
+}
+
+fn advice(command: &[String], node: &str, pod: Option<(String, String)>) -> String {
+    let question = command.iter().map(|word| quoted(word)).collect::<Vec<_>>().join(" ");
+    let mut advice = match pod {
+        None => format!("Ask on node {node}, in the container `agent` of its pod:\n  {question}"),
+        Some((namespace, pod)) => {
+            format!("Ask there:\n  kubectl -n {namespace} exec -i {pod} -c agent -- {question}")
+        }
+    };
+    if command.iter().any(|word| word == HEADERS) {
+        advice.push_str("\nIt reads the headers, one a line, and then an empty line.");
+    }
+    advice
 }
 
 /// `there`: the pod, as soon as it is known.
 async fn in_its_pod(
     global: &Global,
     args: &ExplainArgs,
+    headers: &[String],
     node: &str,
     there: &mut Option<(String, String)>,
 ) -> Result<Explanation> {
@@ -61,7 +64,10 @@ async fn in_its_pod(
     };
     let (namespace, name) = there.insert((pod.namespace().unwrap_or_default(), pod.name_any()));
     let pods = Api::<Pod>::namespaced(client, namespace);
-    let (_, said) = cluster::exec(&pods, name, Some("agent"), command(args)).await?;
+    let input: String = headers.iter().map(|header| format!("{header}\n")).collect();
+    let input = (!headers.is_empty()).then(|| input + "\n");
+    let command = command(args);
+    let (_, said) = cluster::exec(&pods, name, Some("agent"), command, input.as_deref()).await?;
     // That it is denied is an answer too.
     serde_json::from_str(&said).map_err(|_| anyhow::anyhow!("it said: {said}"))
 }
@@ -75,15 +81,8 @@ fn quoted(word: &str) -> String {
     }
 }
 
-/// Without the value of a header, which may be a secret.
-fn told(word: &str) -> String {
-    match word.strip_prefix("--header=").and_then(|header| header.split_once(':')) {
-        Some((name, _)) => format!("--header={name}: VALUE"),
-        None => word.to_owned(),
-    }
-}
-
-/// The question as it was asked.
+/// The question as it was asked. What headers say may be secret, and a command stands in the address
+/// of a request, which servers record.
 fn command(args: &ExplainArgs) -> Vec<String> {
     let ExplainArgs { from, to, port, protocol, http, header, dns, server_name, file: _ } = args;
     let ask = ["/palisade", "--output=json", "policy", "explain"].map(str::to_owned);
@@ -91,7 +90,7 @@ fn command(args: &ExplainArgs) -> Vec<String> {
     let more = [("protocol", protocol), ("http", http), ("dns", dns), ("server-name", server_name)];
     let more =
         more.into_iter().filter_map(|(name, value)| Some(format!("--{name}={}", value.as_ref()?)));
-    let headers = header.iter().map(|header| format!("--header={header}"));
+    let headers = (!header.is_empty()).then(|| HEADERS.to_owned());
     ask.into_iter().chain(ends).chain(more).chain(headers).collect()
 }
 
@@ -106,8 +105,6 @@ mod tests {
     fn a_shell_reads_what_was_meant() {
         assert_eq!(quoted("--from=a/b"), "--from=a/b");
         assert_eq!(quoted("--http=GET /a'b"), r"'--http=GET /a'\''b'");
-        assert_eq!(told("--header=x: s3cret"), "--header=x: VALUE");
-        assert_eq!(told("--http=GET http://a/"), "--http=GET http://a/");
     }
 
     #[test]
@@ -123,9 +120,14 @@ mod tests {
         let once = asked(&words);
         assert_eq!(format!("{:?}", asked(&command(&once))), format!("{once:?}"));
         let mut request: Vec<String> = words[..9].to_vec();
-        request.extend(["--http=GET /a b", "--header=x: y z", "--header=a:b"].map(str::to_owned));
-        let once = asked(&request);
-        assert_eq!(asked(&command(&once)).http.as_deref(), Some("GET /a b"));
-        assert_eq!(asked(&command(&once)).header, ["x: y z", "a:b"]);
+        request.extend(["--http=GET /a b", "--header=x: y", "--header=a:b"].map(str::to_owned));
+        let once = command(&asked(&request));
+        assert_eq!(asked(&once).http.as_deref(), Some("GET /a b"));
+        assert_eq!(asked(&once).header, ["-"]);
+        let there = Some(("kube-system".to_owned(), "palisade-1".to_owned()));
+        let advice = advice(&once, "node1", there);
+        let begins =
+            "Ask there:\n  kubectl -n kube-system exec -i palisade-1 -c agent -- /palisade ";
+        assert!(advice.starts_with(begins) && advice.ends_with("an empty line."), "{advice}");
     }
 }

@@ -3,7 +3,9 @@
 mod elsewhere;
 mod files;
 
-use anyhow::{Result, bail};
+use std::io::{self, BufRead};
+
+use anyhow::{Context, Result, bail};
 use palisade_api::admin::{Explain, Explanation, Inside, Request, Response, Translated};
 use palisade_policy::l7::{field, target::split_url};
 
@@ -15,12 +17,15 @@ use crate::{
 };
 
 pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
-    let asked = asked(args)?;
+    let headers = given(&args.header, io::stdin().lock())?;
+    let asked = asked(args, &headers)?;
     let explanation = if args.file.is_empty() {
         let agents = agents::require(&global.socket)?;
         match agents::ask_until_known(&agents, &Request::Explain(asked))? {
             Response::Explanation(explanation) => *explanation,
-            Response::Elsewhere { node, why } => elsewhere::ask(global, args, &node, &why)?,
+            Response::Elsewhere { node, why } => {
+                elsewhere::ask(global, args, &headers, &node, &why)?
+            }
             _ => return Err(mismatch("of this machine")),
         }
     } else {
@@ -33,9 +38,29 @@ pub(crate) fn run(global: &Global, args: &ExplainArgs) -> Result<Exit> {
     Ok(if explanation.allowed { Exit::Ok } else { Exit::No })
 }
 
-fn asked(args: &ExplainArgs) -> Result<Explain> {
+/// `-` stands for what is on standard input up to an empty line: whoever writes it need not close it.
+fn given(headers: &[String], mut input: impl BufRead) -> Result<Vec<String>> {
+    let mut all = Vec::new();
+    for header in headers {
+        if header != "-" {
+            all.push(header.clone());
+            continue;
+        }
+        let lines = input.by_ref().lines();
+        let lines = lines.take_while(|line| line.as_ref().map_or(true, |line| !line.is_empty()));
+        for line in lines {
+            all.push(line.context("--header -: cannot read standard input")?);
+        }
+    }
+    Ok(all)
+}
+
+fn asked(args: &ExplainArgs, headers: &[String]) -> Result<Explain> {
     let inside = match (&args.http, &args.dns, &args.server_name) {
-        (Some(request), ..) => Some(http(request, headers(&args.header)?)?),
+        (Some(request), ..) => {
+            let headers: Result<_> = headers.iter().map(|text| header(text)).collect();
+            Some(http(request, headers?)?)
+        }
         (_, Some(name), _) => Some(Inside::Dns(name.clone())),
         (.., Some(name)) => Some(Inside::Tls(name.clone())),
         _ => None,
@@ -53,10 +78,6 @@ fn asked(args: &ExplainArgs) -> Result<Explain> {
     }
     let (from, to) = (args.from.clone(), args.to.clone());
     Ok(Explain { from, to, protocol, port: args.port, inside })
-}
-
-fn headers(texts: &[String]) -> Result<Vec<(String, String)>> {
-    texts.iter().map(|text| header(text)).collect()
 }
 
 /// `NAME: VALUE`. The value may be a secret, and is not told.
@@ -204,6 +225,17 @@ mod tests {
         assert!(mixed.contains("  ALLOWED  to p1:80\n") && mixed.contains("  DENIED  to p2:80\n"));
         assert_eq!(first(&told(&[false])), format!("DENIED  {to}"));
         assert!(told(&[]).contains("no backend that is ready"));
+    }
+
+    #[test]
+    fn headers_on_standard_input_end_with_an_empty_line() {
+        let given = |headers: &[&str], input: &[u8]| {
+            let headers: Vec<String> = headers.iter().map(ToString::to_string).collect();
+            given(&headers, input).unwrap()
+        };
+        assert_eq!(given(&["a: b"], b"c: d\n"), ["a: b"]);
+        assert_eq!(given(&["a: b", "-", "e: f"], b"c:d\r\n\r\nx: y"), ["a: b", "c:d", "e: f"]);
+        assert_eq!(given(&["-"], b"a: b\nc: d"), ["a: b", "c: d"]);
     }
 
     #[test]

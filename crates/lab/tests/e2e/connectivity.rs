@@ -83,7 +83,7 @@ fn the_tests_of_a_cluster_pass_on_a_lab() {
     assert!(status.success(), "{text}");
     assert!(text.contains("skipped: nobody bound the role"), "{text}");
     let xml = fs::read_to_string(&results).unwrap();
-    assert!(xml.contains("failures=\"0\" skipped=\"0\""), "{xml}\n{text}");
+    assert!(xml.contains("failures=\"0\" errors=\"0\" skipped=\"0\""), "{xml}\n{text}");
     fs::remove_file(&results).unwrap();
     for namespace in ["palisade-test-1", "palisade-starwars"] {
         assert!(lab.try_kubectl(&["get", "namespace", namespace]).is_none(), "{text}");
@@ -94,8 +94,10 @@ fn the_tests_of_a_cluster_pass_on_a_lab() {
 fn interrupted_tests_say_what_was_seen_and_take_away_what_they_made() {
     let lab = Lab::up(1);
     let two = "^(all-ingress-deny-knp|clusterwide-ingress)$";
+    let results = scratch("interrupted");
     let tests = Command::new(program())
-        .args(["connectivity", "test", "--test-concurrency", "1", "--test", two])
+        .args(["connectivity", "test", "--test-concurrency", "1", "--test", two, "--junit-file"])
+        .arg(&results)
         .env("KUBECONFIG", lab.kubeconfig())
         .stdout(Stdio::piped())
         .stderr(Stdio::piped())
@@ -117,6 +119,10 @@ fn interrupted_tests_say_what_was_seen_and_take_away_what_they_made() {
     assert_eq!(result("all-ingress-deny-knp"), "passed", "{table}");
     assert_eq!(result("clusterwide-ingress"), "not run", "{table}");
     assert!(table.contains("1 passed, 0 failed, 0 skipped, 1 not run"), "{table}");
+    let xml = fs::read_to_string(&results).unwrap();
+    fs::remove_file(&results).unwrap();
+    assert!(xml.contains("tests=\"3\" failures=\"0\" errors=\"2\" skipped=\"0\""), "{xml}");
+    assert!(xml.contains("<error message=\"interrupted\"/>"), "{xml}");
     assert!(lab.try_kubectl(&policy).is_none(), "{said}");
     assert!(lab.try_kubectl(&["get", "namespace", "palisade-test-1"]).is_none(), "{said}");
 }

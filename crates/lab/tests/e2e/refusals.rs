@@ -290,8 +290,8 @@ fn a_pod_whose_object_cannot_be_written_is_managed_all_the_same() {
     let status = || run(&lab, &["status"]).1;
     within(RELIEVED, "it is said what is so", || {
         let text = status();
-        assert!(!text.contains("did not give them"), "{text}");
-        let managed = "1 pods are managed by Palisade, but have no CiliumEndpoint yet: ";
+        assert!(!text.contains("did not give"), "{text}");
+        let managed = "1 pod is managed by Palisade, but without a CiliumEndpoint yet: ";
         text.lines().any(|line| line.contains(managed) && line.contains("429 Too Many Requests"))
     });
     gate.refuse(None);

@@ -16,6 +16,7 @@ pub(crate) fn stand_in(lab: &Lab) {
 kind: Pod
 metadata: {{name: palisade-node1, namespace: kube-system, labels: {{k8s-app: palisade}}}}
 spec:
+  nodeName: node1
   hostNetwork: true
   containers:
   - name: agent

@@ -7,6 +7,7 @@ use super::{
     harness::{Lab, eventually},
     http::{Client, Origin},
     names::{look_up, serve_names},
+    status::stand_in,
 };
 
 const PORT: u16 = 8080;
@@ -209,6 +210,40 @@ fn a_secret_that_is_not_there(lab: &Lab) {
     assert_eq!(ask("right"), Some(403), "what was taken away opens nothing any more");
     assert_eq!(get("/set", "own"), Some(403));
     is_explained(lab, "/set", false, wanting);
+}
+
+/// Which addresses a name stands for to a pod is known on its node only.
+const ROLES: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
+    fromEndpoints: [{matchLabels: {app: near}}],
+    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [
+        {headerMatches: [{name: x-role, value: admin}]}]}}]}]}";
+const NAMED: &str = "spec: {endpointSelector: {matchLabels: {app: near}}, egress: [
+    {toEndpoints: [{matchLabels: {app: server}}]}, {toFQDNs: [{matchName: api.example.com}]}]}";
+
+#[test]
+fn headers_are_explained_by_the_agent_of_another_node() {
+    let lab = Lab::up(2);
+    stand_in(&lab);
+    lab.pods([("near", 1), ("server", 2)]);
+    lab.apply_cilium_policy("default", "server", ROLES);
+    lab.apply_cilium_policy("default", "names", NAMED);
+    let socket = lab.run_dir(2).join("admin.sock");
+    let words = "policy explain --from near --to server --port 8080 --http";
+    let explain = |headers: &[&str]| {
+        let socket = ["--socket", socket.to_str().unwrap()];
+        let words: Vec<&str> = words.split(' ').collect();
+        palisade(&lab, &[&socket[..], &words, &["GET /"], headers].concat())
+    };
+    let (code, text) = explain(&[]);
+    assert!(code == 1 && text.starts_with("DENIED"), "{code} {text}");
+    let (code, text) = explain(&["--header", "x-one: a b", "--header", "X-Role: admin"]);
+    assert!(code == 0 && text.starts_with("ALLOWED"), "{code} {text}");
+    let (code, text) = explain(&["--header", "x-role: user"]);
+    assert!(code == 1 && text.starts_with("DENIED"), "{code} {text}");
+    // Nobody is there to ask.
+    lab.kubectl(&["-n", "kube-system", "delete", "pod", "palisade-node1", "--wait"]);
+    let (code, text) = explain(&["--header", "x-role: s3cret"]);
+    assert!(code != 0 && text.contains("--header=-") && !text.contains("s3cret"), "{code} {text}");
 }
 
 /// Of a request without headers of its own.

@@ -267,7 +267,7 @@ impl Place {
     /// Runs a command in a client; whether it succeeded, and what it said.
     pub(super) async fn exec(&self, pod: &str, command: Vec<String>) -> Result<(bool, String)> {
         let pods: Api<Pod> = Api::namespaced(self.0.client.clone(), self.namespace());
-        cluster::exec(&pods, pod, None, command).await
+        cluster::exec(&pods, pod, None, command, None).await
     }
 
     /// Deletes the namespace and waits until it is gone.

@@ -2,7 +2,7 @@
 
 use std::{fmt::Write, time::Duration};
 
-use anyhow::Result;
+use anyhow::{Error, Result};
 use serde_json::{Value, json};
 
 use super::{
@@ -198,29 +198,39 @@ pub(super) fn json(verdicts: &[Verdict]) -> Value {
     json!({ "tests": results.collect::<Vec<_>>() })
 }
 
-/// The XML that JUnit writes.
-pub(super) fn junit(verdicts: &[Verdict]) -> String {
+/// The XML that JUnit writes. A run with a problem of its own is an error of its own: it is not good,
+/// however many of its tests passed.
+pub(super) fn junit(verdicts: &[Verdict], problem: Option<&Error>) -> String {
     let count = |result| verdicts.iter().filter(|it| it.result().0 == result).count();
-    // JUnit has no word of its own for what was not run.
-    let (failures, skipped) = (count("failed"), count("skipped") + count("not run"));
+    let (failures, skipped) = (count("failed"), count("skipped"));
+    let of_run = usize::from(problem.is_some());
+    let (tests, errors) = (verdicts.len() + of_run, count("not run") + of_run);
     let mut xml = format!(
         "<?xml version=\"1.0\" encoding=\"UTF-8\"?>\n<testsuite name=\"palisade connectivity test\" \
-         tests=\"{}\" failures=\"{failures}\" skipped=\"{skipped}\">\n",
-        verdicts.len()
+         tests=\"{tests}\" failures=\"{failures}\" errors=\"{errors}\" skipped=\"{skipped}\">\n"
     );
+    if let Some(problem) = problem {
+        let inner = format!("<error message=\"{}\"/>", escape(&format!("{problem:#}")));
+        xml.push_str(&case("the run itself", Duration::ZERO, &inner));
+    }
     for verdict in verdicts {
-        let (name, took) = (escape(verdict.name), verdict.took.as_secs_f64());
         let (result, why) = verdict.result();
         let why = escape(&why.join("\n"));
         let inner = match result {
             "failed" => format!("<failure>{why}</failure>"),
-            "skipped" | "not run" => format!("<skipped message=\"{why}\"/>"),
+            "skipped" => format!("<skipped message=\"{why}\"/>"),
+            "not run" => format!("<error message=\"{why}\"/>"),
             _ => String::new(),
         };
-        let _ = writeln!(xml, "  <testcase name=\"{name}\" time=\"{took:.3}\">{inner}</testcase>");
+        xml.push_str(&case(verdict.name, verdict.took, &inner));
     }
     xml.push_str("</testsuite>\n");
     xml
+}
+
+fn case(name: &str, took: Duration, inner: &str) -> String {
+    let (name, took) = (escape(name), took.as_secs_f64());
+    format!("  <testcase name=\"{name}\" time=\"{took:.3}\">{inner}</testcase>\n")
 }
 
 /// Text inside XML, without what XML cannot hold at all.
@@ -302,8 +312,12 @@ ERROR: could not be asked, or was denied in another way than it must be.
 1 passed, 2 failed, 1 skipped, 1 not run
 "
         );
-        let xml = junit(&verdicts);
-        assert!(xml.contains("tests=\"5\" failures=\"2\" skipped=\"2\""), "{xml}");
+        let xml = junit(&verdicts, None);
+        let counts = "tests=\"5\" failures=\"2\" errors=\"1\" skipped=\"1\"";
+        assert!(xml.contains(counts), "{xml}");
+        let unrun =
+            "name=\"last\" time=\"0.000\"><error message=\"the tests ended before it had\"/>";
+        assert!(xml.contains(unrun), "{xml}");
         assert!(
             xml.contains("through (TIMEOUT &lt;got&gt; &quot;in&quot;\u{fffd}), and must\n"),
             "{xml}"
@@ -327,5 +341,15 @@ ERROR: could not be asked, or was denied in another way than it must be.
         );
         assert_eq!(told["probes"][4]["got"], Value::Null);
         assert!(verdicts[2].passed() && !verdicts[3].passed() && !verdicts[4].passed());
+    }
+
+    #[test]
+    fn a_run_that_did_not_go_well_is_an_error_though_all_its_tests_passed() {
+        let verdict = Verdict::new("good", Duration::ZERO, Ok(Judgement::Asked(Vec::new())));
+        let problem = anyhow::anyhow!("away").context("not all <clients> started");
+        let xml = junit(&[verdict], Some(&problem));
+        assert!(xml.contains("tests=\"2\" failures=\"0\" errors=\"1\" skipped=\"0\""), "{xml}");
+        let error = "<error message=\"not all &lt;clients&gt; started: away\"/>";
+        assert!(xml.contains(error), "{xml}");
     }
 }

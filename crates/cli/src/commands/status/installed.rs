@@ -7,7 +7,7 @@ use std::{
 };
 
 use anyhow::Result;
-use palisade_api::admin::Status;
+use palisade_api::admin::{EndpointObject, Status};
 use serde_json::{Value, json};
 
 use super::{
@@ -15,12 +15,14 @@ use super::{
     report::{DISABLED, LOGO},
 };
 use crate::cluster::{
-    Cluster, Container, Installation, PodState, Replicas,
+    Cluster, ClusterPod, Container, Installation, PodState, Pods, Replicas,
     agents::{Answer, Asked},
 };
 
 const AGENTS: &str = "palisade";
 const OPERATORS: &str = "palisade-operator";
+/// So many pods are named where all of them could be too many.
+const NAMED: usize = 5;
 
 /// Something that somebody should look at.
 struct Remark {
@@ -50,13 +52,15 @@ impl Installed {
         };
         let errors = errors(&cluster, &installation);
         let warnings = warnings(&installation);
+        let unread = cluster.endpoints.as_ref().err();
+        let not_collected = unread.map(|why| format!("CiliumEndpoints: {why}")).into_iter();
         Ok(Self {
             cluster: Box::new(cluster),
             installation,
             agents: Vec::new(),
             errors,
             warnings,
-            not_collected: BTreeSet::new(),
+            not_collected: not_collected.collect(),
         })
     }
 
@@ -64,8 +68,8 @@ impl Installed {
         &self.installation
     }
 
-    /// Takes over what the agents said.
-    pub(super) fn hear(&mut self, asked: Result<Vec<Asked>>) {
+    /// Takes over what the agents said. `again`: the pods after that.
+    pub(super) fn hear(&mut self, asked: Result<Vec<Asked>>, again: impl FnOnce() -> Result<Pods>) {
         let asked = asked.unwrap_or_else(|error| {
             self.not_collected.insert(format!("agents: {error:#}"));
             Vec::new()
@@ -86,42 +90,66 @@ impl Installed {
                 }
             }
         }
-        let remarks = self.pods_without_objects();
-        self.warnings.extend(remarks);
+        let texts = self.pods_to_look_at(again);
+        let remark = |text| Remark { component: AGENTS, from: AGENTS.to_owned(), text };
+        self.warnings.extend(texts.into_iter().map(remark));
     }
 
-    /// Whether a pod is Palisade's its agent knows; the object only tells so.
-    fn pods_without_objects(&self) -> Vec<Remark> {
-        let mut bare: BTreeSet<&String> =
-            self.cluster.running.difference(&self.cluster.endpoints).collect();
-        let mut reasons: BTreeMap<&str, usize> = BTreeMap::new();
-        for (pod, why) in self.agents.iter().flat_map(|status| &status.unwritten) {
-            if bare.remove(pod) {
-                *reasons.entry(why).or_default() += 1;
+    /// By node: the pods that its agent told.
+    fn told(&self) -> BTreeMap<&str, &BTreeMap<String, EndpointObject>> {
+        let told = self.agents.iter();
+        told.filter_map(|status| Some((&*status.node, status.pods.as_ref()?))).collect()
+    }
+
+    /// Every pod, and whose it is.
+    fn keepers(&self) -> impl Iterator<Item = (&str, &ClusterPod, Keeper<'_>)> {
+        let told = self.told();
+        self.cluster.pods.iter().map(move |(name, pod)| {
+            let keeper = match pod.node.as_deref().and_then(|node| told.get(node).copied()) {
+                Some(pods) => pods.get(name).map_or(Keeper::Other, Keeper::Agent),
+                None => Keeper::Untold,
+            };
+            (&**name, pod, keeper)
+        })
+    }
+
+    fn has_object(&self, pod: &str) -> bool {
+        self.cluster.endpoints.as_ref().is_ok_and(|objects| objects.contains(pod))
+    }
+
+    fn pods_to_look_at(&mut self, again: impl FnOnce() -> Result<Pods>) -> Vec<String> {
+        let objects_known = self.cluster.endpoints.is_ok();
+        let (mut reasons, mut untold) = (BTreeMap::<&str, usize>::new(), 0);
+        let mut strangers = BTreeMap::new();
+        for (name, pod, keeper) in self.keepers().filter(|(_, pod, _)| pod.connected) {
+            let wants_object = || objects_known && !self.has_object(name);
+            match keeper {
+                Keeper::Agent(EndpointObject::Unwritten(why)) if wants_object() => {
+                    *reasons.entry(why).or_default() += 1;
+                }
+                Keeper::Agent(_) => {}
+                Keeper::Other => _ = strangers.insert(name.to_owned(), pod.clone()),
+                Keeper::Untold => untold += usize::from(wants_object()),
             }
         }
-        let texts = reasons.into_iter().map(|(why, count)| {
-            format!("{count} pods are managed by Palisade, but have no CiliumEndpoint yet: {why}")
-        });
-        let rest = (!bare.is_empty()).then(|| self.of_unknown(bare.len()));
-        let remark = |text| Remark { component: AGENTS, from: AGENTS.to_owned(), text };
-        texts.chain(rest).map(remark).collect()
+        let mut texts: Vec<String> = reasons.into_iter().map(unwritten).collect();
+        texts.extend((untold > 0).then(|| of_untold(untold)));
+        texts.extend(of_strangers(&self.those_that_stay(strangers, again)));
+        texts
     }
 
-    /// Only who heard every agent can tell that none has these pods.
-    fn of_unknown(&self, pods: usize) -> String {
-        let all = usize::try_from(self.installation.agents.desired) == Ok(self.agents.len());
-        if all {
-            format!(
-                "{pods} pods have an address that Palisade did not give them, and no policy: \
-                 delete them, and what manages them starts them anew"
-            )
-        } else {
-            format!(
-                "{pods} pods have an address and no CiliumEndpoint; whether Palisade manages them \
-                 only their agents know, and not all of these could be asked"
-            )
+    /// Those that are the same as before the agents were asked: of others who came and went
+    /// meanwhile nothing is known.
+    fn those_that_stay(&mut self, mut pods: Pods, again: impl FnOnce() -> Result<Pods>) -> Pods {
+        if pods.is_empty() {
+            return pods;
         }
+        let now = again().unwrap_or_else(|error| {
+            self.not_collected.insert(format!("pods once more: {error:#}"));
+            Pods::new()
+        });
+        pods.retain(|name, pod| now.get(name) == Some(pod));
+        pods
     }
 
     /// Agents on every node of the newest version, an operator, and no errors.
@@ -134,10 +162,14 @@ impl Installed {
             && self.errors.is_empty()
     }
 
+    /// The object says so only of pods whose agent does not.
     fn managed(&self) -> usize {
-        let unwritten = |pod| self.agents.iter().any(|status| status.unwritten.contains_key(pod));
-        let pods = self.cluster.pods.iter();
-        pods.filter(|pod| self.cluster.endpoints.contains(*pod) || unwritten(pod.as_str())).count()
+        let ours = |(name, _, keeper): &(&str, _, Keeper<'_>)| match keeper {
+            Keeper::Agent(_) => true,
+            Keeper::Other => false,
+            Keeper::Untold => self.has_object(name),
+        };
+        self.keepers().filter(ours).count()
     }
 
     fn state(&self, component: &str, replicas: Replicas) -> String {
@@ -247,7 +279,8 @@ impl Installed {
                     (false, _) => "beginning",
                 });
                 let Container { name, restarts, image, .. } = it;
-                writeln!(out, "  {name:<12} {state}, {restarts} restarts, {image}")?;
+                let restarts = restarted(*restarts);
+                writeln!(out, "  {name:<12} {state}, {restarts}, {image}")?;
             }
         }
         Ok(())
@@ -301,6 +334,51 @@ impl Installed {
             "kubernetes_version": self.cluster.version,
         })
     }
+}
+
+/// Who gave a pod its address.
+enum Keeper<'a> {
+    /// The agent of its node, which tells this of the pod's object.
+    Agent(&'a EndpointObject),
+    /// Not the agent of its node.
+    Other,
+    /// That agent does not tell, or there is none.
+    Untold,
+}
+
+fn unwritten((why, count): (&str, usize)) -> String {
+    let pods = counted(count, "pod is", "pods are");
+    format!("{pods} managed by Palisade, but without a CiliumEndpoint yet: {why}")
+}
+
+fn of_untold(count: usize) -> String {
+    let pods = counted(count, "pod has", "pods have");
+    format!(
+        "{pods} an address and no CiliumEndpoint, on nodes where no agent said which pods are its own"
+    )
+}
+
+/// With the names of some of them: they are to be deleted.
+fn of_strangers(pods: &Pods) -> Option<String> {
+    let mut names: Vec<&str> = pods.keys().take(NAMED).map(String::as_str).collect();
+    let more = format!("and {} more", pods.len() - names.len());
+    names.extend((pods.len() > NAMED).then_some(&*more));
+    let count = counted(pods.len(), "pod has", "pods have");
+    (!pods.is_empty()).then(|| {
+        format!(
+            "{count} an address that Palisade did not give, and no policy; delete such pods, and \
+             what manages them starts them anew: {}",
+            names.join(", ")
+        )
+    })
+}
+
+fn restarted(times: i32) -> String {
+    counted(times.unsigned_abs() as usize, "restart", "restarts")
+}
+
+fn counted(count: usize, one: &str, more: &str) -> String {
+    format!("{count} {}", if count == 1 { one } else { more })
 }
 
 fn counts(kind: &str, replicas: Replicas) -> Value {
@@ -371,7 +449,11 @@ fn warnings(installation: &Installation) -> Vec<Remark> {
             warnings.push(Remark {
                 component: component(pod),
                 from: pod.name.clone(),
-                text: format!("container {name}: {restarts} restarts{}", after.unwrap_or_default()),
+                text: format!(
+                    "container {name}: {}{}",
+                    restarted(*restarts),
+                    after.unwrap_or_default()
+                ),
             });
         }
     }

@@ -80,7 +80,7 @@ impl Report {
     fn managed(&self) -> usize {
         let managed = self.managed_names();
         match &self.cluster {
-            Ok(cluster) => cluster.pods.intersection(&managed).count(),
+            Ok(cluster) => cluster.pods.keys().filter(|pod| managed.contains(*pod)).count(),
             Err(_) => managed.len(),
         }
     }
@@ -95,7 +95,8 @@ impl Report {
                 .map(|endpoint| format!("{}/{}", endpoint.namespace, endpoint.pod))
                 .collect();
         }
-        self.cluster.as_ref().map(|cluster| cluster.endpoints.clone()).unwrap_or_default()
+        let told = self.cluster.as_ref().ok().and_then(|cluster| cluster.endpoints.clone().ok());
+        told.unwrap_or_default()
     }
 
     fn images(&self) -> BTreeMap<String, usize> {
@@ -154,8 +155,12 @@ impl Report {
         if self.agents.is_empty() {
             errors.push("no agent's socket found on this machine".to_owned());
         }
-        if let Err(error) = &self.cluster {
-            errors.push(format!("API server: {error}"));
+        match &self.cluster {
+            Ok(Cluster { endpoints: Ok(_), .. }) => {}
+            Ok(Cluster { endpoints: Err(error), .. }) => {
+                errors.push(format!("CiliumEndpoints: {error}"));
+            }
+            Err(error) => errors.push(format!("API server: {error}")),
         }
         errors
     }

@@ -11,9 +11,8 @@ fn installed() -> Installed {
     let cluster = Cluster {
         version: "v1.37.1".to_owned(),
         nodes: vec!["node1".to_owned(), "node2".to_owned()],
-        pods: BTreeSet::new(),
-        running: BTreeSet::new(),
-        endpoints: BTreeSet::new(),
+        pods: Pods::new(),
+        endpoints: Ok(BTreeSet::new()),
         without_network: Vec::new(),
         installation: Some(installation),
     };
@@ -22,10 +21,14 @@ fn installed() -> Installed {
 
 fn hear(answers: [Answer; 2]) -> Installed {
     let mut installed = installed();
+    answer(&mut installed, answers, || panic!("nothing is to be asked again"));
+    installed
+}
+
+fn answer(installed: &mut Installed, answers: [Answer; 2], again: impl FnOnce() -> Result<Pods>) {
     let pods = ["palisade-1", "palisade-2"].map(str::to_owned);
     let asked = pods.into_iter().zip(answers).map(|(pod, answer)| Asked { pod, answer });
-    installed.hear(Ok(asked.collect()));
-    installed
+    installed.hear(Ok(asked.collect()), again);
 }
 
 fn says(status: Status) -> Answer {
@@ -106,7 +109,7 @@ fn a_restart_is_told_with_its_cause() {
     };
     let found = warnings(&Installation { pods: vec![pod], ..installed().installation });
     let texts: Vec<&str> = found.iter().map(|it| it.text.as_str()).collect();
-    let operator = "container operator: 1 restarts, the last one after: Error, exit code 1: Error: \
+    let operator = "container operator: 1 restart, the last one after: Error, exit code 1: Error: \
                     the Lease is lost";
     assert_eq!(texts, [operator]);
 }
@@ -139,34 +142,109 @@ fn agents_that_nobody_may_ask_are_not_ill() {
     assert_eq!(installed.json()["collection_errors"].as_array().map(Vec::len), Some(1));
 }
 
+/// Connected pods of two nodes.
+fn pods<const N: usize>(all: [(&str, &str); N]) -> Pods {
+    let pod = |(name, node): (&str, &str)| {
+        let pod = ClusterPod { uid: "u".into(), node: Some(node.into()), connected: true };
+        (format!("default/{name}"), pod)
+    };
+    all.map(pod).into()
+}
+
+/// An agent that tells its pods, whose objects are as they should be.
+fn has<const N: usize>(node: &str, pods: [&str; N]) -> Status {
+    let pods = pods.map(|name| (format!("default/{name}"), EndpointObject::Current));
+    Status { pods: Some(pods.into()), ..status(node) }
+}
+
+const FOREIGN: &str = "an address that Palisade did not give, and no policy";
+const UNTOLD: &str = "an address and no CiliumEndpoint, on nodes where no agent said which pods";
+
 #[test]
 fn pods_whose_objects_could_not_be_written_are_managed_all_the_same() {
-    let pods = ["default/a", "default/b", "default/c"].map(str::to_owned);
-    let hear = |answers: [Answer; 2]| {
+    let mut node1 = has("node1", ["a", "b"]);
+    for object in node1.pods.iter_mut().flat_map(BTreeMap::values_mut) {
+        *object = EndpointObject::Unwritten("429 Too Many Requests".into());
+    }
+    let mut installed = installed();
+    installed.cluster.pods = pods([("a", "node1"), ("b", "node1"), ("c", "node2")]);
+    // What is outdated is there.
+    installed.cluster.endpoints = Ok(["default/a", "default/c"].map(str::to_owned).into());
+    let answers = [says(node1), says(has("node2", ["c"]))];
+    answer(&mut installed, answers, || panic!("nothing is to be asked again"));
+    let text = installed.text(false);
+    let managed = "1 pod is managed by Palisade, but without a CiliumEndpoint yet: 429 Too Many";
+    assert!(text.contains(managed) && text.contains("3/3 managed by Palisade"), "{text}");
+    assert!(!text.contains(FOREIGN) && !text.contains(UNTOLD), "{text}");
+}
+
+#[test]
+fn pods_that_their_agent_does_not_know_are_named() {
+    let all = || pods([("a", "node1"), ("b", "node1"), ("c", "node2")]);
+    let mut installed = installed();
+    installed.cluster.pods = all();
+    // Another network may have left its objects.
+    installed.cluster.endpoints = Ok(["default/b"].map(str::to_owned).into());
+    let answers = [says(has("node1", ["a"])), says(has("node2", ["c"]))];
+    answer(&mut installed, answers, || Ok(all()));
+    let text = installed.text(false);
+    assert!(text.contains(&format!("1 pod has {FOREIGN}")), "{text}");
+    assert!(text.lines().any(|line| line.contains(FOREIGN) && line.ends_with(": default/b")));
+    assert!(text.contains("2/3 managed by Palisade"), "{text}");
+}
+
+#[test]
+fn pods_that_come_and_go_while_agents_are_asked_are_nobody_elses() {
+    let mut before = pods([("goes", "node1"), ("ends", "node1"), ("anew", "node1")]);
+    before.extend(pods([("moves", "node1"), ("stays", "node1")]));
+    let heard = |again: Result<Pods>| {
         let mut installed = installed();
-        installed.cluster.pods.extend(pods.clone());
-        installed.cluster.running.extend(pods.clone());
-        installed.cluster.endpoints.insert(pods[0].clone());
-        let answers = answers.map(|answer| Asked { pod: String::new(), answer });
-        installed.hear(Ok(answers.into()));
+        installed.cluster.pods = before.clone();
+        // It has no address yet, and none from anybody else.
+        let begins = ClusterPod { connected: false, ..before["default/goes"].clone() };
+        installed.cluster.pods.insert("default/begins".into(), begins);
+        let answers = [says(has("node1", ["stays"])), says(has("node2", []))];
+        answer(&mut installed, answers, || again);
         installed.text(false)
     };
-    // What is outdated is there.
-    let unwritten = |pods: &[String]| {
-        let unwritten = pods.iter().map(|pod| (pod.clone(), "429 Too Many Requests".to_owned()));
-        says(Status { unwritten: unwritten.collect(), ..status("node1") })
-    };
-    let well = || says(status("node2"));
-    let managed = "1 pods are managed by Palisade, but have no CiliumEndpoint yet: 429 Too Many";
-    let foreign = "pods have an address that Palisade did not give them";
-    let unsure = "1 pods have an address and no CiliumEndpoint; whether Palisade manages them";
+    let mut after = before.clone();
+    after.remove("default/goes");
+    after.extend(pods([("moves", "node2"), ("begins", "node1")]));
+    after.get_mut("default/ends").unwrap().connected = false;
+    after.get_mut("default/anew").unwrap().uid = "another".into();
+    let text = heard(Ok(after));
+    assert!(!text.contains(FOREIGN), "{text}");
+    let text = heard(Err(anyhow::anyhow!("away")));
+    assert!(!text.contains(FOREIGN) && text.contains("pods once more: away"), "{text}");
+}
 
-    let text = hear([unwritten(&pods), well()]);
-    assert!(text.contains(&managed.replace('1', "2")) && !text.contains(foreign), "{text}");
-    assert!(text.contains("3/3 managed by Palisade"), "{text}");
-    let text = hear([unwritten(&pods[..2]), well()]);
-    assert!(text.contains(managed) && text.contains(&format!("1 {foreign}")), "{text}");
-    assert!(text.contains("2/3 managed by Palisade"), "{text}");
-    let text = hear([unwritten(&pods[..2]), Answer::Unasked("403 Forbidden".into())]);
-    assert!(text.contains(unsure) && !text.contains(foreign), "{text}");
+#[test]
+fn silence_of_an_agent_makes_no_pod_somebody_elses() {
+    let older = || Status { pods: None, ..status("node2") };
+    let unasked = || Answer::Unasked("403 Forbidden".into());
+    let silent = || Answer::None("the agent does not answer".into());
+    for other in [says(older()), unasked(), silent()] {
+        let mut installed = installed();
+        installed.cluster.pods = pods([("a", "node1"), ("b", "node2"), ("c", "node2")]);
+        installed.cluster.endpoints = Ok(["default/c"].map(str::to_owned).into());
+        let answers = [says(has("node1", ["a"])), other];
+        answer(&mut installed, answers, || panic!("nothing is to be asked again"));
+        let text = installed.text(false);
+        assert!(text.contains(&format!("1 pod has {UNTOLD}")), "{text}");
+        assert!(text.contains("2/3 managed by Palisade") && !text.contains(FOREIGN), "{text}");
+    }
+}
+
+#[test]
+fn objects_that_cannot_be_read_are_not_taken_for_none() {
+    let mut cluster = *installed().cluster;
+    cluster.installation = Some(installed().installation);
+    cluster.endpoints = Err("429 Too Many Requests".into());
+    cluster.pods = pods([("a", "node1"), ("b", "node2")]);
+    let mut installed = Installed::of(cluster).unwrap_or_else(|_| panic!("an installation"));
+    let answers = [says(has("node1", ["a"])), Answer::Unasked("403 Forbidden".into())];
+    answer(&mut installed, answers, || panic!("nothing is to be asked again"));
+    let text = installed.text(false);
+    assert!(text.contains("CiliumEndpoints: 429 Too Many Requests"), "{text}");
+    assert!(!text.contains(UNTOLD) && !text.contains(FOREIGN), "{text}");
 }

@@ -1,4 +1,5 @@
 use super::*;
+use crate::cluster::ClusterPod;
 
 pub(in super::super) fn status(node: &str) -> Status {
     Status {
@@ -14,7 +15,7 @@ pub(in super::super) fn status(node: &str) -> Status {
         problems: Vec::new(),
         endpoints: 1,
         endpoints_not_ready: 0,
-        unwritten: BTreeMap::new(),
+        pods: Some(BTreeMap::new()),
         identities: 2,
         policies: 0,
         policies_refused: 0,
@@ -56,9 +57,8 @@ fn cluster(nodes: &[&str], pods: &[&str]) -> Cluster {
     Cluster {
         version: "v1.37.1".to_owned(),
         nodes: nodes.iter().map(|&node| node.to_owned()).collect(),
-        pods: pods.iter().map(|pod| format!("default/{pod}")).collect(),
-        running: BTreeSet::new(),
-        endpoints: BTreeSet::new(),
+        pods: pods.iter().map(|pod| (format!("default/{pod}"), ClusterPod::default())).collect(),
+        endpoints: Ok(BTreeSet::new()),
         without_network: Vec::new(),
         installation: None,
     }
@@ -116,6 +116,16 @@ fn an_agent_that_is_not_ready_says_what_it_waits_for() {
     let agents = vec![AgentState { name: "node1".to_owned(), answer: Ok((waiting, Vec::new())) }];
     let report = Report::new(agents, Ok(cluster(&["node1"], &[])));
     assert!(report.text().contains("node1    not ready: Pod"), "{}", report.text());
+}
+
+#[test]
+fn objects_that_cannot_be_read_are_not_taken_for_none() {
+    let mut cluster = cluster(&["node1"], &["a"]);
+    cluster.endpoints = Err("429 Too Many Requests".to_owned());
+    let report = Report::new(vec![agent("node1", &["a"])], Ok(cluster));
+    let why = "CiliumEndpoints: 429 Too Many Requests";
+    assert_eq!(report.collection_errors(), [why]);
+    assert!(report.text().contains(why) && report.ok(), "the agents know best");
 }
 
 #[test]
