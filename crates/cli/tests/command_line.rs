@@ -19,7 +19,7 @@ const EXPLAIN: [&str; 8] =
 
 #[test]
 fn exit_codes_mean_what_the_help_says() {
-    let cases: [(&[&str], i32, &str); 15] = [
+    let cases: [(&[&str], i32, &str); 16] = [
         (&["version", "--client"], 0, "palisade:"),
         (&["policy", "check", "/nonexistent"], 1, "cannot read /nonexistent"),
         (&["policy", "check", "/dev/null"], 1, "no policy found"),
