@@ -706,12 +706,14 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     let side = s.key.set(&s.packet);
     let now = clock::now();
     let opening = opens_tcp(&s.packet);
+    let tcp = s.packet.protocol == protocol::TCP;
     // A flow that began stays with its backend, whatever backends the Service has by now.
     let (address, port) = match kept(&s.key, opening, now) {
         Some(backend) => backend,
+        // Begun with whom the address was before it became the Service's, if it was begun at all.
+        None if tcp && !opening => return Ok(()),
         None => {
             let (address, port) = backend.ok_or(DropReason::NoBackend)?;
-            let tcp = s.packet.protocol == protocol::TCP;
             s.flow = FlowValue {
                 flags: flow_flags::TRANSLATED
                     | if side == Side::High { flow_flags::OPENER_HIGH } else { 0 },

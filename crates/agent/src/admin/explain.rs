@@ -11,6 +11,7 @@ use palisade_abi::identity as number;
 use palisade_api::{
     admin::{Explain, Explanation, Response, Translated},
     explain::{self, NamedEnd},
+    service,
 };
 use palisade_policy::{
     evaluate::End,
@@ -72,7 +73,7 @@ pub(super) fn explain(
         .collect();
     let policies: Vec<&Policy> = spelled_out.iter().map(AsRef::as_ref).collect();
     let secrets = secrets::values(&tables.secrets);
-    if let Some(service) = service(tables, &asked.from)? {
+    if let Some(service) = meant(tables, &asked.from)? {
         let why = "which opens no connections: name a pod, or an address of one";
         return Err(format!("{} is Service {}, {why}", asked.from, service.name).into());
     }
@@ -83,25 +84,25 @@ pub(super) fn explain(
         }
         Ok(explain::explain(&policies, &secrets, &from, &to, asked))
     };
-    let Some(service) = service(tables, &asked.to)? else {
+    let Some(entry) = translated(tables, from.end.address, asked)? else {
         return judge(find(scope, tables, &asked.to)?, asked);
     };
-    let entry = translated(tables, service, from.end.address, asked)?;
     let backends = entry.backends.iter().map(|backend| {
         let mut to = by_address(scope, tables, backend.ip());
         to.name = explain::backend_name(&to, backend.port());
         judge(to, &Explain { port: backend.port(), ..asked.clone() })
     });
     let service = Translated {
-        name: service.name.to_string(),
+        name: entry.service.to_string(),
         frontend: entry.frontend.to_string(),
         backends: backends.collect::<Result<_, _>>()?,
     };
     Ok(explain::explain_service(&from, service))
 }
 
-/// The Service that is meant, if one is: it was named as such, or has the address or the very name.
-fn service<'a>(tables: &'a Tables, text: &str) -> Result<Option<&'a Service>, String> {
+/// The Service that is meant, if one is: it was named as such, or has the very name, or the address
+/// as its own.
+fn meant<'a>(tables: &'a Tables, text: &str) -> Result<Option<&'a Service>, String> {
     let is_namespace = |word: &str| tables.namespaces.get(&word.to_owned()).is_some();
     if let Some((namespace, name)) = explain::named_service(text, is_namespace) {
         let found = tables.services.get(&ObjectName::new(namespace, name));
@@ -110,9 +111,9 @@ fn service<'a>(tables: &'a Tables, text: &str) -> Result<Option<&'a Service>, St
         });
         return found.map(|service| Some(&**service));
     }
-    if let Ok(address) = text.parse::<IpAddr>() {
+    if let Some(address) = service::address(text) {
         let mut rows = tables.services.rows();
-        return Ok(rows.find(|row| row.addresses.contains(&address)).map(AsRef::as_ref));
+        return Ok(rows.find(|row| row.addresses.own.contains(&address)).map(AsRef::as_ref));
     }
     let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
     let name = ObjectName::new(namespace, name);
@@ -122,38 +123,44 @@ fn service<'a>(tables: &'a Tables, text: &str) -> Result<Option<&'a Service>, St
     Ok(tables.services.get(&name).map(AsRef::as_ref))
 }
 
-/// What the data path makes of a connection to the Service, at the address that was asked for, or
-/// at one of the sender's family.
+/// What the data path makes of the connection, if it is one to a Service: at the address that was
+/// asked for, else at the Service's own of the sender's family.
 fn translated<'a>(
     tables: &'a Tables,
-    service: &Service,
     sender: IpAddr,
     asked: &Explain,
-) -> Result<&'a ServiceEntry, String> {
+) -> Result<Option<&'a ServiceEntry>, String> {
+    let at = |address| {
+        let frontend = Frontend { address, port: asked.port, protocol: asked.protocol };
+        tables.service_entries.get(&frontend).map(AsRef::as_ref)
+    };
+    // Whoever else has the address: for other ports it is still theirs.
+    if let Some(entry) = service::address(&asked.to).and_then(at) {
+        return Ok(Some(entry));
+    }
+    let Some(service) = meant(tables, &asked.to)? else { return Ok(None) };
     let Service { name, addresses, ports, .. } = service;
-    let given = asked.to.parse().ok().filter(|given| addresses.contains(given));
-    let family = || addresses.iter().find(|address| address.is_ipv4() == sender.is_ipv4());
-    let Some(address) = given.or(family().copied()).or(addresses.first().copied()) else {
+    let family = addresses.own.iter().find(|address| address.is_ipv4() == sender.is_ipv4());
+    let Some(address) = family.or(addresses.own.first()) else {
         return Err(format!(
             "Service {name} is headless: clients reach its pods by their own addresses and ports; \
              name one of these pods, and its port"
         ));
     };
-    let frontend = Frontend { address, port: asked.port, protocol: asked.protocol };
-    let entry = tables.service_entries.get(&frontend).filter(|entry| entry.service == *name);
-    entry.map(AsRef::as_ref).ok_or_else(|| {
-        let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
-        format!(
-            "Service {name} has no port {}/{}; it has {}. For another port of its pods, name a pod",
-            asked.port,
-            names::protocol(asked.protocol),
-            ports.join(", ")
-        )
-    })
+    if let Some(entry) = at(*address).filter(|entry| entry.service == *name) {
+        return Ok(Some(entry));
+    }
+    let ports: Vec<String> = ports.iter().map(ToString::to_string).collect();
+    Err(format!(
+        "Service {name} has no port {}/{}; it has {}. For another port of its pods, name a pod",
+        asked.port,
+        names::protocol(asked.protocol),
+        ports.join(", ")
+    ))
 }
 
 fn find(scope: &Scope, tables: &Tables, text: &str) -> Result<NamedEnd, String> {
-    if let Ok(address) = text.parse::<IpAddr>() {
+    if let Some(address) = service::address(text) {
         return Ok(by_address(scope, tables, address));
     }
     let (namespace, name) = text.split_once('/').unwrap_or(("default", text));

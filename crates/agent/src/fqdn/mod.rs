@@ -305,7 +305,9 @@ fn is_outside(tables: &Tables, address: IpAddr) -> bool {
         let mut networks = tables.all_nodes().flat_map(|node| &node.pod_cidrs);
         networks.any(|network| network.prefix_len() > 0 && network.contains(&address))
     };
-    let is_service = || tables.services.rows().any(|row| row.addresses.contains(&address));
+    // What a load balancer lends is outside: where it leads into the cluster, it is the pods there
+    // that are judged, and a name opens only what does not.
+    let is_service = || tables.services.rows().any(|row| row.addresses.own.contains(&address));
     may_learn(address)
         && tables.addresses.get(&address).is_none()
         && !tables.api_servers.outside.contains(&address)

@@ -10,7 +10,7 @@ use std::{
 };
 
 use palisade_abi::{ChunkKey, PREFIX_ID_BIT};
-use palisade_api::routing::Routing;
+use palisade_api::{routing::Routing, service::Addresses};
 use palisade_datapath::{
     Entry, Kernel, KernelError, Key, Step, fake::FakeKernel, netlink::Netlink,
 };
@@ -43,6 +43,11 @@ use crate::{
 
 const POD: IpAddr = IpAddr::V4(std::net::Ipv4Addr::new(10, 0, 1, 11));
 const POD6: IpAddr = IpAddr::V6(std::net::Ipv6Addr::new(0xfd00, 1, 0, 0, 0, 0, 0, 11));
+
+/// What a load balancer has for a Service.
+const LENT: [&str; 2] = ["203.0.113.80", "2001:db8::80"];
+/// What it has as well, and what is the cluster's: the node's address, and a pod's.
+const OF_THE_CLUSTER: [&str; 2] = ["172.31.255.1", "10.0.1.7"];
 
 /// A kernel whose networks are full on demand.
 #[derive(Default)]
@@ -163,7 +168,10 @@ impl Bench {
         };
         let service = Service {
             name: ObjectName::new("default", "kubernetes"),
-            addresses: vec![ip("198.18.0.1")],
+            addresses: Addresses {
+                own: BTreeSet::from([ip("198.18.0.1")]),
+                lent: LENT.into_iter().chain(OF_THE_CLUSTER).map(ip).collect(),
+            },
             ports: Vec::new(),
             affinity: None,
         };
@@ -329,6 +337,17 @@ async fn a_name_opens_nothing_in_the_cluster() {
         assert!(!bench.opened(address), "{address}");
     }
     assert!(bench.names.known.lock().await.cache.is_empty());
+}
+
+/// Where it leads into the cluster the pods there are judged; all else of it is outside.
+#[tokio::test]
+async fn a_name_opens_what_a_load_balancer_has() {
+    let bench = Bench::new().await;
+    let lent = [LENT, OF_THE_CLUSTER].concat();
+    bench.learn("api.example.com", &lent).await.unwrap();
+    for address in lent {
+        assert_eq!(bench.opened(address), LENT.contains(&address), "{address}");
+    }
 }
 
 #[tokio::test]

@@ -4,7 +4,7 @@ use k8s_openapi::api::{
     core::v1::Service as ServiceObject,
     discovery::v1::{Endpoint, EndpointSlice as SliceObject},
 };
-use palisade_api::service;
+use palisade_api::service::{Addresses, address};
 
 use super::{Parse, object_name};
 use crate::{
@@ -34,7 +34,7 @@ impl Parse for Services {
 
     fn parse(&self, object: ServiceObject) -> Option<Service> {
         let name = object_name(&object);
-        let addresses = service::addresses(&object);
+        let addresses = Addresses::of(&object);
         let spec = object.spec?;
         if spec.type_.as_deref() == Some("ExternalName") {
             return None;
@@ -109,6 +109,6 @@ fn backends(endpoint: &Endpoint) -> Vec<SliceBackend> {
     // An absent condition means "yes", as the API says.
     let ready = conditions.ready.unwrap_or(true);
     let serving = conditions.serving.unwrap_or(ready);
-    let addresses = endpoint.addresses.iter().filter_map(|address| address.parse().ok());
+    let addresses = endpoint.addresses.iter().filter_map(|text| address(text));
     addresses.map(|address| SliceBackend { address, ready, serving }).collect()
 }

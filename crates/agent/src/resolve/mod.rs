@@ -35,6 +35,7 @@ pub use last_good::LastGood;
 use crate::tables::{
     Delta, ObjectName, Tables,
     policies::{Condition, PolicyObject},
+    services::Frontend,
 };
 
 /// Who the agent works for.
@@ -73,6 +74,8 @@ pub struct Resolver {
     local: HashMap<IpAddr, u32>,
     /// Nodes by address.
     node_addresses: BTreeMap<IpAddr, String>,
+    /// Services that have a frontend.
+    tenants: services::Tenants,
     last_good: LastGood,
     /// All Secrets were read at least once, and nothing is in the way of hearing of changes.
     secrets_known: bool,
@@ -85,6 +88,7 @@ struct Dirty {
     endpoints: BTreeSet<u32>,
     addresses: BTreeSet<IpAddr>,
     services: BTreeSet<ObjectName>,
+    frontends: BTreeSet<Frontend>,
     nodes: bool,
 }
 
@@ -101,6 +105,7 @@ impl Resolver {
             claims: HashMap::new(),
             local: HashMap::new(),
             node_addresses: BTreeMap::new(),
+            tenants: services::Tenants::new(),
             last_good: LastGood::default(),
             secrets_known: false,
         }
@@ -123,7 +128,7 @@ impl Resolver {
         self.note_endpoints(tables, &mut dirty);
         self.note_policies(tables, &mut outcome);
         self.sweep_last_good(tables);
-        note_services(tables, &mut dirty);
+        self.note_services(tables, &mut dirty);
         self.note_api_servers(tables, &mut dirty);
 
         self.resolve_pods(tables, &mut dirty, &mut outcome);
@@ -145,7 +150,7 @@ impl Resolver {
             let prefixes = nodes::prefixes(tables, self.repository.prefixes());
             tables.prefixes.replace(prefixes);
         }
-        services::resolve(tables, &dirty.services);
+        self.resolve_services(tables, &dirty.frontends);
         outcome
     }
 
@@ -158,16 +163,4 @@ impl Resolver {
 /// The rows of a delta, the old one first.
 fn both<R>(delta: &Delta<R>) -> impl Iterator<Item = &Arc<R>> {
     delta.before.iter().chain(&delta.after)
-}
-
-fn note_services(tables: &mut Tables, dirty: &mut Dirty) {
-    for delta in tables.services.take_changes() {
-        dirty.services.extend(both(&delta).map(|service| service.name.clone()));
-    }
-    for delta in tables.slices.take_changes() {
-        dirty.services.extend(
-            both(&delta)
-                .map(|slice| ObjectName::new(slice.name.namespace.clone(), slice.service.clone())),
-        );
-    }
 }

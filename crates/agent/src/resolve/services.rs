@@ -1,50 +1,82 @@
-//! Addresses and backends of Services.
+//! Frontends of Services and the backends behind them.
 
 use std::{
-    collections::BTreeSet,
+    collections::{BTreeMap, BTreeSet},
     net::{IpAddr, SocketAddr},
 };
 
+use palisade_api::service::Tenure;
+
+use super::{Dirty, Resolver, both};
 use crate::tables::{
     ObjectName, Tables,
     services::{EndpointSlice, Frontend, Service, ServiceEntry, ServicePort},
 };
 
-/// Brings the entries of Services up to date. What is gone goes first: another Service may have its
-/// address by now.
-pub(super) fn resolve(tables: &mut Tables, names: &BTreeSet<ObjectName>) {
-    let wanted: Vec<(&ObjectName, Vec<ServiceEntry>)> = names
-        .iter()
-        .map(|name| {
-            let service = tables.services.get(name);
-            let entries = service.map(|service| entries(service, &slices_of(tables, name)));
-            (name, entries.unwrap_or_default())
-        })
-        .collect();
-    for (name, wanted) in &wanted {
-        let is_gone = |row: &ServiceEntry| {
-            row.service == **name && !wanted.iter().any(|entry| entry.frontend == row.frontend)
-        };
-        let gone: Vec<Frontend> = tables
-            .service_entries
-            .rows()
-            .filter(|row| is_gone(row))
-            .map(|row| row.frontend)
-            .collect();
-        for frontend in gone {
-            tables.service_entries.delete(&frontend);
+/// The Services that have a frontend: the first of them is reached there.
+pub(super) type Tenants = BTreeMap<Frontend, BTreeSet<(Tenure, ObjectName)>>;
+
+impl Resolver {
+    /// Takes over Services and their slices.
+    pub(super) fn note_services(&mut self, tables: &mut Tables, dirty: &mut Dirty) {
+        for delta in tables.services.take_changes() {
+            dirty.services.extend(both(&delta).map(|service| service.name.clone()));
+            for (frontend, tenant) in delta.before.iter().flat_map(|service| tenures(service)) {
+                dirty.frontends.insert(frontend);
+                self.move_out(frontend, &tenant);
+            }
+            for (frontend, tenant) in delta.after.iter().flat_map(|service| tenures(service)) {
+                dirty.frontends.insert(frontend);
+                self.tenants.entry(frontend).or_default().insert(tenant);
+            }
+        }
+        for delta in tables.slices.take_changes() {
+            for slice in both(&delta) {
+                let name = ObjectName::new(slice.name.namespace.clone(), slice.service.clone());
+                let service = tables.services.get(&name);
+                let frontends = service.into_iter().flat_map(|service| tenures(service));
+                dirty.frontends.extend(frontends.map(|(frontend, _)| frontend));
+                dirty.services.insert(name);
+            }
         }
     }
-    for (name, wanted) in wanted {
-        for entry in wanted {
-            let owner = tables.service_entries.get(&entry.frontend).map(|row| &row.service);
-            // Two Services never share an address in a sound cluster; should they, the one that was
-            // first keeps it.
-            if owner.is_none_or(|owner| owner == name) {
+
+    fn move_out(&mut self, frontend: Frontend, tenant: &(Tenure, ObjectName)) {
+        let Some(tenants) = self.tenants.get_mut(&frontend) else { return };
+        tenants.remove(tenant);
+        if tenants.is_empty() {
+            self.tenants.remove(&frontend);
+        }
+    }
+
+    /// Brings the entries of frontends up to date.
+    pub(super) fn resolve_services(&self, tables: &mut Tables, frontends: &BTreeSet<Frontend>) {
+        let mut of_service = BTreeMap::<_, Vec<_>>::new();
+        for frontend in frontends {
+            match self.tenants.get(frontend).and_then(BTreeSet::first) {
+                Some((_, service)) => of_service.entry(service).or_default().push(*frontend),
+                None => tables.service_entries.delete(frontend),
+            }
+        }
+        for (name, frontends) in of_service {
+            let Some(service) = tables.services.get(name).cloned() else { continue };
+            let entries = entries(&service, &slices_of(tables, name), &frontends);
+            for entry in entries {
                 tables.service_entries.put(entry);
             }
         }
     }
+}
+
+/// The frontends that a Service has, alone or with others.
+fn tenures(service: &Service) -> impl Iterator<Item = (Frontend, (Tenure, ObjectName))> {
+    let of_address = move |(address, tenure)| {
+        service.ports.iter().map(move |port| {
+            let frontend = Frontend { address, port: port.port, protocol: port.protocol };
+            (frontend, (tenure, service.name.clone()))
+        })
+    };
+    service.addresses.iter().flat_map(of_address)
 }
 
 pub(super) fn slices_of<'a>(tables: &'a Tables, service: &ObjectName) -> Vec<&'a EndpointSlice> {
@@ -57,20 +89,24 @@ pub(super) fn slices_of<'a>(tables: &'a Tables, service: &ObjectName) -> Vec<&'a
         .collect()
 }
 
-/// What the kernel is to hold of a Service.
-pub(super) fn entries(service: &Service, slices: &[&EndpointSlice]) -> Vec<ServiceEntry> {
-    let fronts = service
-        .addresses
-        .iter()
-        .flat_map(|address| service.ports.iter().map(move |port| (*address, port)));
-    fronts
-        .map(|(address, port)| ServiceEntry {
-            frontend: Frontend { address, port: port.port, protocol: port.protocol },
+/// What the kernel is to hold of a Service at these of its frontends.
+fn entries(
+    service: &Service,
+    slices: &[&EndpointSlice],
+    frontends: &[Frontend],
+) -> Vec<ServiceEntry> {
+    let entry = |frontend: &Frontend| {
+        let Frontend { address, port, protocol } = *frontend;
+        let mut ports = service.ports.iter();
+        let port = ports.find(|one| (one.port, one.protocol) == (port, protocol))?;
+        Some(ServiceEntry {
+            frontend: *frontend,
             service: service.name.clone(),
             backends: backends(address, port, slices),
             affinity: service.affinity,
         })
-        .collect()
+    };
+    frontends.iter().filter_map(entry).collect()
 }
 
 /// The ready backends of the address's family; when there is none, those that still serve.

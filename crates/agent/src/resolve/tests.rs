@@ -2,11 +2,12 @@
 //! Secrets come and go.
 
 use palisade_abi::{ROW_HOST, identity as number};
-use palisade_api::convert::convert;
+use palisade_api::{convert::convert, service::Addresses};
 use palisade_policy::{
     identity::{PodLabels, security_labels},
     model::{Peer, Peers, PolicyKind, PolicyRef},
 };
+use proptest::prelude::*;
 use serde_json::json;
 
 use super::*;
@@ -18,7 +19,7 @@ use crate::tables::{
     pods::{Endpoint, Pod},
     policies::{Finding, PolicyContent},
     secrets::Secret,
-    services::{EndpointSlice, SliceBackend},
+    services::{EndpointSlice, Service, ServicePort, SliceBackend},
 };
 
 const OWN: &str = "node1";
@@ -419,4 +420,152 @@ fn nobody_comes_out_of_the_overlay_as_this_node_or_by_a_cilium_node() {
     }
     let far = with_pods(FAR, NodeSource::CiliumNode, &["192.0.2.2"], &["10.0.2.0/24"]);
     assert_eq!(overlay_ways(vec![own(), far]), []);
+}
+
+const SHARED: &str = "203.0.113.7";
+
+/// A Service of one family, with TCP ports.
+fn service(name: &str, own: &str, lent: &[&str], ports: &[u16]) -> Service {
+    let lent = lent.iter().map(|text| ip(text)).collect();
+    Service {
+        name: ObjectName::new("default", name),
+        addresses: Addresses { own: BTreeSet::from([ip(own)]), lent },
+        ports: ports.iter().map(|port| tcp(*port)).collect(),
+        affinity: None,
+    }
+}
+
+fn tcp(port: u16) -> ServicePort {
+    ServicePort { name: port.to_string(), protocol: 6, port }
+}
+
+/// The one backend of a Service.
+fn behind(service: &str, address: &str) -> Intent {
+    Intent::Slice(Change::Put(EndpointSlice {
+        name: ObjectName::new("default", format!("{service}-1")),
+        service: service.into(),
+        by_controller: true,
+        ports: [80, 81].map(tcp).to_vec(),
+        backends: vec![SliceBackend { address: ip(address), ready: true, serving: true }],
+    }))
+}
+
+fn put(service: Service) -> Intent {
+    Intent::Service(Change::Put(service))
+}
+
+fn gone(name: &str) -> Intent {
+    Intent::Service(Change::Delete(ObjectName::new("default", name)))
+}
+
+struct Frontends(Resolver, Tables);
+
+impl Frontends {
+    fn new() -> Self {
+        let scope = Scope { node: OWN.into(), cluster: "default".into(), routing: Routing::Native };
+        Self(Resolver::new(scope, []), Tables::default())
+    }
+
+    fn after(&mut self, intents: impl IntoIterator<Item = Intent>) {
+        intents.into_iter().for_each(|intent| self.1.apply(intent));
+        self.0.resolve(&mut self.1);
+    }
+
+    /// The Service and the backend that are reached, everywhere.
+    fn all(&self) -> BTreeMap<(IpAddr, u16), String> {
+        let rows = self.1.service_entries.rows().map(|row| {
+            let backends: Vec<_> = row.backends.iter().map(ToString::to_string).collect();
+            let reached = format!("{} {}", row.service.name, backends.join(","));
+            ((row.frontend.address, row.frontend.port), reached)
+        });
+        rows.collect()
+    }
+}
+
+#[test]
+fn what_a_service_has_of_its_own_is_lent_to_no_other() {
+    const MINE: &str = "10.96.0.2";
+    let thief = || put(service("a", "10.96.0.1", &[MINE, SHARED], &[80]));
+    let owner = || put(service("b", MINE, &[SHARED], &[80, 81]));
+    for order in [[thief(), owner()], [owner(), thief()]] {
+        let mut world = Frontends::new();
+        world.after([behind("a", "10.0.0.1"), behind("b", "10.0.0.2")]);
+        for intent in order {
+            world.after([intent]);
+        }
+        let (a, b) = ("a 10.0.0.1:80", "b 10.0.0.2:80");
+        let reached = |world: &Frontends, address: &str, port| {
+            world.all().get(&(ip(address), port)).cloned().unwrap_or_default()
+        };
+        assert_eq!(reached(&world, MINE, 80), b);
+        assert_eq!(reached(&world, SHARED, 80), a);
+        assert_eq!(reached(&world, SHARED, 81), "b 10.0.0.2:81");
+        // What changes behind the other changes nothing; whoever is next is reached at once.
+        world.after([behind("a", "10.0.0.9")]);
+        assert_eq!(reached(&world, MINE, 80), b);
+        assert_eq!(reached(&world, SHARED, 80), "a 10.0.0.9:80");
+        world.after([gone("a")]);
+        assert_eq!(reached(&world, SHARED, 80), b);
+        world.after([thief()]);
+        assert_eq!(reached(&world, SHARED, 80), "a 10.0.0.9:80");
+        world.after([gone("b")]);
+        assert_eq!(reached(&world, MINE, 80), "a 10.0.0.9:80");
+        assert_eq!(reached(&world, SHARED, 81), "");
+        world.after([gone("a")]);
+        assert!(world.all().is_empty() && world.0.tenants.is_empty());
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(256))]
+    /// Whatever came when, the last word of each Service says who is reached where.
+    #[test]
+    fn frontends_are_those_of_the_services_as_they_are(
+        steps in prop::collection::vec(
+            (0usize..3, 0u8..8, 0usize..4, 0u8..16, 1u8..4, any::<bool>()), 1..24,
+        )
+    ) {
+        const NAMES: [&str; 3] = ["a", "b", "c"];
+        const ADDRESSES: [&str; 4] = ["10.96.0.1", "10.96.0.2", "10.96.0.3", SHARED];
+        let (mut world, mut services, mut backends) =
+            (Frontends::new(), BTreeMap::new(), BTreeMap::new());
+        for (name, what, own, lent, ports, resolve) in steps {
+            let name = NAMES[name];
+            let chosen = |mask: u8| move |n: &usize| mask >> n & 1 == 1;
+            let intent = match what {
+                0 => {
+                    services.remove(name);
+                    gone(name)
+                }
+                1 => {
+                    let backend = format!("10.0.0.{}", 1 + lent);
+                    backends.insert(name, backend.clone());
+                    behind(name, &backend)
+                }
+                _ => {
+                    let lent: Vec<_> = (0..4).filter(chosen(lent)).map(|n| ADDRESSES[n]).collect();
+                    let ports: Vec<_> = (0..2).filter(chosen(ports)).map(|n| [80, 81][n]).collect();
+                    services.insert(name, (ADDRESSES[own], lent.clone(), ports.clone()));
+                    put(service(name, ADDRESSES[own], &lent, &ports))
+                }
+            };
+            world.1.apply(intent);
+            if resolve {
+                world.after([]);
+            }
+        }
+        world.after([]);
+        let mut expected = BTreeMap::new();
+        for (address, port) in ADDRESSES.iter().flat_map(|it| [(*it, 80), (*it, 81)]) {
+            let with_port = services.iter().filter(|(_, (.., ports))| ports.contains(&port));
+            let own = with_port.clone().find(|(_, (own, ..))| *own == address);
+            let lent = with_port.clone().find(|(_, (_, lent, _))| lent.contains(&address));
+            if let Some((name, _)) = own.or(lent) {
+                let backend = backends.get(name).map(|it| format!("{it}:{port}"));
+                let reached = format!("{name} {}", backend.unwrap_or_default());
+                expected.insert((ip(address), port), reached);
+            }
+        }
+        prop_assert_eq!(world.all(), expected);
+    }
 }

@@ -313,8 +313,8 @@ impl TablesWriter {
     }
 }
 
-fn join<T: Display>(values: &[T]) -> String {
-    values.iter().map(T::to_string).collect::<Vec<_>>().join(",")
+fn join<'a, T: Display + 'a>(values: impl IntoIterator<Item = &'a T>) -> String {
+    values.into_iter().map(T::to_string).collect::<Vec<_>>().join(",")
 }
 
 fn join_map(map: &BTreeMap<String, String>) -> String {

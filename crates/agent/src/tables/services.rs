@@ -2,15 +2,17 @@
 
 use std::net::{IpAddr, SocketAddr};
 
+use palisade_api::service::Addresses;
+
 use super::{ObjectName, Row, join};
 
-/// A Service with an address.
+/// A Service.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Service {
     /// Namespace and name.
     pub name: ObjectName,
-    /// Its addresses; empty for a headless Service.
-    pub addresses: Vec<IpAddr>,
+    /// Its addresses; it need not be the one that is reached at those that are lent.
+    pub addresses: Addresses,
     /// Ports.
     pub ports: Vec<ServicePort>,
     /// Seconds that a client sticks to a backend, where it does.
@@ -37,7 +39,7 @@ impl std::fmt::Display for ServicePort {
 impl Row for Service {
     type Key = ObjectName;
     const TABLE: &'static str = "services";
-    const COLUMNS: &'static [&'static str] = &["NAMESPACE", "NAME", "ADDRESSES", "PORTS"];
+    const COLUMNS: &'static [&'static str] = &["NAMESPACE", "NAME", "ADDRESSES", "LENT", "PORTS"];
 
     fn key(&self) -> ObjectName {
         self.name.clone()
@@ -47,7 +49,8 @@ impl Row for Service {
         vec![
             self.name.namespace.clone(),
             self.name.name.clone(),
-            join(&self.addresses),
+            join(&self.addresses.own),
+            join(&self.addresses.lent),
             join(&self.ports),
         ]
     }

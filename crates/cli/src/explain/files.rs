@@ -16,6 +16,7 @@ use palisade_api::{
     convert::convert,
     explain::{self, NamedEnd},
     secrets,
+    service::address,
 };
 use palisade_policy::{
     evaluate::End,
@@ -77,15 +78,14 @@ pub(super) fn explain(files: &[PathBuf], asked: &Explain) -> Result<Explanation>
     let policies: Vec<&Policy> = objects.policies.iter().collect();
     let services = &objects.services;
     let secrets = secrets::values(objects.secrets.iter().map(|(name, data)| (&**name, data)));
-    if let Some(service) = services.find(&objects, &asked.from)? {
+    if let Some(service) = services.meant(&objects, &asked.from)? {
         let name = full_name(service);
         bail!("--from {}: Service {name} opens no connections; name a pod", asked.from);
     }
     let from = objects.find(&asked.from)?;
-    let Some(service) = services.find(&objects, &asked.to)? else {
+    let Some(target) = services.target(&objects, asked)? else {
         return Ok(explain::explain(&policies, &secrets, &from, &objects.find(&asked.to)?, asked));
     };
-    let target = services.translate(&objects, service, asked)?;
     let backends = target.backends.iter().map(|(to, port)| {
         let asked = Explain { port: *port, ..asked.clone() };
         explain::explain(&policies, &secrets, &from, to, &asked)
@@ -151,7 +151,7 @@ impl Objects {
 
     fn find(&self, text: &str) -> Result<NamedEnd> {
         let (namespace, name) = text.split_once('/').unwrap_or(("default", text));
-        if let Ok(address) = text.parse::<IpAddr>() {
+        if let Some(address) = address(text) {
             let owner = self.pods.iter().find(|pod| pod.addresses.contains(&address));
             return Ok(owner.map_or_else(|| outside(address), |pod| self.end(pod)));
         }

@@ -17,8 +17,9 @@ use palisade_abi::mark;
 use socket2::{Domain, Socket, Type};
 
 use super::{
-    harness::{Lab, Level, Pod, eventually},
+    harness::{Lab, Level, Outside, Pod, eventually},
     probe::Protocol,
+    traffic::{Flow, serve_echo},
 };
 
 const LEVELS: [Level; 2] = [Level::Socket, Level::Packet];
@@ -105,6 +106,17 @@ spec:
   - {name: http, port: 80, targetPort: http}
   - {name: alt, port: 443, targetPort: alt}
   - {name: dgram, port: 53, targetPort: dgram, protocol: UDP}
+";
+
+/// Nobody is behind it.
+const TAKEN: &str = r"
+apiVersion: v1
+kind: Service
+metadata: {name: taken}
+spec:
+  ipFamilyPolicy: RequireDualStack
+  selector: {app: nobody}
+  ports: [{name: http, port: 80}, {name: dgram, port: 53, protocol: UDP}]
 ";
 
 /// What came of a question.
@@ -428,32 +440,83 @@ impl World {
         self.lab.apply(LENT);
         let own = 2 * PORTS.len();
         let lent = [IpAddr::from([192, 0, 2, 80]), "2001:db8::80".parse().unwrap()];
-        let lend = |mode: &str| {
-            let ingress = lent.map(|ip| format!(r#"{{"ip": "{ip}", "ipMode": "{mode}"}}"#));
-            let ingress = ingress.join(", ");
-            let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{ingress}]}}}}}}"#);
-            let patch = ["patch", "service", "lent", "--subresource=status", "-p", &status];
-            self.lab.kubectl(&[&patch[..], &["--type=merge"]].concat());
-        };
-        let entries = |count: usize| {
-            self.lab.await_table("service-entries", |rows| {
-                let complete =
-                    |row: &&Vec<String>| row[1] == "default/lent" && row[2].contains(',');
-                rows.iter().filter(complete).count() == count
-            });
-        };
-        lend("VIP");
-        entries(2 * own);
+        self.lend(&lent, "VIP");
+        self.await_lent(2 * own);
         for pod in [&self.client, &self.foes[1]] {
             check(pod, "lent", &lent, &PORTS, OFTEN, |_| both());
         }
-        lend("Proxy");
-        entries(own);
-        lend("VIP");
-        entries(2 * own);
-        let ranges = r#"{"spec": {"loadBalancerSourceRanges": ["198.51.100.0/24"]}}"#;
-        self.lab.kubectl(&["patch", "service", "lent", "-p", ranges]);
-        entries(own);
+        self.lend(&lent, "Proxy");
+        self.await_lent(own);
+        self.lend(&lent, "VIP");
+        self.await_lent(2 * own);
+        let ranges = |ranges: &str| {
+            let patch = format!(r#"{{"spec": {{"loadBalancerSourceRanges": {ranges}}}}}"#);
+            self.lab.kubectl(&["patch", "service", "lent", "-p", &patch]);
+        };
+        ranges(r#"["198.51.100.0/24"]"#);
+        self.await_lent(own);
+        ranges("null");
+        self.await_lent(2 * own);
+    }
+
+    /// A load balancer has these addresses for the Service of [`LENT`], and no others.
+    fn lend(&self, addresses: &[IpAddr], mode: &str) {
+        let ingress = addresses.iter().map(|ip| format!(r#"{{"ip": "{ip}", "ipMode": "{mode}"}}"#));
+        let ingress = ingress.collect::<Vec<_>>().join(", ");
+        let status = format!(r#"{{"status": {{"loadBalancer": {{"ingress": [{ingress}]}}}}}}"#);
+        let patch = ["patch", "service", "lent", "--subresource=status", "-p", &status];
+        self.lab.kubectl(&[&patch[..], &["--type=merge"]].concat());
+    }
+
+    /// Waits until that Service with both its backends is reached at so many addresses and ports.
+    fn await_lent(&self, count: usize) {
+        self.lab.await_table("service-entries", |rows| {
+            let complete = |row: &&Vec<String>| row[1] == "default/lent" && row[2].contains(',');
+            rows.iter().filter(complete).count() == count
+        });
+    }
+
+    /// Neither where the one comes later, nor where an agent hears of both at once.
+    fn what_a_service_has_of_its_own_is_lent_to_no_other(&self) {
+        self.lab.apply(TAKEN);
+        let taken = addresses(&self.lab, "taken");
+        let shared = [HTTP, DGRAM];
+        self.lend(&taken, "VIP");
+        // A port that the owner has not is free.
+        self.await_lent(2 * PORTS.len() + 2);
+        let refused = |_| BTreeSet::from([Said::Refused]);
+        check(&self.client, "taken", &taken, &shared, 2, refused);
+        self.lab.replace_agent(1);
+        check(&self.client, "taken, by another agent", &taken, &shared, 2, refused);
+        self.lab.kubectl(&["delete", "service", "taken"]);
+        self.await_lent(4 * PORTS.len());
+        check(&self.client, "no longer taken", &taken, &PORTS, OFTEN, |_| both());
+    }
+
+    /// Whom the address belonged to when a connection was opened is at its other end to the last.
+    fn a_connection_outlives_that_its_address_is_lent(&self) {
+        let outside = Outside::new(&self.lab);
+        serve_echo(&outside.pod);
+        let addresses = outside.pod.addresses;
+        let mut flows = addresses.map(|to| Flow::tcp(&self.client, to).unwrap());
+        let mut goes_on = |word| {
+            for flow in &mut flows {
+                flow.ask(word).unwrap();
+            }
+        };
+        goes_on(1);
+        self.lend(&addresses, "VIP");
+        self.await_lent(4 * PORTS.len());
+        goes_on(2);
+        self.policy("all", "{podSelector: {}, policyTypes: [Egress], egress: [{}]}");
+        goes_on(3);
+        check(&self.client, "lent by now", &addresses, &[HTTP], OFTEN, |_| both());
+        goes_on(4);
+        self.forget_policies();
+        goes_on(5);
+        self.lend(&[], "VIP");
+        self.await_lent(2 * PORTS.len());
+        goes_on(6);
     }
 
     fn policies_hold_for_services(&self) {
@@ -536,6 +599,8 @@ fn services_lead_where_they_should() {
     step("collisions", &|| world.one_port_has_one_use());
     step("hairpin", &|| world.a_pod_reaches_itself());
     step("load balancer", &|| world.a_load_balancers_address_is_one_of_the_service());
+    step("owners", &|| world.what_a_service_has_of_its_own_is_lent_to_no_other());
+    step("lent later", &|| world.a_connection_outlives_that_its_address_is_lent());
     step("policies", &|| world.policies_hold_for_services());
     step("deleted", &|| world.a_deleted_service_is_no_more());
     println!("{}", times.join(", "));

@@ -1,6 +1,6 @@
 //! By tables that the resolver filled, as in the agent.
 
-use palisade_api::{admin::Inside, convert::convert, routing::Routing};
+use palisade_api::{admin::Inside, convert::convert, routing::Routing, service::Addresses};
 use palisade_policy::model::PolicyKind;
 use serde_json::{Value, json};
 
@@ -11,6 +11,7 @@ use crate::{
         Change, Intent,
         identities::Identity,
         namespaces::Namespace,
+        nodes::{Node, NodeSource},
         pods::Endpoint,
         policies::PolicyObject,
         secrets::Secret,
@@ -238,12 +239,27 @@ const CLUSTER_IP: &str = "10.96.0.9";
 
 /// A Service with port 80, whose backends take port 8080.
 fn service(world: &mut World, backends: &[(&str, bool)]) {
-    let name = ObjectName::new("default", "front");
+    service_at(world, "front", (CLUSTER_IP, &[]), 80, backends);
+}
+
+/// A Service with one port, at an address of its own and at others, whose backends take port 8080.
+fn service_at(
+    world: &mut World,
+    name: &str,
+    (own, lent): (&str, &[&str]),
+    number: u16,
+    backends: &[(&str, bool)],
+) {
+    let name = ObjectName::new("default", name);
     let port = |port| vec![ServicePort { name: "web".into(), protocol: 6, port }];
+    let ip = |text: &str| text.parse().unwrap();
     world.put(Intent::Service(Change::Put(Service {
         name: name.clone(),
-        addresses: vec![CLUSTER_IP.parse().unwrap()],
-        ports: port(80),
+        addresses: Addresses {
+            own: BTreeSet::from([ip(own)]),
+            lent: lent.iter().map(|text| ip(text)).collect(),
+        },
+        ports: port(number),
         affinity: None,
     })));
     let backends = backends.iter().map(|(address, ready)| SliceBackend {
@@ -252,8 +268,8 @@ fn service(world: &mut World, backends: &[(&str, bool)]) {
         serving: *ready,
     });
     world.put(Intent::Slice(Change::Put(EndpointSlice {
+        service: name.name.clone(),
         name,
-        service: "front".into(),
         by_controller: false,
         ports: port(8080),
         backends: backends.collect(),
@@ -302,9 +318,62 @@ fn what_a_service_does_not_take_is_an_error() {
     let refused = world.explain("client", "front", 80).unwrap();
     assert!(!refused.allowed && refused.service.unwrap().backends.is_empty());
     let name = ObjectName::new("default", "front");
-    let (addresses, ports) = (Vec::new(), Vec::new());
+    let (addresses, ports) = (Addresses::default(), Vec::new());
     world.put(Intent::Service(Change::Put(Service { name, addresses, ports, affinity: None })));
     assert!(unknown(world.explain("client", "svc/front", 80)).contains("is headless"));
+}
+
+/// As the data path finds it: by address and port.
+#[test]
+fn an_address_that_several_have_is_explained_port_by_port() {
+    const SHARED: &str = "203.0.113.7";
+    const NODE: &str = "192.0.2.1";
+    let mut world = World::with(&["client", "one", "other"]);
+    world.put(Intent::Node(
+        NodeSource::Node,
+        Change::Put(Node {
+            name: OWN.into(),
+            source: NodeSource::Node,
+            uid: OWN.into(),
+            addresses: vec![NODE.parse().unwrap()],
+            router_addresses: Vec::new(),
+            pod_cidrs: Vec::new(),
+        }),
+    ));
+    let lent = [SHARED, NODE, "10.96.0.2"];
+    service_at(&mut world, "a", ("10.96.0.1", &lent), 80, &[("10.0.0.2", true)]);
+    service_at(&mut world, "b", ("10.96.0.2", &lent), 81, &[("10.0.0.3", true)]);
+    for (to, port, service, frontend) in [
+        (SHARED, 80, Some("default/a"), "203.0.113.7:80/TCP"),
+        (SHARED, 81, Some("default/b"), "203.0.113.7:81/TCP"),
+        ("::ffff:203.0.113.7", 81, Some("default/b"), "203.0.113.7:81/TCP"),
+        (SHARED, 82, None, ""),
+        (NODE, 80, Some("default/a"), "192.0.2.1:80/TCP"),
+        (NODE, 82, None, ""),
+        ("10.96.0.2", 80, Some("default/a"), "10.96.0.2:80/TCP"),
+        ("10.96.0.2", 81, Some("default/b"), "10.96.0.2:81/TCP"),
+        ("svc/b", 81, Some("default/b"), "10.96.0.2:81/TCP"),
+    ] {
+        let found = world.explain("client", to, port).unwrap().service;
+        let found = found.map(|it| (it.name, it.frontend));
+        let expected = service.map(|name| (name.to_owned(), frontend.to_owned()));
+        assert_eq!(found, expected, "{to}:{port}");
+    }
+    for (to, port) in [("svc/a", 81), ("svc/b", 80), ("10.96.0.2", 82)] {
+        let error = unknown(world.explain("client", to, port));
+        assert!(error.contains("has no port"), "{error}");
+    }
+    // At its other ports the node is the node, and opens connections as ever.
+    world.policy(&json!({
+        "endpointSelector": { "matchLabels": { "app": "client" } },
+        "egress": [{ "toEntities": ["host"] }],
+        "ingress": [{ "fromEntities": ["host", "world"] }],
+    }));
+    assert!(world.allows("client", NODE, 82) && !world.allows("client", NODE, 80));
+    assert!(!world.allows("client", SHARED, 82));
+    assert!(world.allows(NODE, "client", 80) && world.allows(SHARED, "client", 80));
+    let error = unknown(world.explain("10.96.0.2", "client", 80));
+    assert!(error.contains("is Service default/b, which opens no connections"), "{error}");
 }
 
 #[test]

@@ -12,12 +12,12 @@ use k8s_openapi::{
         core::v1::{Service, ServicePort},
         discovery::v1::{Endpoint, EndpointSlice},
     },
-    apimachinery::pkg::util::intstr::IntOrString,
+    apimachinery::pkg::{apis::meta::v1::ObjectMeta, util::intstr::IntOrString},
 };
 use palisade_api::{
     admin::Explain,
     explain::{NamedEnd, backend_name, named_service},
-    service::addresses,
+    service::{self, Addresses},
 };
 use serde_json::Value;
 
@@ -56,16 +56,38 @@ impl Services {
         Ok(true)
     }
 
+    /// What a connection becomes, if it is one to a Service: as the data path has it.
+    pub(super) fn target(&self, objects: &Objects, asked: &Explain) -> Result<Option<Target>> {
+        let given = service::address(&asked.to);
+        let service = match given.and_then(|address| self.at(address, asked)) {
+            Some(service) => Some(service),
+            None => self.meant(objects, &asked.to)?,
+        };
+        service.map(|service| self.translate(objects, service, asked)).transpose()
+    }
+
+    /// The one of those with the address and the port that is reached there.
+    fn at(&self, address: IpAddr, asked: &Explain) -> Option<&Service> {
+        let tenants = self.services.iter().filter_map(|service| {
+            let ports = service.spec.as_ref()?.ports.as_ref()?;
+            ports.iter().find(|port| is_asked(port, asked))?;
+            let ObjectMeta { namespace, name, .. } = &service.metadata;
+            let tenure = Addresses::of(service).tenure(address)?;
+            Some(((tenure, namespace_of(namespace.as_ref()), name), service))
+        });
+        tenants.min_by_key(|(order, _)| *order).map(|(_, service)| service)
+    }
+
     /// The Service that is meant, if one is: as the agent finds it.
-    pub(super) fn find(&self, objects: &Objects, text: &str) -> Result<Option<&Service>> {
+    pub(super) fn meant(&self, objects: &Objects, text: &str) -> Result<Option<&Service>> {
         let named = named_service(text, |word| objects.has_namespace(word));
-        let (namespace, name) = match (named, text.parse::<IpAddr>()) {
+        let (namespace, name) = match (named, service::address(text)) {
             (Some(named), _) => named,
-            (None, Ok(address)) => {
+            (None, Some(address)) => {
                 let mut all = self.services.iter();
-                return Ok(all.find(|service| addresses(service).contains(&address)));
+                return Ok(all.find(|service| Addresses::of(service).own.contains(&address)));
             }
-            (None, Err(_)) => text.split_once('/').unwrap_or(("default", text)),
+            (None, None) => text.split_once('/').unwrap_or(("default", text)),
         };
         let is_pod = |pod: &Pod| !pod.is_made && pod.namespace == namespace && pod.name == name;
         if named.is_none() && objects.pods.iter().any(is_pod) {
@@ -84,14 +106,8 @@ impl Services {
         }
     }
 
-    /// What the data path would make of a connection to it, at the address that was asked for or at
-    /// its first one.
-    pub(super) fn translate(
-        &self,
-        objects: &Objects,
-        service: &Service,
-        asked: &Explain,
-    ) -> Result<Target> {
+    /// At the address that was asked for, or at its first own.
+    fn translate(&self, objects: &Objects, service: &Service, asked: &Explain) -> Result<Target> {
         let name = full_name(service);
         let spec = service.spec.clone().unwrap_or_default();
         if spec.type_.as_deref() == Some("ExternalName") {
@@ -105,7 +121,8 @@ impl Services {
         }
         let ports = spec.ports.unwrap_or_default();
         let port = port(&name, &ports, asked)?;
-        let address = asked.to.parse().ok().or_else(|| addresses(service).first().copied());
+        let own = Addresses::of(service).own;
+        let address = service::address(&asked.to).or(own.first().copied());
         let slices: Vec<&EndpointSlice> = self.slices_of(service).collect();
         let selector = spec.selector.filter(|selector| !selector.is_empty());
         let backends = match (slices.is_empty(), &selector) {
@@ -149,17 +166,18 @@ impl Services {
 }
 
 fn port<'a>(name: &str, ports: &'a [ServicePort], asked: &Explain) -> Result<&'a ServicePort> {
-    let is_it = |port: &&ServicePort| {
-        port.port == i32::from(asked.port)
-            && protocol_of(port.protocol.as_deref()) == Some(asked.protocol)
-    };
-    ports.iter().find(is_it).ok_or_else(|| {
+    ports.iter().find(|port| is_asked(port, asked)).ok_or_else(|| {
         let ports: Vec<String> = ports.iter().map(written).collect();
         anyhow!(Failure::not_found(format!(
             "Service {name} has no such port; it has {}. For another port of its pods, name a pod",
             ports.join(", ")
         )))
     })
+}
+
+fn is_asked(port: &ServicePort, asked: &Explain) -> bool {
+    port.port == i32::from(asked.port)
+        && protocol_of(port.protocol.as_deref()) == Some(asked.protocol)
 }
 
 /// The ready ends of slices, of the front's family; when there is none, those that still serve.
@@ -178,7 +196,7 @@ fn listed(
         });
         let Some(target) = target.and_then(|it| u16::try_from(it.port?).ok()) else { continue };
         for endpoint in slice.endpoints.iter().flatten() {
-            let own = endpoint.addresses.iter().filter_map(|text| text.parse::<IpAddr>().ok());
+            let own = endpoint.addresses.iter().filter_map(|text| service::address(text));
             let family = |it: &IpAddr| front.is_none_or(|front| front.is_ipv4() == it.is_ipv4());
             for address in own.filter(family) {
                 let mut end = behind(objects, endpoint, address)?;

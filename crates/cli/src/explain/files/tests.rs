@@ -192,6 +192,48 @@ endpoints:
     assert!(error.contains("pod gone, which the files do not have"), "{error}");
 }
 
+/// As the agent finds it: by address and port.
+#[test]
+fn an_address_that_several_have_is_explained_port_by_port() {
+    let service = |name: &str, own: &str, port: u16| {
+        let lent = ["203.0.113.7", "10.96.0.2", "127.0.0.1"].map(|ip| format!("{{ip: {ip}}}"));
+        format!(
+            "---\n{{apiVersion: v1, kind: Service, metadata: {{name: {name}}}, spec: {{clusterIP: \
+             {own}, selector: {{class: star}}, ports: [{{port: {port}, targetPort: web}}]}}, \
+             status: {{loadBalancer: {{ingress: [{}]}}}}}}\n",
+            lent.join(", ")
+        )
+    };
+    let [a, b] = [service("a", "10.96.0.1", 80), service("b", "10.96.0.2", 81)];
+    let also = service("aa", "10.96.0.3", 81);
+    for world in [[&a, &b, &also], [&also, &b, &a]] {
+        let world = format!("{WORLD}{}{}{}", world[0], world[1], world[2]);
+        for (to, port, service, frontend) in [
+            ("203.0.113.7", 80, Some("default/a"), "203.0.113.7:80/TCP"),
+            ("203.0.113.7", 81, Some("default/aa"), "203.0.113.7:81/TCP"),
+            ("::ffff:203.0.113.7", 81, Some("default/aa"), "203.0.113.7:81/TCP"),
+            ("203.0.113.7", 82, None, ""),
+            ("10.96.0.2", 80, Some("default/a"), "10.96.0.2:80/TCP"),
+            ("10.96.0.2", 81, Some("default/b"), "10.96.0.2:81/TCP"),
+            ("svc/b", 81, Some("default/b"), "10.96.0.2:81/TCP"),
+            ("127.0.0.1", 80, None, ""),
+        ] {
+            let found = ask_service(&world, "ship", to, port).unwrap().service;
+            let found = found.map(|it| (it.name, it.frontend));
+            let expected = service.map(|name| (name.to_owned(), frontend.to_owned()));
+            assert_eq!(found, expected, "{to}:{port}");
+        }
+        assert!(ask_service(&world, "203.0.113.7", "ship", 80).is_ok());
+        for (from, to, expected) in [
+            ("ship", "10.96.0.2", "Service default/b has no such port; it has 81/TCP"),
+            ("10.96.0.2", "ship", "Service default/b opens no connections"),
+        ] {
+            let error = ask_service(&world, from, to, 82).unwrap_err().to_string();
+            assert!(error.contains(expected), "{error}");
+        }
+    }
+}
+
 #[test]
 fn what_cannot_be_known_of_a_service_is_said() {
     let world = format!("{WORLD}---{SERVICE}");
