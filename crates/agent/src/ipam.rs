@@ -107,6 +107,24 @@ impl Ipam {
         Ok(())
     }
 
+    /// Where the search for addresses goes on.
+    pub fn cursor(&self) -> Addresses {
+        Addresses {
+            ipv4: self.v4.as_ref().map(|pool| Ipv4Addr::from_number(pool.next)),
+            ipv6: self.v6.as_ref().map(|pool| Ipv6Addr::from_number(pool.next)),
+        }
+    }
+
+    /// Goes on where an earlier allocator would have, once all that are in use are restored.
+    pub fn go_on_at(&mut self, cursor: &Addresses) {
+        if let (Some(pool), Some(v4)) = (&mut self.v4, cursor.ipv4) {
+            pool.go_on_at(v4);
+        }
+        if let (Some(pool), Some(v6)) = (&mut self.v6, cursor.ipv6) {
+            pool.go_on_at(v6);
+        }
+    }
+
     /// Gives addresses back.
     pub fn release(&mut self, addresses: &Addresses) {
         if let (Some(pool), Some(v4)) = (&mut self.v4, addresses.ipv4) {
@@ -240,22 +258,30 @@ impl<A: Family> Pool<A> {
         };
         self.used.insert(address);
         self.released.remove(&address);
+        self.next = self.after(address);
         Ok(address)
     }
 
     /// The next address after the cursor that is neither used nor remembered as released.
-    fn never_used(&mut self) -> Option<A> {
+    fn never_used(&self) -> Option<A> {
         let known = (self.used.len() + self.released.len()) as u128;
         if known >= self.capacity() {
             return None;
         }
-        loop {
-            let address = A::from_number(self.next);
-            self.next = if self.next == self.last { self.first } else { self.next + 1 };
-            if !self.used.contains(&address) && !self.released.contains_key(&address) {
-                return Some(address);
-            }
+        let mut address = A::from_number(self.next);
+        while self.used.contains(&address) || self.released.contains_key(&address) {
+            address = A::from_number(self.after(address));
         }
+        Some(address)
+    }
+
+    /// Number of the address that follows one of the pool's.
+    fn after(&self, address: A) -> u128 {
+        if address.number() == self.last { self.first } else { address.number() + 1 }
+    }
+
+    fn has(&self, address: A) -> bool {
+        (self.first..=self.last).contains(&address.number())
     }
 
     fn oldest_released(&mut self) -> Result<A, IpamError> {
@@ -268,20 +294,25 @@ impl<A: Family> Pool<A> {
     }
 
     fn restore(&mut self, address: A) -> Result<(), ()> {
-        if !(self.first..=self.last).contains(&address.number()) {
+        if !self.has(address) {
             return Ok(());
         }
         if !self.used.insert(address) {
             return Err(());
         }
         self.released.remove(&address);
-        // After a restart the history of releases is lost: what follows the used addresses was
-        // most likely released, or never used, the longest ago.
+        // The history of releases is lost: what follows the used addresses was most likely released,
+        // or never used, the longest ago.
         if address.number() >= self.next {
-            self.next =
-                if address.number() == self.last { self.first } else { address.number() + 1 };
+            self.next = self.after(address);
         }
         Ok(())
+    }
+
+    fn go_on_at(&mut self, cursor: A) {
+        if self.has(cursor) {
+            self.next = cursor.number();
+        }
     }
 
     fn release(&mut self, address: A) {

@@ -59,6 +59,8 @@ pub struct Attachments {
     /// name: they stay taken until the interface goes.
     unrecorded: Mutex<HashMap<String, Vec<Addresses>>>,
     locks: Mutex<HashMap<ContainerId, Weak<tokio::sync::Mutex<()>>>>,
+    /// Whoever keeps the cursor: the newest stays.
+    keeping: tokio::sync::Mutex<()>,
 }
 
 /// A finished step of an ADD.
@@ -90,6 +92,7 @@ impl Attachments {
             records: Mutex::default(),
             unrecorded: Mutex::default(),
             locks: Mutex::default(),
+            keeping: tokio::sync::Mutex::default(),
         };
         for attachment in unreadable {
             warn!("the record of {attachment} is damaged: its interface is removed");
@@ -116,6 +119,7 @@ impl Attachments {
                 }
             }
         }
+        this.hold_back(&restored.gone);
         for attachment in queued {
             if !this.records().contains_key(&attachment) {
                 this.unlink(&host_ifname(&attachment)).await?;
@@ -123,7 +127,21 @@ impl Attachments {
             this.unqueue(&attachment).map_err(state_error)?;
         }
         this.keep_unrecorded_addresses().await?;
+        if let Some(cursor) = this.store.cursor() {
+            this.ipam().go_on_at(&cursor);
+        }
         Ok((this, restored))
+    }
+
+    /// What pods had that are gone is given again last of all: other nodes may not have heard yet.
+    fn hold_back(&self, gone: &[Record]) {
+        for record in gone {
+            let mut ipam = self.ipam();
+            // A pod that lives may have them by now.
+            if ipam.restore(&record.addresses).is_ok() {
+                ipam.release(&record.addresses);
+            }
+        }
     }
 
     /// Records can be lost while pods run: an address that the kernel routes to an interface is
@@ -239,6 +257,7 @@ impl Attachments {
     ) -> Result<(), Failure> {
         done.push(Step::Recorded);
         self.save(record).await?;
+        self.keep_cursor().await?;
 
         done.push(Step::Linked);
         let host = self.create_link(record, pod).await.map_err(kernel_error)?;
@@ -481,6 +500,13 @@ impl Attachments {
         written.map_err(|error| state_error(io::Error::other(error)))?.map_err(state_error)?;
         self.records().insert(record.attachment.clone(), record.clone());
         Ok(())
+    }
+
+    async fn keep_cursor(&self) -> Result<(), Failure> {
+        let _turn = self.keeping.lock().await;
+        let (store, cursor) = (self.store.clone(), self.ipam().cursor());
+        let written = tokio::task::spawn_blocking(move || store.write_cursor(&cursor)).await;
+        written.map_err(|error| state_error(io::Error::other(error)))?.map_err(state_error)
     }
 
     fn forget(&self, record: &Record) -> Result<(), Failure> {

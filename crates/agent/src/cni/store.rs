@@ -45,7 +45,8 @@ pub struct Record {
     pub phase: Phase,
 }
 
-/// The directory of records.
+/// The directory of records, and beside it the cursor of the search for addresses: what pods had that
+/// are gone is known elsewhere as theirs for some time, also when the agent or the machine starts again.
 #[derive(Debug, Clone)]
 pub(super) struct Store {
     directory: PathBuf,
@@ -78,6 +79,17 @@ impl Store {
         Ok((records, unreadable))
     }
 
+    /// Where the search for addresses goes on; `None` if nobody knows.
+    pub(super) fn cursor(&self) -> Option<Addresses> {
+        let text = fs::read(self.cursor_path()).ok()?;
+        serde_json::from_slice(&text).ok()
+    }
+
+    /// One at a time.
+    pub(super) fn write_cursor(&self, cursor: &Addresses) -> io::Result<()> {
+        replace(&self.cursor_path(), &serde_json::to_vec(cursor)?, Lasting::UntilBoot).map(|_| ())
+    }
+
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
         fs::create_dir_all(&self.directory)?;
         let path = self.path(&record.attachment);
@@ -89,6 +101,10 @@ impl Store {
             Err(error) if error.kind() != io::ErrorKind::NotFound => Err(error),
             _ => Ok(()),
         }
+    }
+
+    fn cursor_path(&self) -> PathBuf {
+        self.directory.with_file_name("cursor.json")
     }
 
     fn path(&self, attachment: &Attachment) -> PathBuf {

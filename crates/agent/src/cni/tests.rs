@@ -424,3 +424,28 @@ async fn records_of_before_a_crash_of_the_machine_are_forgotten() {
         bench.attachments.del(&bench.endpoints, &key).await.expect("the runtime's DEL");
     }
 }
+
+/// Other nodes take whoever has an address for the pod that had it, until they hear of the change.
+#[tokio::test]
+async fn addresses_of_pods_that_are_gone_do_not_come_back_with_the_next_agent() {
+    let Some(mut bench) = Bench::new(Counting::default()).await else { return };
+    let mut given = HashSet::new();
+    for lost in [false, false, true, false] {
+        let pods: Vec<TempNs> = (0..3).filter_map(|_| TempNs::new()).collect();
+        for pod in &pods {
+            let attached = bench.add(pod).await.expect("add");
+            let fresh = attached.addresses.iter().all(|pod| given.insert(pod.address));
+            assert!(fresh, "{attached:?} after {given:?}");
+        }
+        let first = attachment(&pods[0].0);
+        bench.attachments.del(&bench.endpoints, &first).await.expect("del");
+        bench.node = TempNs::new().expect("another kernel, as it were");
+        if lost {
+            // It was not on the disk yet when the machine crashed.
+            std::fs::write(bench.directory.join("cursor.json"), "").expect("truncate");
+        } else {
+            Bench::restore(&bench.node, &bench.directory).await;
+        }
+        (bench.attachments, _) = Bench::restore(&bench.node, &bench.directory).await;
+    }
+}
