@@ -213,22 +213,20 @@ fn a_secret_that_is_not_there(lab: &Lab) {
 }
 
 /// Which addresses a name stands for to a pod is known on its node only.
-const ROLES: &str = "spec: {endpointSelector: {matchLabels: {app: server}}, ingress: [{
-    fromEndpoints: [{matchLabels: {app: near}}],
-    toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [
-        {headerMatches: [{name: x-role, value: admin}]}]}}]}]}";
-const NAMED: &str = "spec: {endpointSelector: {matchLabels: {app: near}}, egress: [
-    {toEndpoints: [{matchLabels: {app: server}}]}, {toFQDNs: [{matchName: api.example.com}]}]}";
+const ROLES: &str = "spec: {endpointSelector: {matchLabels: {app: near}}, egress: [
+    {toFQDNs: [{matchName: api.example.com}]},
+    {toCIDR: [192.0.2.1/32],
+     toPorts: [{ports: [{port: '8080', protocol: TCP}], rules: {http: [
+         {headerMatches: [{name: x-role, value: admin}]}]}}]}]}";
 
 #[test]
 fn headers_are_explained_by_the_agent_of_another_node() {
     let lab = Lab::up(2);
     stand_in(&lab);
-    lab.pods([("near", 1), ("server", 2)]);
-    lab.apply_cilium_policy("default", "server", ROLES);
-    lab.apply_cilium_policy("default", "names", NAMED);
+    lab.pods([("near", 1)]);
+    lab.apply_cilium_policy("default", "roles", ROLES);
     let socket = lab.run_dir(2).join("admin.sock");
-    let words = "policy explain --from near --to server --port 8080 --http";
+    let words = "policy explain --from near --to 192.0.2.1 --port 8080 --http";
     let explain = |headers: &[&str]| {
         let socket = ["--socket", socket.to_str().unwrap()];
         let words: Vec<&str> = words.split(' ').collect();
