@@ -188,6 +188,11 @@ fn problem(
 
 fn ended(state: &ContainerState) -> Option<String> {
     let ended = state.terminated.as_ref()?;
+    // So the kubelet tells of containers that it finds gone after the node started again: whatever
+    // they said last is no reason.
+    if (ended.reason.as_deref(), ended.exit_code) == (Some("Unknown"), 255) {
+        return Some("it ended with its node, or with the node's container runtime".to_owned());
+    }
     let said = ended.message.as_deref().unwrap_or_default().trim();
     // The last thing that it said is why; what it logged before may be in front.
     let said = said.rfind("\nError: ").map_or(said, |at| &said[at..]);
@@ -219,6 +224,17 @@ mod tests {
         let why = "Error, exit code 1: Error: the Lease is lost";
         assert_eq!(container.ended.as_deref(), Some(why));
         assert_eq!((container.restarts, container.problem), (1, None));
+    }
+
+    #[test]
+    fn a_node_that_started_again_is_the_reason_itself() {
+        let lost = json!({ "terminated": { "exitCode": 255, "reason": "Unknown",
+            "message": "INFO all is well\n" } });
+        let told = ended(&serde_json::from_value(lost).unwrap());
+        assert_eq!(
+            told.as_deref(),
+            Some("it ended with its node, or with the node's container runtime")
+        );
     }
 
     #[test]
