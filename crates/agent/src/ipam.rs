@@ -107,20 +107,20 @@ impl Ipam {
         Ok(())
     }
 
-    /// Where the search for addresses goes on.
-    pub fn cursor(&self) -> Addresses {
+    /// So many addresses further than where the search goes on.
+    pub fn ahead(&self, count: u32) -> Addresses {
         Addresses {
-            ipv4: self.v4.as_ref().map(|pool| Ipv4Addr::from_number(pool.next)),
-            ipv6: self.v6.as_ref().map(|pool| Ipv6Addr::from_number(pool.next)),
+            ipv4: self.v4.as_ref().map(|pool| pool.ahead(count)),
+            ipv6: self.v6.as_ref().map(|pool| pool.ahead(count)),
         }
     }
 
-    /// Goes on where an earlier allocator would have, once all that are in use are restored.
-    pub fn go_on_at(&mut self, cursor: &Addresses) {
-        if let (Some(pool), Some(v4)) = (&mut self.v4, cursor.ipv4) {
+    /// Goes on at a mark that an earlier allocator set ahead, once all that are in use are restored.
+    pub fn go_on_at(&mut self, mark: &Addresses) {
+        if let (Some(pool), Some(v4)) = (&mut self.v4, mark.ipv4) {
             pool.go_on_at(v4);
         }
-        if let (Some(pool), Some(v6)) = (&mut self.v6, cursor.ipv6) {
+        if let (Some(pool), Some(v6)) = (&mut self.v6, mark.ipv6) {
             pool.go_on_at(v6);
         }
     }
@@ -309,9 +309,13 @@ impl<A: Family> Pool<A> {
         Ok(())
     }
 
-    fn go_on_at(&mut self, cursor: A) {
-        if self.has(cursor) {
-            self.next = cursor.number();
+    fn ahead(&self, count: u32) -> A {
+        A::from_number(self.first + (self.next - self.first + u128::from(count)) % self.capacity())
+    }
+
+    fn go_on_at(&mut self, mark: A) {
+        if self.has(mark) {
+            self.next = mark.number();
         }
     }
 

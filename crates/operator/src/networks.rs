@@ -20,7 +20,7 @@ use kube::{
     runtime::{WatchStreamExt, watcher},
 };
 use palisade_api::{
-    client::{Patience, WATCH_SECONDS, chain, patient},
+    client::{Patience, WATCH_SECONDS, chain, is_refusal, patient},
     pool::{Pools, taken as others},
 };
 use serde_json::json;
@@ -104,8 +104,16 @@ async fn round(
             return Ok(());
         };
         ensure!(term.leads(), "another one may lead by now");
-        if !write(api, node, &found).await? {
-            continue;
+        match write(api, node, &found).await {
+            Ok(true) => {}
+            Ok(false) => continue,
+            Err(error) if is_refusal(&error) => return Err(error.into()),
+            Err(error) => {
+                // What is wrong with one node is no reason for others to wait.
+                metrics.failed();
+                warn!(node = name, error = chain(&error), "cannot write the node's networks yet");
+                continue;
+            }
         }
         info!(node = name, networks = ?found, "pod networks");
         metrics.networks_allocated.fetch_add(1, Relaxed);

@@ -17,7 +17,7 @@ use kube::{
     api::{ListParams, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
-use palisade_api::client::{Patience, WATCH_SECONDS, chain, patient};
+use palisade_api::client::{Patience, WATCH_SECONDS, chain, is_refusal, patient};
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
@@ -87,7 +87,13 @@ async fn round(
     let waiting = all.iter().filter(|node| state(node) == Agent::Awaited).count();
     metrics.nodes_not_ready.store(waiting as u64, Relaxed);
     for node in &all {
-        settle(nodes, node, state(node)).await?;
+        let Err(error) = settle(nodes, node, state(node)).await else { continue };
+        if is_refusal(&error) {
+            return Err(error);
+        }
+        // What is wrong with one node is no reason for others to wait.
+        metrics.failed();
+        warn!(node = node.name_any(), error = chain(&error), "cannot set the node's taints yet");
     }
     Ok(())
 }

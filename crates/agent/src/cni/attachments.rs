@@ -25,6 +25,8 @@ use crate::ipam::{Ipam, IpamError};
 
 /// What is left of the plugin's patience for undoing and answering.
 const MARGIN: Duration = Duration::from_secs(2);
+/// The mark of which addresses come next is set each time that so many were given, twice as far ahead.
+const MARK_EACH: u32 = 16;
 
 /// Where the server keeps its things.
 #[derive(Debug, Clone)]
@@ -59,8 +61,8 @@ pub struct Attachments {
     /// name: they stay taken until the interface goes.
     unrecorded: Mutex<HashMap<String, Vec<Addresses>>>,
     locks: Mutex<HashMap<ContainerId, Weak<tokio::sync::Mutex<()>>>>,
-    /// Whoever keeps the cursor: the newest stays.
-    keeping: tokio::sync::Mutex<()>,
+    /// How many ADDs were given addresses.
+    given: tokio::sync::Mutex<u32>,
 }
 
 /// A finished step of an ADD.
@@ -92,7 +94,7 @@ impl Attachments {
             records: Mutex::default(),
             unrecorded: Mutex::default(),
             locks: Mutex::default(),
-            keeping: tokio::sync::Mutex::default(),
+            given: tokio::sync::Mutex::default(),
         };
         for attachment in unreadable {
             warn!("the record of {attachment} is damaged: its interface is removed");
@@ -127,8 +129,8 @@ impl Attachments {
             this.unqueue(&attachment).map_err(state_error)?;
         }
         this.keep_unrecorded_addresses().await?;
-        if let Some(cursor) = this.store.cursor() {
-            this.ipam().go_on_at(&cursor);
+        if let Some(mark) = this.store.mark() {
+            this.ipam().go_on_at(&mark);
         }
         Ok((this, restored))
     }
@@ -257,7 +259,7 @@ impl Attachments {
     ) -> Result<(), Failure> {
         done.push(Step::Recorded);
         self.save(record).await?;
-        self.keep_cursor().await?;
+        self.set_mark().await;
 
         done.push(Step::Linked);
         let host = self.create_link(record, pod).await.map_err(kernel_error)?;
@@ -502,11 +504,18 @@ impl Attachments {
         Ok(())
     }
 
-    async fn keep_cursor(&self) -> Result<(), Failure> {
-        let _turn = self.keeping.lock().await;
-        let (store, cursor) = (self.store.clone(), self.ipam().cursor());
-        let written = tokio::task::spawn_blocking(move || store.write_cursor(&cursor)).await;
-        written.map_err(|error| state_error(io::Error::other(error)))?.map_err(state_error)
+    /// Sees to it that an agent that starts again begins ahead of all addresses that were given.
+    async fn set_mark(&self) {
+        let mut given = self.given.lock().await;
+        if given.is_multiple_of(MARK_EACH) {
+            let (store, mark) = (self.store.clone(), self.ipam().ahead(2 * MARK_EACH));
+            let written = tokio::task::spawn_blocking(move || store.write_mark(&mark)).await;
+            if let Err(error) = written.map_err(io::Error::other).flatten() {
+                warn!(%error, "cannot write which addresses come next: they may come again too soon");
+                return;
+            }
+        }
+        *given = given.wrapping_add(1);
     }
 
     fn forget(&self, record: &Record) -> Result<(), Failure> {

@@ -45,8 +45,9 @@ pub struct Record {
     pub phase: Phase,
 }
 
-/// The directory of records, and beside it the cursor of the search for addresses: what pods had that
-/// are gone is known elsewhere as theirs for some time, also when the agent or the machine starts again.
+/// The directory of records, and beside it a mark ahead of all addresses that were given: what pods
+/// had that are gone is known elsewhere as theirs for some time, also when the agent or the machine
+/// starts again.
 #[derive(Debug, Clone)]
 pub(super) struct Store {
     directory: PathBuf,
@@ -80,14 +81,15 @@ impl Store {
     }
 
     /// Where the search for addresses goes on; `None` if nobody knows.
-    pub(super) fn cursor(&self) -> Option<Addresses> {
-        let text = fs::read(self.cursor_path()).ok()?;
+    pub(super) fn mark(&self) -> Option<Addresses> {
+        let text = fs::read(self.mark_path()).ok()?;
         serde_json::from_slice(&text).ok()
     }
 
     /// One at a time.
-    pub(super) fn write_cursor(&self, cursor: &Addresses) -> io::Result<()> {
-        replace(&self.cursor_path(), &serde_json::to_vec(cursor)?, Lasting::UntilBoot).map(|_| ())
+    pub(super) fn write_mark(&self, mark: &Addresses) -> io::Result<()> {
+        fs::create_dir_all(&self.directory)?;
+        replace(&self.mark_path(), &serde_json::to_vec(mark)?, Lasting::Always).map(|_| ())
     }
 
     pub(super) fn write(&self, record: &Record) -> io::Result<()> {
@@ -103,8 +105,8 @@ impl Store {
         }
     }
 
-    fn cursor_path(&self) -> PathBuf {
-        self.directory.with_file_name("cursor.json")
+    fn mark_path(&self) -> PathBuf {
+        self.directory.with_file_name("next-addresses.json")
     }
 
     fn path(&self, attachment: &Attachment) -> PathBuf {

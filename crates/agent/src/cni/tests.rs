@@ -442,7 +442,7 @@ async fn addresses_of_pods_that_are_gone_do_not_come_back_with_the_next_agent() 
         bench.node = TempNs::new().expect("another kernel, as it were");
         if lost {
             // It was not on the disk yet when the machine crashed.
-            std::fs::write(bench.directory.join("cursor.json"), "").expect("truncate");
+            std::fs::write(bench.directory.join("next-addresses.json"), "").expect("truncate");
         } else {
             Bench::restore(&bench.node, &bench.directory).await;
         }

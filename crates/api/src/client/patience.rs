@@ -139,7 +139,11 @@ mod tests {
 
     #[test]
     fn who_is_denied_asks_less_often_than_who_is_not_heard() {
-        let status = |code| Box::new(Status { code, ..Status::default() });
+        let status = |code| {
+            // A webhook that failed.
+            let reason = if code == 500 { "InternalError" } else { "" }.to_owned();
+            Box::new(Status { code, reason, ..Status::default() })
+        };
         let api = |code| kube::Error::Api(status(code));
         for code in [400, 403, 422, 500] {
             assert_eq!(Pauses::of(&api(code)), DENIED, "{code}");
@@ -151,6 +155,9 @@ mod tests {
             assert_eq!(Pauses::of(&api(code)), AWAY, "{code}");
             assert_eq!(Pauses::of(&watcher::Error::WatchError(status(code))), AWAY);
         }
+        let message = "etcdserver: request timed out".to_owned();
+        let store = Box::new(Status { code: 500, message, ..Status::default() });
+        assert_eq!(Pauses::of(&kube::Error::Api(store)), AWAY);
         assert_eq!(Pauses::of(&io::Error::from(io::ErrorKind::ConnectionRefused)), AWAY);
         assert_eq!(Pauses::of(&busy(1)), BUSY);
     }

@@ -41,18 +41,24 @@ pub fn is_refusal(error: &(dyn Error + 'static)) -> bool {
 
 /// Whether the server says no to what it was asked, itself or by a webhook, and will say so again
 /// until somebody mends that. What is not there yet, was changed by another or is too old is not
-/// meant, nor a server that passes on that another does not answer.
+/// meant, nor a server that cannot do its part now, as when its store does not answer.
 pub(super) fn is_denial(error: &(dyn Error + 'static)) -> bool {
-    let code = iter::successors(Some(error), |&error| error.source()).find_map(code);
-    code.is_some_and(|code| matches!(code, 400..=500) && !matches!(code, 404 | 408..=410))
+    let status = iter::successors(Some(error), |&error| error.source()).find_map(status);
+    status.is_some_and(|status| match status.code {
+        404 | 408..=410 => false,
+        400..500 => true,
+        // Webhooks that fail (`NewInternalError` in k8s.io/apimachinery); the store has no reason.
+        500 => status.reason == "InternalError",
+        _ => false,
+    })
 }
 
-fn code(error: &(dyn Error + 'static)) -> Option<u16> {
+fn status<'a>(error: &'a (dyn Error + 'static)) -> Option<&'a Status> {
     if let Some(kube::Error::Api(status)) = error.downcast_ref() {
-        return Some(status.code);
+        return Some(status);
     }
     match error.downcast_ref() {
-        Some(watcher::Error::WatchError(status)) => Some(status.code),
+        Some(watcher::Error::WatchError(status)) => Some(status),
         _ => None,
     }
 }

@@ -166,11 +166,15 @@ mod tests {
     const DIRECTORY: &str = concat!(env!("CARGO_MANIFEST_DIR"), "/../../install/helm/palisade");
 
     /// Ways to choose that reach every branch of the templates.
-    const CHOICES: [&[&str]; 7] = [
+    const CHOICES: [&[&str]; 9] = [
         &[],
         &["config.ipam=cluster-pool,config.pool-ipv6=fd00:10::/104,config.uplink=eth0"],
         &["apiServer.host=10.0.0.1,cni.exclusive=true,proxy.enabled=false,operator.replicas=1"],
         &["image.tag=v9,agent.maxUnavailable=25%,config.pool-ipv4-mask=26"],
+        &[
+            "image.repository=[fd00::1]:5000/a__b/c-d,image.tag=1@sha512:0123456789abcdef0123456789abcdef",
+        ],
+        &["image.repository=Registry.Example:5000/palisade"],
         &["agent.resources=null,agent.nodeSelector=null,agent.tolerations=null,config.uplink=null"],
         &[
             "proxy.enabled=null,proxy.resources=null,apiServer.host=null,config.pool-ipv6=null",

@@ -11,8 +11,14 @@ pub(super) fn problems(schema: &Value, values: &Value) -> Result<Vec<String>> {
     Ok(problems)
 }
 
-fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) -> Result<()> {
-    let schema = schema.as_object().context("a schema is an object")?;
+/// A tag that is a number, for one.
+fn would_be_right_as_text(schema: &Value, value: &Value) -> Result<bool> {
+    let plain = value.is_number() || value.is_boolean();
+    Ok(plain && problems(schema, &Value::String(value.to_string()))?.is_empty())
+}
+
+fn check(whole: &Value, value: &Value, path: &str, problems: &mut Vec<String>) -> Result<()> {
+    let schema = whole.as_object().context("a schema is an object")?;
     let mut problem =
         |text: String| problems.push(format!("{}: {text}", path.trim_start_matches('.')));
     // What a pattern means, in words.
@@ -24,6 +30,11 @@ fn check(schema: &Value, value: &Value, path: &str, problems: &mut Vec<String>) 
         };
         if !kinds.iter().any(|kind| is(value, kind)) {
             problem(match meaning {
+                _ if would_be_right_as_text(whole, value)? => {
+                    format!(
+                        "{value} is no text: write it in quotes, in a file of values (--values)"
+                    )
+                }
                 Some(meaning) => format!("{value} is not {meaning}"),
                 None => format!("{value} is not of type {}", kinds.join(" or ")),
             });
@@ -132,6 +143,7 @@ mod tests {
                 "mode": { "type": "string", "enum": ["a", "b"] },
                 "count": { "type": ["string", "integer"], "minimum": 1, "pattern": "^[0-9]+%$" },
                 "time": { "type": "string", "pattern": "^[0-9]+m$", "description": "like 5m" },
+                "tag": { "type": "string", "pattern": "^[0-9.]+$", "description": "a tag" },
                 "all": { "type": "array", "items": { "type": "object" } },
                 "name": { "not": { "pattern": "^x" }, "description": "a name without x" },
             },
@@ -144,6 +156,9 @@ mod tests {
         assert_eq!(problems(json!({ "count": "x" })), r#"count: "x" does not match ^[0-9]+%$"#);
         assert_eq!(problems(json!({ "time": 5 })), "time: 5 is not like 5m");
         assert_eq!(problems(json!({ "time": "x" })), r#"time: "x" is not like 5m"#);
+        let quoted = "tag: 20240101 is no text: write it in quotes, in a file of values (--values)";
+        assert_eq!(problems(json!({ "tag": 20_240_101 })), quoted);
+        assert_eq!(problems(json!({ "tag": true })), "tag: true is not a tag");
         assert_eq!(problems(json!({ "all": [1] })), "all[0]: 1 is not of type object");
         let required = json!({ "properties": { "a": { "required": ["b"] } }, "required": ["a"] });
         let lacks = |values: Value| super::problems(&required, &values).unwrap().join("\n");
@@ -154,7 +169,7 @@ mod tests {
         assert_eq!(problems(json!({ "name": "xy" })), r#"name: "xy" is not a name without x"#);
         assert_eq!(
             problems(json!({ "mod": "a" })),
-            "mod: there is no such value; there are all, count, mode, name, time"
+            "mod: there is no such value; there are all, count, mode, name, tag, time"
         );
     }
 }
