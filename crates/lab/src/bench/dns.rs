@@ -26,8 +26,8 @@ use crate::sys::netns;
 pub(super) const PORT: u16 = 53;
 /// Questions of the flood, each millisecond: 50,000 a second.
 const FLOOD: u32 = 50;
-/// Between two questions whose answers are awaited: far below what a pod may ask.
-const PACE: Duration = Duration::from_millis(1);
+/// From one question whose answer is awaited to the next, at least: what a pod may ask is not reached.
+const PACE: Duration = Duration::from_micros(250);
 /// Rounds; alone and beside the flood take turns.
 const ROUNDS: usize = 5;
 /// How long one measurement goes on.
