@@ -31,7 +31,7 @@ impl Machine {
         let commands = COMMANDS.iter().flat_map(|(kind, command)| facts(kind, &listing(command)));
         let paths = PATHS.iter().flat_map(|(kind, path)| facts(kind, &content(Path::new(path))));
         let mounts = fs::read_to_string("/proc/self/mounts").unwrap_or_default();
-        let mut all: BTreeSet<_> = commands.chain(paths).chain(facts("mounts", &mounts)).collect();
+        let mut all: BTreeSet<_> = commands.chain(paths).chain(passing(&mounts)).collect();
         for root in mounts.lines().filter_map(cgroup_root) {
             all.extend(facts("cgroups", &names(Path::new(root), 1).join("\n")));
         }
@@ -48,6 +48,14 @@ impl Machine {
 
 fn facts(kind: &'static str, text: &str) -> Vec<(&'static str, String)> {
     text.lines().map(|line| (kind, without_age(line))).collect()
+}
+
+/// Mounts, but for that of the directory of network namespaces: whoever names the first one since the
+/// machine started makes it a mount for good, as `ip netns` does.
+fn passing(mounts: &str) -> Vec<(&'static str, String)> {
+    let mut mounts = facts("mounts", mounts);
+    mounts.retain(|(_, mount)| !mount.contains(" /run/netns "));
+    mounts
 }
 
 /// Learned routes count down.
@@ -101,6 +109,13 @@ mod tests {
         let before = Machine(facts("links", "lo UP\neth0 UP").into_iter().collect());
         let after = Machine(facts("links", "lo UP\nlxc1 UP").into_iter().collect());
         assert_eq!(after.differences(&before), ["links: new: lxc1 UP", "links: gone: eth0 UP"]);
+    }
+
+    #[test]
+    fn the_first_name_of_a_network_namespace_leaves_a_mount() {
+        let mounts = "tmpfs /run tmpfs rw\ntmpfs /run/netns tmpfs rw\nnsfs /run/netns/a nsfs rw";
+        let passing: Vec<String> = passing(mounts).into_iter().map(|(_, mount)| mount).collect();
+        assert_eq!(passing, ["tmpfs /run tmpfs rw", "nsfs /run/netns/a nsfs rw"]);
     }
 
     #[test]
