@@ -129,8 +129,11 @@ impl Attachments {
             this.unqueue(&attachment).map_err(state_error)?;
         }
         this.keep_unrecorded_addresses().await?;
-        if let Some(mark) = this.store.mark() {
-            this.ipam().go_on_at(&mark);
+        match this.store.mark() {
+            Ok(mark) => mark.iter().for_each(|mark| this.ipam().go_on_at(mark)),
+            Err(error) => {
+                warn!(%error, "cannot read which addresses come next: they may come again too soon");
+            }
         }
         Ok((this, restored))
     }

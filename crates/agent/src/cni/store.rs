@@ -80,10 +80,12 @@ impl Store {
         Ok((records, unreadable))
     }
 
-    /// Where the search for addresses goes on; `None` if nobody knows.
-    pub(super) fn mark(&self) -> Option<Addresses> {
-        let text = fs::read(self.mark_path()).ok()?;
-        serde_json::from_slice(&text).ok()
+    /// Where the search for addresses goes on; `None` before any was given.
+    pub(super) fn mark(&self) -> io::Result<Option<Addresses>> {
+        match fs::read(self.mark_path()) {
+            Err(error) if error.kind() == io::ErrorKind::NotFound => Ok(None),
+            text => Ok(Some(serde_json::from_slice(&text?)?)),
+        }
     }
 
     /// One at a time.
