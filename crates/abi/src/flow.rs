@@ -26,6 +26,8 @@ pub mod flow_flags {
     pub const PROXIED: u32 = 256;
     /// The leg between the proxy and the server; its key says [`super::flow_direction::UPSTREAM`].
     pub const UPSTREAM: u32 = 512;
+    /// No flow of its own, but what keeps a flow to a Service with its backend ([`TRANSLATED`]).
+    pub const KEPT: u32 = 1024;
 }
 
 /// Values of [`FlowKey4::direction`] and [`FlowKey6::direction`].
@@ -128,7 +130,8 @@ pub struct FlowValue {
     pub opener_revision: u32,
     /// Revision of the other end's row when its ingress policy was asked; 0: not asked.
     pub other_revision: u32,
-    /// Revision of the shard of the remote end's address, 0 where both ends are local.
+    /// Revision of the shard of the remote end's address, 0 where both ends are local. In the entry
+    /// of the flow to a Service: the version of the Service's backends that had the backend last.
     pub shard_revision: u32,
     /// Shard of the remote end's address.
     pub shard: u32,

@@ -73,7 +73,8 @@ pub struct ServiceValue {
 pub struct BackendKey {
     /// Version, see [`ServiceValue::version`].
     pub version: u32,
-    /// Number of the backend, counted from 0.
+    /// Number of the backend, counted from 0 in ascending order of addresses and ports: they are
+    /// searched.
     pub index: u32,
 }
 

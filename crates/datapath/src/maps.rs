@@ -240,12 +240,19 @@ fn mapped(ipv4: [u8; 4]) -> Address {
     std::net::Ipv4Addr::from(ipv4).to_ipv6_mapped().octets()
 }
 
+fn unmapped(address: Address) -> [u8; 4] {
+    let [.., a, b, c, d] = address;
+    [a, b, c, d]
+}
+
 /// An end of a flow; the port as the kernel has it.
 type End = (Address, u16);
 
 /// What the keys of both families say.
 trait FlowKey: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable + Copy {
     const IPV6: bool;
+    /// Of a TCP or UDP flow between two ends, the lower of them first.
+    fn of(ends: [End; 2], protocol: u8) -> Self;
     /// The lower end first.
     fn ends(&self) -> [End; 2];
     fn protocol(&self) -> u8;
@@ -254,6 +261,11 @@ trait FlowKey: zerocopy::FromBytes + zerocopy::IntoBytes + zerocopy::Immutable +
 
 impl FlowKey for FlowKey4 {
     const IPV6: bool = false;
+
+    fn of([(low, low_port), (high, high_port)]: [End; 2], protocol: u8) -> Self {
+        let [low, high] = [low, high].map(unmapped);
+        Self { low, high, low_port, high_port, protocol, direction: 0, reserved: 0 }
+    }
 
     fn ends(&self) -> [End; 2] {
         [(mapped(self.low), self.low_port), (mapped(self.high), self.high_port)]
@@ -270,6 +282,10 @@ impl FlowKey for FlowKey4 {
 
 impl FlowKey for FlowKey6 {
     const IPV6: bool = true;
+
+    fn of([(low, low_port), (high, high_port)]: [End; 2], protocol: u8) -> Self {
+        Self { low, high, low_port, high_port, protocol, direction: 0, reserved: 0 }
+    }
 
     fn ends(&self) -> [End; 2] {
         [(self.low, self.low_port), (self.high, self.high_port)]
@@ -382,10 +398,31 @@ fn collect<K: FlowKey + 'static>(flows: &mut Hash<K, FlowValue>, found: &mut Fou
         if flows.remove(&key).is_err() {
             continue;
         }
-        let hidden = flow_flags::CLOSE_LOGGED | flow_flags::TRANSLATED | flow_flags::UPSTREAM;
+        release(flows, &key.0, &flow);
+        let hidden = flow_flags::CLOSE_LOGGED | flow_flags::KEPT | flow_flags::UPSTREAM;
         if flow.flags & hidden == 0 {
             found.stats.closed.push(close_event(&key.0, &flow, found.time));
         }
+    }
+}
+
+/// The entry that keeps a flow with its backend goes with the flow: it is of no use any more, and
+/// the client's port is free for any backend.
+fn release<K: FlowKey + 'static>(flows: &mut Hash<K, FlowValue>, key: &K, flow: &FlowValue) {
+    if flow.flags & (flow_flags::TRANSLATED | flow_flags::KEPT) != flow_flags::TRANSLATED {
+        return;
+    }
+    let [client, backend] = opener_first(key, flow);
+    let mut ends = [client, (flow.nat_address, flow.nat_port)];
+    ends.sort_by_key(|(address, port)| (*address, u16::from_be(*port)));
+    let kept = Wire(K::of(ends, key.protocol()));
+    let Ok(Wire(found)) = flows.get(&kept, 0) else { return };
+    // The port may be in use again.
+    let in_use = flows.get(&Wire(*key), 0).is_ok();
+    let same = (found.nat_address, found.nat_port) == backend;
+    if found.flags & flow_flags::KEPT != 0 && same && !in_use {
+        // It is as good as gone if it cannot be removed: it expires.
+        let _ = flows.remove(&kept);
     }
 }
 

@@ -7,6 +7,8 @@
 
 #[path = "verdicts/masquerade.rs"]
 mod masquerade;
+#[path = "verdicts/services.rs"]
+mod services;
 
 use std::{
     collections::BTreeMap,

@@ -28,8 +28,16 @@ mod lifetime {
     pub const REPLIED: u32 = 120;
 }
 
-/// Lifetime of the entry that keeps a flow with its backend; every packet renews it.
-pub const TRANSLATION_SECONDS: u32 = lifetime::ESTABLISHED;
+/// Lifetime in seconds of the entry that keeps a flow with its backend, from each packet of the
+/// client's on.
+#[inline(always)]
+pub fn translation_lifetime(tcp: bool, opening: bool) -> u32 {
+    match (tcp, opening) {
+        (true, true) => lifetime::SYN,
+        (true, false) => lifetime::ESTABLISHED,
+        (false, _) => lifetime::REPLIED,
+    }
+}
 
 /// Which end of the key the source of the packet is.
 #[derive(Clone, Copy, PartialEq, Eq)]
@@ -74,7 +82,7 @@ pub fn key4(
 }
 
 #[inline(always)]
-fn halves(address: &Address) -> (u64, u64) {
+pub fn halves(address: &Address) -> (u64, u64) {
     let [a, b, c, d, e, f, g, h, i, j, k, l, m, n, o, p] = *address;
     (u64::from_be_bytes([a, b, c, d, e, f, g, h]), u64::from_be_bytes([i, j, k, l, m, n, o, p]))
 }
@@ -163,6 +171,12 @@ impl Key {
         } else {
             self.v4.direction = flow_direction::UPSTREAM;
         }
+    }
+
+    /// Whether it is a TCP flow's.
+    #[inline(always)]
+    pub fn tcp(&self) -> bool {
+        self.tcp
     }
 
     #[inline(never)]

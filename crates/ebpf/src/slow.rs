@@ -8,7 +8,7 @@ use aya_ebpf::{
 };
 use palisade_abi::{
     Address, DropReason, EndpointKey, EndpointRow, EventKind, FlowValue, ROW_NONE, RULE_NONE,
-    event_flags, flow_flags, identity, metric_index, protocol, row_flags,
+    ServiceValue, event_flags, flow_flags, identity, metric_index, protocol, row_flags,
 };
 
 use crate::{
@@ -172,8 +172,8 @@ fn read(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     }
 }
 
-/// Reads a packet at an endpoint and guards it. True: upkeep of the link, which passes without
-/// judgement.
+/// Reads a packet at an endpoint, guards it, and names the backend that it goes to if it leaves for
+/// a Service. True: upkeep of the link, which passes without judgement.
 #[inline(never)]
 fn at_pod(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
     let hook = s.hook;
@@ -213,6 +213,9 @@ fn at_pod(skb: *mut __sk_buff, s: &mut Scratch) -> Result<bool, DropReason> {
     }
     s.own.row = own;
     (s.own.revision, s.own.identity) = known_as(row);
+    if hook == Hook::FromPod {
+        translate(skb, s)?;
+    }
     Ok(false)
 }
 
@@ -266,9 +269,6 @@ fn leaving(skb: *mut __sk_buff, s: &mut Scratch, row: &EndpointRow) -> Result<bo
 
 #[inline(always)]
 fn judge(skb: *mut __sk_buff, s: &mut Scratch) -> Result<i32, DropReason> {
-    if s.hook == Hook::FromPod {
-        translate(skb, s)?;
-    }
     // Revisions first, then what they stand for: a change in between makes the entry stale, never
     // wrongly fresh.
     s.source_shard = Shard::of(&s.packet.source);
@@ -697,27 +697,30 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
         return Ok(());
     }
     let port = s.packet.destination_port;
-    let choice = service::choose(&s.packet.destination, port, s.packet.protocol);
-    let backend = match choice {
-        Choice::NoService => return Ok(()),
-        Choice::NoBackend => None,
-        Choice::Backend(backend) => Some((backend.address, backend.port)),
-    };
+    let protocol = s.packet.protocol;
     let side = s.key.set(&s.packet);
+    let Some(service) = service::find(&s.packet.destination, port, protocol) else {
+        return Ok(());
+    };
     let now = clock::now();
     let opening = opens_tcp(&s.packet);
-    let tcp = s.packet.protocol == protocol::TCP;
-    // A flow that began stays with its backend, whatever backends the Service has by now.
-    let (address, port) = match kept(&s.key, opening, now) {
+    let tcp = protocol == protocol::TCP;
+    let (address, port) = match kept(&s.key, service, opening, now) {
         Some(backend) => backend,
         // Begun with whom the address was before it became the Service's, if it was begun at all.
         None if tcp && !opening => return Ok(()),
         None => {
-            let (address, port) = backend.ok_or(DropReason::NoBackend)?;
+            let (address, port) = match service::choose(&s.packet.destination, port, protocol) {
+                Choice::NoService => return Ok(()),
+                Choice::NoBackend => return Err(DropReason::NoBackend),
+                Choice::Backend(backend) => (backend.address, backend.port),
+            };
             s.flow = FlowValue {
                 flags: flow_flags::TRANSLATED
+                    | flow_flags::KEPT
                     | if side == Side::High { flow_flags::OPENER_HIGH } else { 0 },
                 opener_row: s.own.row,
+                shard_revision: service.version,
                 nat_address: address,
                 nat_port: port,
                 ..FlowValue::default()
@@ -733,18 +736,26 @@ fn translate(skb: *mut __sk_buff, s: &mut Scratch) -> Result<(), DropReason> {
     rewrite(skb, &mut s.packet, End::Destination, &address, port)
 }
 
+/// The backend that a flow began with. A TCP connection stays with it, whatever backends the Service
+/// has by now; what opens one, and each datagram, goes to it only as long as the Service has it: its
+/// port may be used again long after a backend went without a word.
 #[inline(always)]
-fn kept(key: &Key, opening: bool, now: u32) -> Option<(Address, u16)> {
+fn kept(key: &Key, service: &ServiceValue, opening: bool, now: u32) -> Option<(Address, u16)> {
     // SAFETY: a live map value.
     let flow = unsafe { &mut *key.find()? };
-    let closing = flow.flags & flow_flags::CLOSING != 0;
-    if flow.flags & flow_flags::TRANSLATED == 0
-        || clock::passed(flow.expires, now)
-        || (opening && closing)
-    {
+    if flow.flags & flow_flags::TRANSLATED == 0 || clock::passed(flow.expires, now) {
         return None;
     }
-    flow.expires = now.wrapping_add(clock::seconds(flow::TRANSLATION_SECONDS));
+    if (opening || !key.tcp()) && flow.shard_revision != service.version {
+        if !service::has(service, &flow.nat_address, flow.nat_port) {
+            return None;
+        }
+        flow.shard_revision = service.version;
+    }
+    let renewed = now.wrapping_add(clock::seconds(flow::translation_lifetime(key.tcp(), opening)));
+    if clock::passed(flow.expires, renewed) {
+        flow.expires = renewed;
+    }
     Some((flow.nat_address, flow.nat_port))
 }
 

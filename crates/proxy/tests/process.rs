@@ -32,10 +32,10 @@ use rustix::{
     thread::{CpuSet, UnshareFlags},
 };
 use world::{
-    CLIENT4, CLIENT6, Namespace, SERVER4, WAIT, World,
+    CLIENT4, CLIENT6, Namespace, SERVER4, Then, WAIT, World,
     agent::{http, rules, rules_of},
     origin::Origin,
-    rest, status, until,
+    rest, say, status, until,
 };
 
 const REQUEST: &[u8] = b"GET /public HTTP/1.1\r\nHost: a\r\n\r\n";
@@ -254,19 +254,15 @@ fn who_is_unknown_gets_nothing() {
 fn who_calls_the_proxy_itself_gets_nothing() {
     let world = World::new(rules(1, &[http(&["* *"])]));
     let origin = Origin::ok(&world.server);
-    let say = |namespace: &Namespace, to: SocketAddr| {
-        let mut stream = namespace.run(move || TcpStream::connect(to).unwrap());
-        stream.set_read_timeout(Some(WAIT)).unwrap();
-        // It may be reset before.
-        _ = stream.write_all(REQUEST);
-        assert_eq!(rest(&mut stream), b"", "{to}");
+    let call = |namespace: &Namespace, to: SocketAddr| {
+        assert_eq!(say(namespace, to, REQUEST, Then::Wait), b"", "{to}");
     };
     for loopback in [IpAddr::V4(Ipv4Addr::LOCALHOST), Ipv6Addr::LOCALHOST.into()] {
-        say(&world.node, SocketAddr::new(loopback, PROXY_PORT));
+        call(&world.node, SocketAddr::new(loopback, PROXY_PORT));
     }
     for address in ["10.77.1.1", "fd77:1::1"] {
         for port in [PROXY_PORT, 80] {
-            say(&world.client, SocketAddr::new(address.parse().unwrap(), port));
+            call(&world.client, SocketAddr::new(address.parse().unwrap(), port));
         }
     }
     assert_eq!(origin.seen().connections, 0);

@@ -21,10 +21,10 @@ use palisade_api::{
 };
 use palisade_policy::{l7::NamePattern, model::Application};
 use world::{
-    CLIENT4, CLIENT6, HOLD, SERVER4, SERVER6, WAIT, World,
+    CLIENT4, CLIENT6, HOLD, PORT, SERVER4, SERVER6, Then, WAIT, World,
     agent::{http, rules},
     origin::Origin,
-    rest,
+    rest, say,
 };
 
 const UNREACHABLE: &str = "the server cannot be reached";
@@ -56,10 +56,9 @@ fn ends_that_want_different_things() {
     let world = World::new(at_odds(tls(), http(&["GET /public"])));
     let origin = Origin::ok(&world.server);
     for server in [SERVER4, SERVER6] {
-        let mut stream = world.connect(server);
-        // The client may hear of it before it has said anything.
-        _ = stream.write_all(b"GET /public HTTP/1.1\r\nhost: a\r\n\r\n");
-        assert_eq!(rest(&mut stream), b"");
+        let request = b"GET /public HTTP/1.1\r\nhost: a\r\n\r\n";
+        let to = SocketAddr::new(server, PORT);
+        assert_eq!(say(&world.client, to, request, Then::Wait), b"");
         let record = world.agent.record(|record| record.server.ip() == server);
         let why = "the client's policy asks for TLS, the server's for HTTP";
         assert_eq!(record.l7, L7::Stream { error: why.into() });
@@ -106,19 +105,18 @@ fn servers_that_cannot_be_reached() {
         let world = World::new(rules(1, &[application]));
         let all =
             |port: u16| [SERVER4, SERVER6].map(|server: IpAddr| SocketAddr::new(server, port));
-        let ask = |server| {
-            let mut stream = world.connect_to(server);
-            // It may be reset by now.
-            _ = stream.write_all(&said);
-            stream
-        };
         for server in all(REFUSED) {
-            assert_eq!(rest(&mut ask(server)), b"");
+            assert_eq!(say(&world.client, server, &said, Then::Wait), b"");
             assert!(unreached(&world, server).allowed, "policy allows it");
         }
         world.server.nft(HOLD);
         let begun = Instant::now();
-        for (server, mut stream) in all(HELD).map(|server| (server, ask(server))) {
+        let held = all(HELD).map(|server| {
+            let mut stream = world.connect_to(server);
+            stream.write_all(&said).unwrap();
+            (server, stream)
+        });
+        for (server, mut stream) in held {
             assert_eq!(rest(&mut stream), b"");
             let record = unreached(&world, server);
             assert!(record.allowed && record.ingress.is_some_and(|end| end.rule.is_some()));

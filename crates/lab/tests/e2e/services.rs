@@ -25,6 +25,8 @@ use super::{
 const LEVELS: [Level; 2] = [Level::Socket, Level::Packet];
 /// No answer within this is no answer.
 const PATIENCE: Duration = Duration::from_secs(1);
+/// An open connection that is silent for so long is broken; a busy machine may be late.
+const ENDURANCE: Duration = Duration::from_secs(5);
 /// A refusal takes no longer.
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// So many questions meet both backends of a Service: one is missed once in 32,768 times.
@@ -637,8 +639,8 @@ struct Connection(BufReader<TcpStream>);
 
 impl Connection {
     fn open(socket: Socket, to: SocketAddr) -> io::Result<Self> {
-        socket.connect_timeout(&to.into(), PATIENCE)?;
-        socket.set_read_timeout(Some(PATIENCE))?;
+        socket.connect_timeout(&to.into(), ENDURANCE)?;
+        socket.set_read_timeout(Some(ENDURANCE))?;
         Ok(Self(BufReader::new(socket.into())))
     }
 

@@ -219,27 +219,42 @@ impl World {
     }
 
     pub(crate) fn connect_to(&self, server: SocketAddr) -> TcpStream {
-        self.try_to_connect_to(server).unwrap()
-    }
-
-    fn try_to_connect_to(&self, server: SocketAddr) -> io::Result<TcpStream> {
-        let stream = self.client.run(move || TcpStream::connect_timeout(&server, WAIT))?;
-        stream.set_read_timeout(Some(WAIT))?;
-        stream.set_nodelay(true)?;
-        Ok(stream)
+        connect(&self.client, server).unwrap()
     }
 
     /// Sends bytes, ends the stream, and returns all that comes back.
     pub(crate) fn ask(&self, bytes: &[u8]) -> Vec<u8> {
-        // A connection that is closed early is an answer too.
-        let mut stream = match self.try_to_connect_to(SocketAddr::new(SERVER4, PORT)) {
-            Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Vec::new(),
-            connected => connected.unwrap(),
-        };
-        _ = stream.write_all(bytes);
-        _ = stream.shutdown(Shutdown::Write);
-        rest(&mut stream)
+        say(&self.client, SocketAddr::new(SERVER4, PORT), bytes, Then::End)
     }
+}
+
+fn connect(from: &Namespace, to: SocketAddr) -> io::Result<TcpStream> {
+    let stream = from.run(move || TcpStream::connect_timeout(&to, WAIT))?;
+    stream.set_read_timeout(Some(WAIT))?;
+    stream.set_nodelay(true)?;
+    Ok(stream)
+}
+
+/// What a client does when it has said what it had to say.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Then {
+    /// It ends its side of the stream.
+    End,
+    Wait,
+}
+
+/// Sends bytes from somewhere, and returns all that comes back. A connection that is closed early,
+/// even before the client heard that it has one, is an answer too.
+pub(crate) fn say(from: &Namespace, to: SocketAddr, bytes: &[u8], then: Then) -> Vec<u8> {
+    let mut stream = match connect(from, to) {
+        Err(error) if error.kind() == io::ErrorKind::ConnectionReset => return Vec::new(),
+        connected => connected.unwrap(),
+    };
+    _ = stream.write_all(bytes);
+    if then == Then::End {
+        _ = stream.shutdown(Shutdown::Write);
+    }
+    rest(&mut stream)
 }
 
 impl Drop for World {
