@@ -50,6 +50,12 @@ impl Watch {
     pub(crate) fn leads(&self) -> bool {
         Instant::now() < *self.0.borrow()
     }
+
+    /// Of a leader that nobody follows for long.
+    #[cfg(test)]
+    pub(crate) fn lasting() -> Self {
+        Self(watch::channel(Instant::now() + DURATION).1)
+    }
 }
 
 impl Term {

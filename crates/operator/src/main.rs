@@ -4,6 +4,8 @@
 //! Several may run; one of them, the holder of the Lease, works.
 
 mod crds;
+#[cfg(test)]
+mod fake;
 mod identities;
 mod leader;
 mod metrics;

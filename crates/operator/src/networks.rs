@@ -157,3 +157,19 @@ fn networks(node: &Node) -> impl Iterator<Item = IpNet> {
     let first = spec.and_then(|spec| spec.pod_cidr.as_ref());
     all.iter().chain(first).filter_map(|text| text.parse().ok())
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn a_node_that_cannot_be_written_keeps_no_other_waiting() {
+        let (client, written) = crate::fake::api();
+        let pools = Pools::parse("10.0.0.0/16", 24, "", 0).unwrap();
+        let (metrics, term) = (Metrics::default(), Watch::lasting());
+        round(&client, &Api::all(client.clone()), Some(&pools), &term, &metrics).await.unwrap();
+        assert_eq!(*written.lock().unwrap(), ["/api/v1/nodes/first", "/api/v1/nodes/second"]);
+        let counts = [&metrics.errors, &metrics.networks_allocated, &metrics.nodes_without_network];
+        assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
+    }
+}

@@ -222,4 +222,14 @@ mod tests {
         assert!(!is_selected(&node, &labels(r#"{"kubernetes.io/os":"linux","zone":"b"}"#)));
         assert!(selector("zone=a").unwrap_err().contains("write it like"));
     }
+
+    #[tokio::test]
+    async fn a_node_that_cannot_be_written_keeps_no_other_waiting() {
+        let (client, written) = crate::fake::api();
+        let (nodes, agents) = (Api::all(client.clone()), Api::namespaced(client, "default"));
+        let metrics = Metrics::default();
+        round(&nodes, &agents, &Selector::new(), &metrics).await.unwrap();
+        assert_eq!(*written.lock().unwrap(), ["/api/v1/nodes/first", "/api/v1/nodes/second"]);
+        assert_eq!(metrics.errors.load(Relaxed), 1);
+    }
 }
