@@ -133,6 +133,11 @@ impl Told {
     }
 }
 
+/// How long a connection without streams is kept.
+fn patience(ending: bool) -> Duration {
+    if ending { END_TIME } else { IDLE_TIME }
+}
+
 /// How a stream ended.
 #[derive(PartialEq, Eq)]
 enum Ended {
@@ -158,13 +163,18 @@ impl Shared<'_> {
                     if ended == Ended::TakenBack && !resets.take() {
                         connection.abrupt_shutdown(Reason::ENHANCE_YOUR_CALM);
                     }
-                    let time = if ending { END_TIME } else { IDLE_TIME };
-                    idle.as_mut().reset(Instant::now() + time);
+                    if streams.is_empty() {
+                        idle.as_mut().reset(Instant::now() + patience(ending));
+                    }
                     false
                 }
                 accepted = connection.accept() => match accepted {
                     Some(Ok((request, respond))) => {
-                        streams.push(self.stream(request, respond));
+                        match self.begin(request, respond) {
+                            // Not of an `async fn`: it would keep what it is given twice.
+                            Some(mut stream) => streams.push(async move { stream.run().await }),
+                            None => idle.as_mut().reset(Instant::now() + patience(ending)),
+                        }
                         false
                     }
                     Some(Err(_)) => {
@@ -198,92 +208,68 @@ impl Shared<'_> {
         }
     }
 
-    /// Sees one request answered.
-    async fn stream(
+    /// Has one request answered: at once, or by the server.
+    fn begin(
         &self,
         request: Request<RecvStream>,
         mut respond: SendResponse<Bytes>,
-    ) -> Ended {
+    ) -> Option<Stream<'_>> {
         let (parts, body) = request.into_parts();
-        let stream = respond.stream_id();
-        let asking = match self.read(&parts, stream) {
+        let head_only = parts.method == Method::HEAD;
+        let refused = |respond: &mut SendResponse<Bytes>, fault: Malformed| {
+            self.gate.log_malformed(VERSION, fault, gist(&parts));
+            answer(respond, Reply::malformed(fault), head_only);
+        };
+        let asking = match self.read(&parts, respond.stream_id()) {
             Ok(asking) => asking,
             Err(Fault::Malformed(fault)) => {
-                self.gate.log_malformed(VERSION, fault, gist(&parts));
-                return answer(&mut respond, Reply::malformed(fault), parts.method == Method::HEAD);
+                refused(&mut respond, fault);
+                return None;
             }
             Err(Fault::Protocol(why)) => {
                 self.gate.log_malformed(VERSION, Malformed::bad(why), gist(&parts));
                 respond.send_reset(Reason::PROTOCOL_ERROR);
-                return Ended::Well;
+                return None;
             }
         };
-        let _room = match room_for(self.gate, length(&parts)) {
+        let room = match room_for(self.gate, length(&parts)) {
             Ok(room) => room,
             Err(fault) => {
-                self.gate.log_malformed(VERSION, fault, gist(&parts));
-                return answer(&mut respond, Reply::malformed(fault), parts.method == Method::HEAD);
+                refused(&mut respond, fault);
+                return None;
             }
         };
-        let asked = Asked {
-            version: VERSION,
-            method: parts.method.as_str(),
-            target: asking.target.as_str(),
-            authority: &asking.authority,
-            begun: std::time::Instant::now(),
-        };
+        let begun = std::time::Instant::now();
+        let asked = asking.asked(&parts.method, begun);
         let judged = self.gate.judge(&asked, &asking.fields.iter().collect::<Vec<_>>());
         if self.gate.is_forgotten() {
             self.gate.log_cut(&asked, &asking.fields);
             respond.send_reset(Reason::REFUSED_STREAM);
-            return Ended::Well;
+            return None;
         }
         if !judged.allowed {
             if is_grpc(&parts) {
                 self.gate.log_call(&asked, &judged, PERMISSION_DENIED);
-                return deny_call(&mut respond);
+                deny_call(&mut respond);
+                return None;
             }
             self.gate.log(&asked, &judged, Some(403), None);
-            return answer(&mut respond, Reply::DENIED, parts.method == Method::HEAD);
+            answer(&mut respond, Reply::DENIED, head_only);
+            return None;
         }
         let Ok(mut forward) = asking.request(&parts) else {
-            return answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
+            answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
+            return None;
         };
         if judged.edit(&mut Headers(forward.headers_mut())).is_err() {
             self.gate.log(&asked, &judged.refused(), Some(403), Some(Unwritable::WHY));
-            return answer(&mut respond, Reply::DENIED, parts.method == Method::HEAD);
+            answer(&mut respond, Reply::DENIED, head_only);
+            return None;
         }
-        let exchange = Exchange { shared: self, asked: &asked, judged: &judged };
-        let mut up = None;
-        tokio::select! {
-            // First of all: what is no longer allowed does not go on.
-            biased;
-            () = self.gate.revoked(&asked, &judged, &asking.fields) => {
-                self.gate.log_cut(&asked, &asking.fields);
-                // Dropping it would still send what waits to be sent.
-                if let Some(mut up) = up {
-                    up.send_reset(Reason::CANCEL);
-                }
-                respond.send_reset(Reason::CANCEL);
-                Ended::Well
-            }
-            outcome = exchange.run(forward, body, &mut respond, &mut up) => match outcome {
-                Ok(()) => Ended::Well,
-                Err(Break::Client) => Ended::TakenBack,
-                Err(Break::Reset(reason)) => {
-                    respond.send_reset(reason);
-                    Ended::Well
-                }
-                Err(Break::Malformed) => {
-                    respond.send_reset(Reason::PROTOCOL_ERROR);
-                    Ended::TakenBack
-                }
-                Err(Break::Reply(reply, why)) => {
-                    self.gate.log(&asked, &judged, Some(reply.status), Some(why));
-                    answer(&mut respond, reply, parts.method == Method::HEAD)
-                }
-            },
-        }
+        let body = (!body.is_end_stream()).then_some(body);
+        let method = parts.method;
+        let shared = self;
+        Some(Stream { shared, asking, method, begun, judged, _room: room, forward, body, respond })
     }
 
     fn read(&self, parts: &http::request::Parts, stream: StreamId) -> Result<Asking, Fault> {
@@ -401,6 +387,16 @@ impl Asking {
         Ok(Self { target, authority, fields })
     }
 
+    fn asked<'a>(&'a self, method: &'a Method, begun: std::time::Instant) -> Asked<'a> {
+        Asked {
+            version: VERSION,
+            method: method.as_str(),
+            target: self.target.as_str(),
+            authority: &self.authority,
+            begun,
+        }
+    }
+
     /// The request for the server: what is judged, and nothing else.
     ///
     /// # Errors
@@ -468,7 +464,7 @@ fn gist(parts: &http::request::Parts) -> Gist {
 }
 
 /// Answers in the server's place.
-fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> Ended {
+fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) {
     let mut response = Response::new(());
     *response.status_mut() = StatusCode::from_u16(reply.status).unwrap_or_default();
     let headers = response.headers_mut();
@@ -480,11 +476,10 @@ fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) -> E
     {
         _ = body.send_data(Bytes::from_static(reply.body.as_bytes()), true);
     }
-    Ended::Well
 }
 
 /// Answers a call of gRPC that policy denies with a status that its client understands.
-fn deny_call(respond: &mut SendResponse<Bytes>) -> Ended {
+fn deny_call(respond: &mut SendResponse<Bytes>) {
     let mut response = Response::new(());
     let headers = response.headers_mut();
     headers.insert(header::CONTENT_TYPE, HeaderValue::from_static("application/grpc"));
@@ -495,7 +490,6 @@ fn deny_call(respond: &mut SendResponse<Bytes>) -> Ended {
     }
     sign(headers);
     _ = respond.send_response(response, true);
-    Ended::Well
 }
 
 /// By the type of the content, which may have a suffix or a parameter; gRPC-Web is another protocol.
@@ -526,7 +520,63 @@ enum Break {
     Reply(Reply, &'static str),
 }
 
-/// One request under way.
+/// One request under way, which was allowed.
+struct Stream<'g> {
+    shared: &'g Shared<'g>,
+    asking: Asking,
+    method: Method,
+    begun: std::time::Instant,
+    judged: Judged,
+    _room: Option<Share>,
+    /// What the server gets.
+    forward: Request<()>,
+    /// None: the request has none.
+    body: Option<RecvStream>,
+    respond: SendResponse<Bytes>,
+}
+
+impl Stream<'_> {
+    /// Sees it answered.
+    async fn run(&mut self) -> Ended {
+        let Self { shared, asking, method, begun, judged, forward, body, respond, .. } = self;
+        let gate = shared.gate;
+        let asked = asking.asked(method, *begun);
+        let exchange = Exchange { shared, asked: &asked, judged };
+        let mut up = None;
+        tokio::select! {
+            // First of all: what is no longer allowed does not go on.
+            biased;
+            () = gate.revoked(&asked, judged, &asking.fields) => {
+                gate.log_cut(&asked, &asking.fields);
+                // Dropping it would still send what waits to be sent.
+                if let Some(mut up) = up {
+                    up.send_reset(Reason::CANCEL);
+                }
+                respond.send_reset(Reason::CANCEL);
+                Ended::Well
+            }
+            outcome = exchange.run(forward, body, respond, &mut up) => match outcome {
+                Ok(()) => Ended::Well,
+                Err(Break::Client) => Ended::TakenBack,
+                Err(Break::Reset(reason)) => {
+                    respond.send_reset(reason);
+                    Ended::Well
+                }
+                Err(Break::Malformed) => {
+                    respond.send_reset(Reason::PROTOCOL_ERROR);
+                    Ended::TakenBack
+                }
+                Err(Break::Reply(reply, why)) => {
+                    gate.log(&asked, judged, Some(reply.status), Some(why));
+                    answer(respond, reply, *method == Method::HEAD);
+                    Ended::Well
+                }
+            },
+        }
+    }
+}
+
+/// How a request gets its answer from the server.
 struct Exchange<'a> {
     shared: &'a Shared<'a>,
     asked: &'a Asked<'a>,
@@ -536,8 +586,8 @@ struct Exchange<'a> {
 impl Exchange<'_> {
     async fn run(
         &self,
-        request: Request<()>,
-        body: RecvStream,
+        request: &mut Request<()>,
+        body: &mut Option<RecvStream>,
         respond: &mut SendResponse<Bytes>,
         up: &mut Option<SendStream<Bytes>>,
     ) -> Result<(), Break> {
@@ -548,7 +598,7 @@ impl Exchange<'_> {
             send = self.ready() => send?,
         };
         let (mut response, sent) = send
-            .send_request(request, body.is_end_stream())
+            .send_request(std::mem::take(request), body.is_none())
             .map_err(|_| Break::Reply(Reply::NO_SERVER, GONE))?;
         let up = up.insert(sent);
         let activity = Activity::new();
@@ -559,7 +609,7 @@ impl Exchange<'_> {
             false => Ok(HeaderMap::new()),
         };
         // In memory of its own, which most requests, having no body, do without.
-        let mut upload = OptionFuture::from((!body.is_end_stream()).then(|| {
+        let mut upload = OptionFuture::from(body.take().map(|body| {
             Box::pin(async {
                 match pump(body, up, own_trailers, &activity).await {
                     Ok(()) | Err(Stop::Writer) => Ok(()),
@@ -594,20 +644,25 @@ impl Exchange<'_> {
                 }
             }
         };
-        let head = head.map_err(|error| match error.is_go_away() || error.is_io() {
-            true => Break::Reply(Reply::NO_SERVER, GONE),
-            false => {
-                Break::Reply(Reply::NO_ANSWER, "the server's answer is malformed or was taken back")
+        // What is moved on from here on takes no room while the body is.
+        let (mut down, answer) = {
+            let head = head.map_err(|error| match error.is_go_away() || error.is_io() {
+                true => Break::Reply(Reply::NO_SERVER, GONE),
+                false => Break::Reply(
+                    Reply::NO_ANSWER,
+                    "the server's answer is malformed or was taken back",
+                ),
+            })?;
+            self.shared.gate.log(self.asked, self.judged, Some(head.status().as_u16()), None);
+            let (parts, answer) = head.into_parts();
+            let end = answer.is_end_stream();
+            let sent = respond.send_response(Response::from_parts(parts, ()), end);
+            let down = sent.map_err(|_| Break::Client)?;
+            if end {
+                return Ok(());
             }
-        })?;
-        self.shared.gate.log(self.asked, self.judged, Some(head.status().as_u16()), None);
-        let (parts, answer) = head.into_parts();
-        let end = answer.is_end_stream();
-        let sent = respond.send_response(Response::from_parts(parts, ()), end);
-        let mut down = sent.map_err(|_| Break::Client)?;
-        if end {
-            return Ok(());
-        }
+            (down, answer)
+        };
         activity.note();
         let mut download = pin!(pump(answer, &mut down, passing_trailers, &activity));
         loop {
