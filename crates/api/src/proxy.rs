@@ -9,7 +9,7 @@
 mod wire;
 
 use std::{
-    collections::{BTreeMap, HashMap},
+    collections::BTreeMap,
     io,
     net::{IpAddr, SocketAddr},
     sync::Arc,
@@ -27,7 +27,7 @@ pub const SOCKET: &str = "proxy.sock";
 /// socket.
 pub const USER: u32 = 14240;
 /// Version of these messages.
-pub const VERSION: u32 = 3;
+pub const VERSION: u32 = 4;
 /// Longest frame.
 pub const MAX_FRAME: usize = 64 << 20;
 
@@ -215,44 +215,94 @@ fn change<K: Ord, V>(map: &mut BTreeMap<K, V>, changes: BTreeMap<K, Option<V>>) 
     }
 }
 
-/// What happened, as a message holds it. Many records name the same few rules: each is written and
-/// read once.
-#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+/// What happened, as a message holds it: one record after the other. Many name the same few rules:
+/// each is written and read once.
+#[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Records {
     rules: Vec<Arc<RuleSource>>,
-    records: Vec<AccessRecord<usize>>,
+    count: usize,
+    /// Of postcard: each an [`AccessRecord`] whose rules are places in `rules`.
+    #[serde(with = "wire::bytes")]
+    records: Vec<u8>,
     /// How many more there were since the last message, that nobody kept.
     pub lost: u64,
 }
 
 impl Records {
-    /// Of records in the order of their ends.
+    /// How many there are.
     #[must_use]
-    pub fn new(records: Vec<AccessRecord>, lost: u64) -> Self {
-        let mut rules = Vec::new();
-        let mut places = HashMap::new();
-        let mut place = |rule: Arc<RuleSource>| {
-            *places.entry(Arc::as_ptr(&rule)).or_insert_with(|| {
-                rules.push(rule);
-                rules.len() - 1
-            })
-        };
-        let placed = |record: AccessRecord| record.try_map(|rule| Some(place(rule)));
-        let records = records.into_iter().filter_map(placed).collect();
-        Self { rules, records, lost }
+    pub const fn len(&self) -> usize {
+        self.count
     }
 
-    /// The records; those of the same rule share it.
+    /// Whether there is none.
+    #[must_use]
+    pub const fn is_empty(&self) -> bool {
+        self.count == 0
+    }
+
+    /// Adds a record after the others.
     ///
     /// # Errors
     ///
-    /// A record names a rule that the message does not hold.
-    pub fn into_records(self) -> io::Result<Vec<AccessRecord>> {
-        let Self { rules, records, .. } = self;
-        let named = |record: AccessRecord<usize>| record.try_map(|place| rules.get(place).cloned());
-        let records: Option<_> = records.into_iter().map(named).collect();
-        records.ok_or_else(|| io::Error::other("a record names a rule that is not with it"))
+    /// The serializer's; nothing is added.
+    pub fn push(&mut self, record: AccessRecord) -> io::Result<()> {
+        let Self { rules, records, count, .. } = self;
+        let place = |rule: Arc<RuleSource>| {
+            let known = rules.iter().position(|other| Arc::ptr_eq(other, &rule));
+            Some(known.unwrap_or_else(|| {
+                rules.push(rule);
+                rules.len() - 1
+            }))
+        };
+        let placed = record.try_map(place).ok_or_else(unnamed)?;
+        let end = records.len();
+        wire::append(&placed, records).inspect_err(|_| records.truncate(end))?;
+        *count += 1;
+        Ok(())
     }
+
+    /// The records, up to one that cannot be read; those of the same rule share it.
+    ///
+    /// # Errors
+    ///
+    /// Of an item: it is no record, or names a rule that the message does not hold; or bytes are
+    /// left after the last one.
+    pub fn into_records(self) -> impl Iterator<Item = io::Result<AccessRecord>> {
+        let Self { rules, count, records, .. } = self;
+        let (mut left, mut at) = (count, 0);
+        std::iter::from_fn(move || {
+            let rest = &records[at..];
+            at = records.len();
+            if left == 0 {
+                return (!rest.is_empty()).then(|| Err(io::Error::other("more than its records")));
+            }
+            match read_record(rest, &rules) {
+                Ok((record, after)) => {
+                    left -= 1;
+                    at -= after;
+                    Some(Ok(record))
+                }
+                // Where the next one begins is not known.
+                Err(error) => {
+                    left = 0;
+                    Some(Err(error))
+                }
+            }
+        })
+    }
+}
+
+fn unnamed() -> io::Error {
+    io::Error::other("a record names a rule that is not with it")
+}
+
+/// The first record, and how many bytes come after it.
+fn read_record(bytes: &[u8], rules: &[Arc<RuleSource>]) -> io::Result<(AccessRecord, usize)> {
+    let read = postcard::take_from_bytes::<AccessRecord<usize>>(bytes);
+    let (record, rest) = read.map_err(io::Error::other)?;
+    let named = record.try_map(|place| rules.get(place).cloned());
+    Ok((named.ok_or_else(unnamed)?, rest.len()))
 }
 
 /// One exchange that the proxy judged: a request with its answer, or the refusal of one.
@@ -336,8 +386,7 @@ in_json!(Hello, ToProxy);
 
 impl Message for FromProxy {
     fn write(&self, frame: &mut Vec<u8>) -> io::Result<()> {
-        *frame = postcard::to_extend(self, std::mem::take(frame)).map_err(io::Error::other)?;
-        Ok(())
+        wire::append(self, frame)
     }
 
     fn read(body: &[u8]) -> io::Result<Self> {
@@ -398,7 +447,15 @@ mod tests {
         let frame = encode(&FromProxy::Records(sent)).unwrap();
         let Ok(Some((FromProxy::Records(got), length))) = decode(&frame) else { unreachable!() };
         assert_eq!(length, frame.len());
-        got.into_records().unwrap()
+        got.into_records().collect::<io::Result<_>>().unwrap()
+    }
+
+    fn of(records: Vec<AccessRecord>) -> Records {
+        let mut all = Records::default();
+        for record in records {
+            all.push(record).unwrap();
+        }
+        all
     }
 
     /// Whatever is left out where people read it.
@@ -416,9 +473,9 @@ mod tests {
             r#"{"tls": {"server_name": "a", "error": "e"}}"#,
             r#"{"stream": {"error": "e"}}"#,
         ];
-        let of = |l7| AccessRecord { l7: serde_json::from_str(l7).unwrap(), ..record(None) };
-        let records: Vec<_> = l7.into_iter().map(of).collect();
-        assert_eq!(passed_on(Records::new(records.clone(), 0)), records);
+        let of_l7 = |l7| AccessRecord { l7: serde_json::from_str(l7).unwrap(), ..record(None) };
+        let records: Vec<_> = l7.into_iter().map(of_l7).collect();
+        assert_eq!(passed_on(of(records.clone())), records);
         for length in 1..8 {
             let frame = encode(&FromProxy::Ack { version: u64::MAX }).unwrap();
             let body = &frame[4..];
@@ -431,8 +488,8 @@ mod tests {
         let rules = [Arc::new(RuleSource::NoDefaultDeny), Arc::new(RuleSource::AllowLocalhost)];
         let records: Vec<_> =
             [Some(0), Some(1), None, Some(0)].map(|n| record(n.map(|n: usize| &rules[n]))).into();
-        let sent = Records::new(records.clone(), 3);
-        assert_eq!((sent.rules.len(), sent.lost), (2, 3));
+        let sent = Records { lost: 3, ..of(records.clone()) };
+        assert_eq!((sent.rules.len(), sent.len()), (2, 4));
         let got = passed_on(sent);
         assert_eq!(got, records);
         let rule = |n: usize| got[n].egress.as_ref().unwrap().rule.as_ref().unwrap();
@@ -440,9 +497,23 @@ mod tests {
     }
 
     #[test]
-    fn a_rule_that_is_not_with_the_records_is_told_of() {
-        let sent = Records::new(vec![record(Some(&Arc::new(RuleSource::NoDefaultDeny)))], 0);
-        let error = Records { rules: Vec::new(), ..sent }.into_records().unwrap_err();
-        assert!(error.to_string().contains("rule"), "{error}");
+    fn what_cannot_be_read_ends_the_records() {
+        let rule = Arc::new(RuleSource::NoDefaultDeny);
+        let sent = of(vec![record(None), record(Some(&rule)), record(None)]);
+        let whole = sent.records.clone();
+        let cut = |length| Records { records: whole[..length].into(), ..sent.clone() };
+        let longer = Records { records: [&*whole, &[0]].concat(), ..sent.clone() };
+        for (records, good, why) in [
+            (Records { rules: Vec::new(), ..sent.clone() }, 1, "rule"),
+            (cut(whole.len() - 1), 2, ""),
+            (cut(0), 0, ""),
+            (longer, 3, "more than its records"),
+        ] {
+            let read: Vec<_> = records.into_records().collect();
+            assert_eq!(read.len(), good + 1, "{read:?}");
+            assert!(read[..good].iter().all(Result::is_ok), "{read:?}");
+            let error = read[good].as_ref().unwrap_err().to_string();
+            assert!(error.contains(why), "{error}");
+        }
     }
 }

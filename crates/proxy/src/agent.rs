@@ -2,9 +2,7 @@
 
 use std::{collections::HashMap, io, net::IpAddr, path::PathBuf, sync::Arc, time::Duration};
 
-use palisade_api::proxy::{
-    FromProxy, Hello, Message, Records, Rules, ToProxy, VERSION, decode, encode,
-};
+use palisade_api::proxy::{FromProxy, Hello, Message, Rules, ToProxy, VERSION, decode, encode};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{
@@ -136,8 +134,8 @@ impl Link {
                     send(&mut write, &learn).await?;
                 }
                 _ = again.tick(), if !proxy.rules.is_kept() => proxy.rules.save()?,
-                (records, lost) = proxy.log.next() => {
-                    send(&mut write, &FromProxy::Records(Records::new(records, lost))).await?;
+                records = proxy.log.next() => {
+                    send(&mut write, &FromProxy::Records(records)).await?;
                 }
             }
         }

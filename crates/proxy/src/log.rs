@@ -2,11 +2,16 @@
 
 use std::{
     borrow::Cow,
-    sync::{Mutex, PoisonError},
+    collections::VecDeque,
+    io,
+    sync::{Mutex, MutexGuard, PoisonError},
     time::SystemTime,
 };
 
-use palisade_api::{flow::escaped, proxy::AccessRecord};
+use palisade_api::{
+    flow::escaped,
+    proxy::{AccessRecord, Records},
+};
 use percent_encoding::percent_decode_str;
 use tokio::{
     sync::Notify,
@@ -31,7 +36,10 @@ pub struct Log {
 
 #[derive(Default)]
 struct Waiting {
-    records: Vec<AccessRecord>,
+    /// All but the last one full.
+    messages: VecDeque<Records>,
+    /// Records in them.
+    count: usize,
     lost: u64,
     /// When the records have been collected long enough, if there are any.
     due: Option<Instant>,
@@ -40,41 +48,56 @@ struct Waiting {
 impl Log {
     /// Adds a record, or counts it where too many wait: the proxy never waits for its log.
     pub fn add(&self, record: AccessRecord) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        if waiting.records.len() >= MOST {
+        let mut waiting = self.waiting();
+        if waiting.count >= MOST || waiting.push(record).is_err() {
             waiting.lost += 1;
             return;
         }
-        waiting.records.push(record);
         if waiting.due.is_none() {
             waiting.due = Some(Instant::now() + COLLECT);
             self.some.notify_one();
         }
     }
 
-    /// The next records, and how many were lost before them. May be dropped at any time: whoever
-    /// asks again does not wait anew.
-    pub async fn next(&self) -> (Vec<AccessRecord>, u64) {
+    /// The next records. May be dropped at any time: whoever asks again does not wait anew.
+    pub async fn next(&self) -> Records {
         loop {
             if let Some(due) = self.due() {
                 tokio::time::sleep_until(due).await;
-                return self.take();
+                return self.waiting().take();
             }
             self.some.notified().await;
         }
     }
 
     fn due(&self) -> Option<Instant> {
-        self.waiting.lock().unwrap_or_else(PoisonError::into_inner).due
+        self.waiting().due
     }
 
-    fn take(&self) -> (Vec<AccessRecord>, u64) {
-        let mut waiting = self.waiting.lock().unwrap_or_else(PoisonError::into_inner);
-        let lost = std::mem::take(&mut waiting.lost);
-        let count = waiting.records.len().min(BATCH);
-        let records = waiting.records.drain(..count).collect();
-        waiting.due = waiting.due.filter(|_| !waiting.records.is_empty());
-        (records, lost)
+    fn waiting(&self) -> MutexGuard<'_, Waiting> {
+        self.waiting.lock().unwrap_or_else(PoisonError::into_inner)
+    }
+}
+
+impl Waiting {
+    /// Written at once: what a record is made of is still at hand.
+    fn push(&mut self, record: AccessRecord) -> io::Result<()> {
+        if self.messages.back().is_none_or(|last| last.len() == BATCH) {
+            self.messages.push_back(Records::default());
+        }
+        if let Some(last) = self.messages.back_mut() {
+            last.push(record)?;
+            self.count += 1;
+        }
+        Ok(())
+    }
+
+    fn take(&mut self) -> Records {
+        let mut records = self.messages.pop_front().unwrap_or_default();
+        records.lost = std::mem::take(&mut self.lost);
+        self.count -= records.len();
+        self.due = self.due.filter(|_| !self.messages.is_empty());
+        records
     }
 }
 
@@ -259,13 +282,13 @@ mod tests {
             assert!(begun.elapsed() < COLLECT * 500, "{sent:?}");
             tokio::select! {
                 () = tokio::time::sleep(COLLECT / 5) => {}
-                (records, 0) = log.next() => sent.push(records.len()),
+                records = log.next() => sent.push(records.len()),
             }
             assert!(sent.is_empty() || begun.elapsed() >= COLLECT);
         }
         assert_eq!(sent, [BATCH, 1]);
         log.add(record());
-        assert_eq!(log.next().await.0.len(), 1);
+        assert_eq!(log.next().await.len(), 1);
     }
 
     #[test]

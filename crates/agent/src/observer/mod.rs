@@ -5,12 +5,13 @@ mod record;
 
 use std::{
     collections::VecDeque,
+    io,
     sync::{Arc, Mutex, MutexGuard, PoisonError},
 };
 
 pub use filter::matches;
 use palisade_abi::Event;
-use palisade_api::{flow::Flow, proxy::AccessRecord};
+use palisade_api::{flow::Flow, proxy::Records};
 use palisade_datapath::EventReader;
 pub use record::Namer;
 pub(crate) use record::rule_name;
@@ -40,12 +41,17 @@ impl Observer {
         self.keep(self.namer.name_all(events));
     }
 
-    /// Takes over what the L7 proxy saw; `lost` more it could not keep.
-    pub fn record_requests(&self, records: Vec<AccessRecord>, lost: u64) {
-        if lost > 0 {
-            warn!(lost, "records of the L7 proxy were lost");
+    /// Takes over what the L7 proxy saw.
+    ///
+    /// # Errors
+    ///
+    /// The message holds something else; nothing of it is kept.
+    pub fn record_requests(&self, records: Records) -> io::Result<()> {
+        if records.lost > 0 {
+            warn!(lost = records.lost, "records of the L7 proxy were lost");
         }
-        self.keep(self.namer.name_requests(records));
+        self.keep(self.namer.name_requests(records.into_records())?);
+        Ok(())
     }
 
     fn keep(&self, flows: Vec<Arc<Flow>>) {

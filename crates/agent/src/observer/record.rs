@@ -2,6 +2,7 @@
 
 use std::{
     collections::HashMap,
+    io,
     net::{IpAddr, Ipv6Addr, SocketAddr},
     sync::Arc,
     time::Duration,
@@ -49,10 +50,17 @@ impl Namer {
     }
 
     /// The flows of requests, each told once it was answered.
-    pub fn name_requests(&self, records: Vec<AccessRecord>) -> Vec<Arc<Flow>> {
+    ///
+    /// # Errors
+    ///
+    /// The first of the records'.
+    pub fn name_requests(
+        &self,
+        records: impl Iterator<Item = io::Result<AccessRecord>>,
+    ) -> io::Result<Vec<Arc<Flow>>> {
         let (tables, progress) = (self.tables.read(), self.progress.borrow());
         let mut naming = Naming::new(&self.node, &tables, &progress);
-        records.into_iter().map(|record| Arc::new(naming.request(record))).collect()
+        records.map(|record| Ok(Arc::new(naming.request(record?)))).collect()
     }
 }
 
@@ -377,11 +385,12 @@ mod tests {
             Some((Outcome::DefaultDeny, vec![policy]))
         };
         let namer = namer();
-        let mut flows = namer.name_requests(vec![
+        let records = [
             record(unmatched(), None),
             record(None, unmatched()),
             AccessRecord { server: "10.0.0.8:80".parse().unwrap(), ..record(None, unmatched()) },
-        ]);
+        ];
+        let mut flows = namer.name_requests(records.into_iter().map(Ok)).unwrap();
         let strange = flows.pop().unwrap();
         assert_eq!(by(&strange.ingress), Some((Outcome::DefaultDeny, Vec::new())));
         let ingress = flows.pop().unwrap();

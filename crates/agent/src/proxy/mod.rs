@@ -296,10 +296,7 @@ async fn hear(
                     let _ = answers.send(answer).await;
                 });
             }
-            FromProxy::Records(records) => {
-                let lost = records.lost;
-                desk.observer.record_requests(records.into_records()?, lost);
-            }
+            FromProxy::Records(records) => desk.observer.record_requests(records)?,
         }
     }
 }

@@ -72,7 +72,7 @@ impl Agent {
                 match message {
                     FromProxy::Ack { version } => state.acknowledged = Some(version),
                     FromProxy::Records(records) => {
-                        state.records.extend(records.into_records().unwrap());
+                        state.records.extend(records.into_records().map(Result::unwrap));
                     }
                     FromProxy::Learn { id, client, name, addresses, ttl } => {
                         state.learns.push(Learn { id, client, name, addresses, ttl });
