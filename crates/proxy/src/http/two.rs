@@ -215,61 +215,54 @@ impl Shared<'_> {
         mut respond: SendResponse<Bytes>,
     ) -> Option<Stream<'_>> {
         let (parts, body) = request.into_parts();
-        let head_only = parts.method == Method::HEAD;
-        let refused = |respond: &mut SendResponse<Bytes>, fault: Malformed| {
-            self.gate.log_malformed(VERSION, fault, gist(&parts));
-            answer(respond, Reply::malformed(fault), head_only);
-        };
-        let asking = match self.read(&parts, respond.stream_id()) {
-            Ok(asking) => asking,
-            Err(Fault::Malformed(fault)) => {
-                refused(&mut respond, fault);
-                return None;
+        match self.admit(&parts, respond.stream_id()) {
+            Ok(admitted) => {
+                let body = (!body.is_end_stream()).then_some(body);
+                let method = parts.method;
+                Some(Stream { shared: self, admitted, method, body, respond })
             }
-            Err(Fault::Protocol(why)) => {
-                self.gate.log_malformed(VERSION, Malformed::bad(why), gist(&parts));
-                respond.send_reset(Reason::PROTOCOL_ERROR);
-                return None;
+            Err(refusal) => {
+                refusal.say(&mut respond, parts.method == Method::HEAD);
+                None
             }
+        }
+    }
+
+    /// Judges a request, and tells of it if it goes no further.
+    fn admit(&self, parts: &http::request::Parts, stream: StreamId) -> Result<Admitted, Refusal> {
+        let malformed = |fault: Malformed| {
+            self.gate.log_malformed(VERSION, fault, gist(parts));
+            Refusal::Reply(Reply::malformed(fault))
         };
-        let room = match room_for(self.gate, length(&parts)) {
-            Ok(room) => room,
-            Err(fault) => {
-                refused(&mut respond, fault);
-                return None;
+        let asking = self.read(parts, stream).map_err(|fault| match fault {
+            Fault::Malformed(fault) => malformed(fault),
+            Fault::Protocol(why) => {
+                self.gate.log_malformed(VERSION, Malformed::bad(why), gist(parts));
+                Refusal::Reset(Reason::PROTOCOL_ERROR)
             }
-        };
+        })?;
+        let room = room_for(self.gate, length(parts)).map_err(malformed)?;
         let begun = std::time::Instant::now();
         let asked = asking.asked(&parts.method, begun);
         let judged = self.gate.judge(&asked, &asking.fields.iter().collect::<Vec<_>>());
         if self.gate.is_forgotten() {
             self.gate.log_cut(&asked, &asking.fields);
-            respond.send_reset(Reason::REFUSED_STREAM);
-            return None;
+            return Err(Refusal::Reset(Reason::REFUSED_STREAM));
+        }
+        if !judged.allowed && is_grpc(parts) {
+            self.gate.log_call(&asked, &judged, PERMISSION_DENIED);
+            return Err(Refusal::Call);
         }
         if !judged.allowed {
-            if is_grpc(&parts) {
-                self.gate.log_call(&asked, &judged, PERMISSION_DENIED);
-                deny_call(&mut respond);
-                return None;
-            }
             self.gate.log(&asked, &judged, Some(403), None);
-            answer(&mut respond, Reply::DENIED, head_only);
-            return None;
+            return Err(Refusal::Reply(Reply::DENIED));
         }
-        let Ok(mut forward) = asking.request(&parts) else {
-            answer(&mut respond, Reply::malformed(Malformed::bad("no URL")), false);
-            return None;
-        };
+        let mut forward = asking.request(parts).map_err(|_| malformed(Malformed::bad("no URL")))?;
         if judged.edit(&mut Headers(forward.headers_mut())).is_err() {
             self.gate.log(&asked, &judged.refused(), Some(403), Some(Unwritable::WHY));
-            answer(&mut respond, Reply::DENIED, head_only);
-            return None;
+            return Err(Refusal::Reply(Reply::DENIED));
         }
-        let body = (!body.is_end_stream()).then_some(body);
-        let method = parts.method;
-        let shared = self;
-        Some(Stream { shared, asking, method, begun, judged, _room: room, forward, body, respond })
+        Ok(Admitted { asking, begun, judged, forward, _room: room })
     }
 
     fn read(&self, parts: &http::request::Parts, stream: StreamId) -> Result<Asking, Fault> {
@@ -478,7 +471,7 @@ fn answer(respond: &mut SendResponse<Bytes>, reply: Reply, head_only: bool) {
     }
 }
 
-/// Answers a call of gRPC that policy denies with a status that its client understands.
+/// Answers a call of gRPC that policy denies.
 fn deny_call(respond: &mut SendResponse<Bytes>) {
     let mut response = Response::new(());
     let headers = response.headers_mut();
@@ -520,16 +513,39 @@ enum Break {
     Reply(Reply, &'static str),
 }
 
-/// One request under way, which was allowed.
-struct Stream<'g> {
-    shared: &'g Shared<'g>,
+/// What a request gets that goes no further.
+enum Refusal {
+    Reply(Reply),
+    /// It is a call of gRPC: a status that its client understands.
+    Call,
+    Reset(Reason),
+}
+
+impl Refusal {
+    fn say(self, respond: &mut SendResponse<Bytes>, head_only: bool) {
+        match self {
+            Self::Reply(reply) => answer(respond, reply, head_only),
+            Self::Call => deny_call(respond),
+            Self::Reset(reason) => respond.send_reset(reason),
+        }
+    }
+}
+
+/// A request that was allowed.
+struct Admitted {
     asking: Asking,
-    method: Method,
     begun: std::time::Instant,
     judged: Judged,
-    _room: Option<Share>,
     /// What the server gets.
     forward: Request<()>,
+    _room: Option<Share>,
+}
+
+/// One request under way.
+struct Stream<'g> {
+    shared: &'g Shared<'g>,
+    admitted: Admitted,
+    method: Method,
     /// None: the request has none.
     body: Option<RecvStream>,
     respond: SendResponse<Bytes>,
@@ -538,7 +554,8 @@ struct Stream<'g> {
 impl Stream<'_> {
     /// Sees it answered.
     async fn run(&mut self) -> Ended {
-        let Self { shared, asking, method, begun, judged, forward, body, respond, .. } = self;
+        let Self { shared, admitted, method, body, respond } = self;
+        let Admitted { asking, begun, judged, forward, .. } = admitted;
         let gate = shared.gate;
         let asked = asking.asked(method, *begun);
         let exchange = Exchange { shared, asked: &asked, judged };
