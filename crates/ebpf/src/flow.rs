@@ -29,7 +29,7 @@ mod lifetime {
 }
 
 /// Lifetime in seconds of the entry that keeps a flow with its backend, from each packet of the
-/// client's on.
+/// client's on, and with UDP of the backend's.
 #[inline(always)]
 pub fn translation_lifetime(tcp: bool, opening: bool) -> u32 {
     match (tcp, opening) {

@@ -437,8 +437,33 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     if !opener && flow.flags & flow_flags::TRANSLATED != 0 {
         let (address, port) = (flow.nat_address, flow.nat_port);
         rewrite(skb, &mut s.packet, End::Source, &address, port)?;
+        if !tcp {
+            keep(s, now);
+        }
     }
     Ok(())
+}
+
+/// What a backend answered, now in the name of its Service, keeps the flow with it: a client that
+/// mostly listens may say nothing for long. That of TCP says at least what it heard.
+#[inline(always)]
+fn keep(s: &mut Scratch, now: u32) {
+    s.key.set(&s.packet);
+    let Some(flow) = s.key.find() else { return };
+    // SAFETY: a live map value.
+    let flow = unsafe { &mut *flow };
+    if flow.flags & flow_flags::KEPT != 0 && !clock::passed(flow.expires, now) {
+        renew(flow, flow::translation_lifetime(false, false), now);
+    }
+}
+
+/// It lives at least so many seconds from now on.
+#[inline(always)]
+fn renew(flow: &mut FlowValue, lifetime: u32, now: u32) {
+    let renewed = now.wrapping_add(clock::seconds(lifetime));
+    if clock::passed(flow.expires, renewed) {
+        flow.expires = renewed;
+    }
 }
 
 /// Whether the opener reaches the same end by another name than it did when the flow began: by
@@ -752,10 +777,7 @@ fn kept(key: &Key, service: &ServiceValue, opening: bool, now: u32) -> Option<(A
         }
         flow.shard_revision = service.version;
     }
-    let renewed = now.wrapping_add(clock::seconds(flow::translation_lifetime(key.tcp(), opening)));
-    if clock::passed(flow.expires, renewed) {
-        flow.expires = renewed;
-    }
+    renew(flow, flow::translation_lifetime(key.tcp(), opening), now);
     Some((flow.nat_address, flow.nat_port))
 }
 

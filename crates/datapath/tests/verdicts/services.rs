@@ -6,6 +6,7 @@ use std::{
     time::{Duration, Instant},
 };
 
+use aya::maps::{Array, Map, MapData};
 use palisade_abi::{BackendKey, BackendValue, ServiceKey, ServiceValue};
 use zerocopy::FromZeros;
 
@@ -23,8 +24,8 @@ fn call(ipv6: bool, protocol: u8, source_port: u16) -> Packet {
 }
 
 /// What its allowed backend says to it.
-fn answer(ipv6: bool, source_port: u16) -> Packet {
-    Packet { source_port, ..Packet::out(ipv6, protocol::TCP, 80) }.reversed()
+fn answer(ipv6: bool, protocol: u8, source_port: u16) -> Packet {
+    Packet { source_port, ..Packet::out(ipv6, protocol, 80) }.reversed()
 }
 
 fn denied(ipv6: bool, number: u8) -> Address {
@@ -67,8 +68,15 @@ impl Node {
 
     /// An allowed backend took the connection.
     fn establish(&self, ipv6: bool, port: u16) {
-        assert_eq!(self.enters(&answer(ipv6, port).flags(SYN | ACK)), OK);
+        assert_eq!(self.enters(&answer(ipv6, protocol::TCP, port).flags(SYN | ACK)), OK);
         assert_eq!(self.leaves(&call(ipv6, protocol::TCP, port).flags(ACK)), OK);
+    }
+
+    /// Has lifetimes pass faster.
+    fn hasten(&self, times: u32) {
+        let clock = MapData::from_pin(self.directories[0].join("maps/SETTINGS")).unwrap();
+        let mut clock = Array::<_, u32>::try_from(Map::Array(clock)).unwrap();
+        clock.set(0, clock.get(&0, 0).unwrap() / times, 0).unwrap();
     }
 }
 
@@ -107,13 +115,13 @@ fn what_ended_leaves_the_port_to_any_backend() {
         (40_000, false, |_, _, _| {}),
         (41_000, true, |node, ipv6, port| {
             assert_eq!(node.leaves(&call(ipv6, protocol::TCP, port).flags(FIN | ACK)), OK);
-            assert_eq!(node.enters(&answer(ipv6, port).flags(FIN | ACK)), OK);
+            assert_eq!(node.enters(&answer(ipv6, protocol::TCP, port).flags(FIN | ACK)), OK);
         }),
         (42_000, true, |node, ipv6, port| {
             assert_eq!(node.leaves(&call(ipv6, protocol::TCP, port).flags(RST)), OK);
         }),
         (43_000, true, |node, ipv6, port| {
-            assert_eq!(node.enters(&answer(ipv6, port).flags(RST)), OK);
+            assert_eq!(node.enters(&answer(ipv6, protocol::TCP, port).flags(RST)), OK);
         }),
     ];
     let node = node();
@@ -140,6 +148,31 @@ fn what_ended_leaves_the_port_to_any_backend() {
             let again = |port: &u16| node.leaves(&call(ipv6, protocol::TCP, *port)) == OK;
             let again = (first..first + OFTEN).filter(again).count();
             assert_eq!(again < usize::from(OFTEN), ended, "from {first}: {again} of {OFTEN}");
+        }
+    }
+}
+
+#[test]
+fn a_client_that_listens_keeps_its_backend() {
+    let node = node();
+    node.hasten(10);
+    let ports = 40_000..40_000 + OFTEN;
+    for ipv6 in [false, true] {
+        node.back(1, ipv6, vec![other(ipv6)]);
+        assert!(ports.clone().all(|port| node.leaves(&call(ipv6, protocol::UDP, port)) == OK));
+        node.back(2, ipv6, vec![other(ipv6), denied(ipv6, 9)]);
+    }
+    // More than two minutes.
+    for _ in 0..22 {
+        for ipv6 in [false, true] {
+            let heard = |port| node.enters(&answer(ipv6, protocol::UDP, port)) == OK;
+            assert!(ports.clone().all(heard));
+        }
+        thread::sleep(Duration::from_millis(600));
+    }
+    for ipv6 in [false, true] {
+        for port in ports.clone() {
+            assert_eq!(node.leaves(&call(ipv6, protocol::UDP, port)), OK, "from {port}");
         }
     }
 }
