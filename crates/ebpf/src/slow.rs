@@ -338,7 +338,8 @@ fn entry(s: &mut Scratch, opening: bool) -> Result<Option<*mut FlowValue>, DropR
     if let Some(known) = known {
         // SAFETY: a live map value; concurrent writers only move counters and timers.
         let flow = unsafe { &*known };
-        let alive = !clock::passed(flow.expires, clock::now());
+        let own = flow.flags & flow_flags::KEPT == 0;
+        let alive = own && !clock::passed(flow.expires, clock::now());
         let established = flow.flags & (flow_flags::REPLIED | flow_flags::CLOSING);
         if alive
             && opening

@@ -176,3 +176,23 @@ fn a_client_that_listens_keeps_its_backend() {
         }
     }
 }
+
+#[test]
+fn the_address_of_a_service_says_nothing() {
+    let node = node();
+    // Whom it would be allowed to call, and who may not call it.
+    node.allow_80(3);
+    node.row(3, 2);
+    for ipv6 in [false, true] {
+        node.peer(call(ipv6, 0, 0).destination, PEER, 0);
+        node.back(1, ipv6, vec![other(ipv6)]);
+        for protocol in [protocol::TCP, protocol::UDP] {
+            let call = call(ipv6, protocol, 40_000);
+            assert_eq!(node.leaves(&call), OK);
+            assert_eq!(node.enters(&answer(ipv6, protocol, 40_000).flags(SYN | ACK)), OK);
+            for flags in [SYN | ACK, ACK, RST] {
+                assert_eq!(node.enters(&call.reversed().flags(flags)), SHOT);
+            }
+        }
+    }
+}
