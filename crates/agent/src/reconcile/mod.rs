@@ -16,6 +16,7 @@ mod tests;
 
 use std::{
     collections::{BTreeMap, BTreeSet},
+    hash::{BuildHasher, RandomState},
     net::IpAddr,
     sync::Arc,
 };
@@ -151,6 +152,14 @@ impl Pending {
     }
 }
 
+/// A version of a Service's backends that is none of before: flows in the kernel bear the versions
+/// of all agents, also of Services and tables that are gone. So it is drawn: with much room ahead
+/// where nothing is known, and beyond what is known else.
+fn first_version(highest: Option<u32>) -> u32 {
+    let drawn = RandomState::new().hash_one(()) as u32;
+    highest.unwrap_or(drawn >> 1) + 1 + (drawn & 0xffff)
+}
+
 /// How a round ended.
 #[derive(Debug, Default)]
 pub struct Report {
@@ -186,7 +195,7 @@ impl Reconciler {
         let highest = versions.chain(mirror.backends.keys().map(|(version, _)| *version)).max();
         Ok(Self {
             prefixes: mirror.policy_prefixes(),
-            next_version: highest.unwrap_or_default() + 1,
+            next_version: first_version(highest),
             kernel,
             mirror,
             policies,

@@ -32,6 +32,7 @@ use crate::{
         nodes::{Node, NodeSource},
         pods::{Endpoint, Pod},
         policies::{PolicyContent, PolicyObject},
+        services::ServiceEntry,
     },
 };
 
@@ -666,4 +667,26 @@ fn an_agent_that_is_killed_while_a_pod_leaves_leaves_no_flows() {
             }
         }
     }
+}
+
+/// The version of a Service's backends, once it has some.
+fn version(agent: &mut Agent) -> u32 {
+    let frontend = Frontend { address: ip("10.96.0.1"), port: 80, protocol: TCP };
+    let (service, affinity) = (ObjectName::new("default", "web"), None);
+    let backends = vec!["10.0.1.11:80".parse().expect("an end")];
+    agent.tables.service_entries.put(ServiceEntry { frontend, service, backends, affinity });
+    agent.settle(Vec::new());
+    agent.reconciler.mirror().services.get(&frontend).expect("it is written").version
+}
+
+/// Flows say by which version of their Service they are where they are, and live on.
+#[test]
+fn versions_of_services_do_not_come_again() {
+    let mut agent = Agent::new();
+    let first = version(&mut agent);
+    assert_ne!(version(&mut Agent::new()), first, "in tables of another layout");
+    let frontend = Frontend { address: ip("10.96.0.1"), port: 80, protocol: TCP };
+    agent.tables.service_entries.delete(&frontend);
+    agent.settle(Vec::new());
+    assert_ne!(version(&mut Agent::over(agent.kernel)), first, "after the Service was gone");
 }
