@@ -652,6 +652,31 @@ fn an_early_answer_is_whole() {
     }
 }
 
+/// Whoever wants nobody to see what it asks for could else take it back once the server has it.
+#[test]
+fn what_is_taken_back_from_the_server_is_told_of() {
+    let cancel = frame(RST_STREAM, 0, 1, &[0, 0, 0, 8]);
+    let trailers = frame(HEADERS, END_HEADERS | END_STREAM, 1, &block(&[("connection", "close")]));
+    for (name, then) in
+        [("taken back", cancel), ("hung up", Vec::new()), ("malformed in the end", trailers)]
+    {
+        let world = public();
+        let servers = saying(&world.server, Vec::new());
+        let mut stream = raw(&world);
+        let fields = [&[(":method", "POST")], &GET[1..]].concat();
+        stream.write_all(&frame(HEADERS, END_HEADERS, 1, &block(&fields))).unwrap();
+        let _server = servers.recv_timeout(world::WAIT).unwrap();
+        stream.write_all(&then).unwrap();
+        if then.is_empty() {
+            drop(stream);
+        }
+        let record = world.agent.record(|record| matches!(record.l7, L7::Http(_)));
+        let L7::Http(http) = &record.l7 else { panic!("{name}: {record:?}") };
+        assert!(record.allowed, "{name}: {record:?}");
+        assert_eq!((http.status, http.error.is_some()), (None, true), "{name}: {record:?}");
+    }
+}
+
 /// They have no window, so whoever sends many to a client that reads none would fill the memory.
 #[test]
 fn interim_answers_have_a_bound() {

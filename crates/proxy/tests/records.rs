@@ -125,3 +125,28 @@ fn servers_that_cannot_be_reached() {
         assert!(took >= Duration::from_secs(5) && took < WAIT, "{took:?}");
     }
 }
+
+/// Whoever wants nobody to see what it asks for could else hang up once the server has it.
+#[test]
+fn clients_that_hear_no_answer() {
+    let world = World::new(rules(1, &[http(&["GET /public/.*", "POST /public/.*"])]));
+    let origin = Origin::new(&world.server, |_, _| true);
+    for (path, request) in [
+        ("/public/get", "GET /public/get HTTP/1.1\r\nhost: a\r\n\r\n"),
+        ("/public/whole", "POST /public/whole HTTP/1.1\r\nhost: a\r\ncontent-length: 1\r\n\r\nx"),
+        ("/public/part", "POST /public/part HTTP/1.1\r\nhost: a\r\ncontent-length: 9\r\n\r\nx"),
+    ] {
+        let mut stream = world.connect(SERVER4);
+        stream.write_all(request.as_bytes()).unwrap();
+        origin.wait(|seen| seen.text().contains(path));
+        socket2::SockRef::from(&stream).set_linger(Some(Duration::ZERO)).unwrap();
+        drop(stream);
+        let record = world.agent.record(|record| match &record.l7 {
+            L7::Http(http) => http.url.ends_with(path),
+            _ => false,
+        });
+        let L7::Http(http) = &record.l7 else { panic!("{record:?}") };
+        assert!(record.allowed, "{record:?}");
+        assert_eq!((http.status, http.error.is_some()), (None, true), "{record:?}");
+    }
+}

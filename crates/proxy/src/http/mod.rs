@@ -44,6 +44,9 @@ const MANY_INTERIM: Malformed = Malformed::bad("too many interim answers");
 /// Without a byte either way.
 const IDLE_TIME: Duration = Duration::from_secs(if cfg!(test) { 1 } else { 300 });
 
+/// Told of a request that the server may have, and whose client hears no answer.
+const UNHEARD: &str = "the client went away, or fell silent, before it was answered";
+
 /// A head up to this length is in memory as long as its connection needs it.
 const SHORT_HEAD: usize = 8 << 10;
 /// Longer ones in memory, of all connections: 256 MiB where each is as long as one may be, and as

@@ -20,7 +20,7 @@ use tokio::{
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM,
+    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM, UNHEARD,
     activity::Activity,
     alarm::Alarm,
     body::{Framing, Piece, Reader},
@@ -424,7 +424,7 @@ impl Connection<'_> {
                     return Err(Fault::Broken);
                 }
                 Event::Client => {
-                    let read = self.buffer.take(&self.client).map_err(|_| Fault::Broken)?;
+                    let read = self.buffer.take(&self.client).map_err(|_| Fault::Client)?;
                     listens = read.is_none();
                     if read == Some(0) {
                         _ = socket2::SockRef::from(&server.stream)
@@ -541,6 +541,10 @@ impl Connection<'_> {
         }
         let (reply, why) = match fault {
             Fault::Broken => return Err(Broken),
+            Fault::Client => {
+                self.gate.log(asked, judged, None, Some(UNHEARD));
+                return Err(Broken);
+            }
             Fault::Request(fault) => (Reply::malformed(fault), fault.why),
             Fault::Response(fault) => (Reply::NO_ANSWER, fault.why),
             Fault::Gone => (Reply::NO_SERVER, "the server went away before it answered"),
@@ -594,8 +598,10 @@ impl Connection<'_> {
 /// Why an exchange ended early.
 #[derive(Clone, Copy, Debug)]
 enum Fault {
-    /// The client is gone, or must hear no more.
+    /// The client must hear no more, or is gone after it was told how its request was answered.
     Broken,
+    /// The client is gone, and nothing was told yet.
+    Client,
     /// The client's body is none.
     Request(Malformed),
     /// The server's answer is none.
@@ -621,7 +627,7 @@ async fn upload(
     match hand_on(&mut reader, buffer, client, &mut out).await {
         Ok(()) => {}
         Err(Stopped::Malformed(fault)) => return Err(Fault::Request(fault)),
-        Err(Stopped::Source) => return Err(Fault::Broken),
+        Err(Stopped::Source) => return Err(Fault::Client),
         Err(Stopped::Sink) => return Ok(()),
     }
     // Trailers of requests do not pass: the request was judged without them.
@@ -631,7 +637,7 @@ async fn upload(
     sent.store(true, Relaxed);
     if buffer.is_empty()
         && !request.websocket
-        && buffer.fill(client).await.map_err(|_| Fault::Broken)? == 0
+        && buffer.fill(client).await.map_err(|_| Fault::Client)? == 0
     {
         _ = socket2::SockRef::from(server).shutdown(std::net::Shutdown::Write);
     }
@@ -731,7 +737,7 @@ impl Download<'_> {
             let mut out = Vec::new();
             response.write(&mut out, Framing::None, false);
             let written = self.activity.within(write_all(self.client, &out)).await;
-            written.and_then(Result::ok).ok_or(Fault::Broken)?;
+            written.and_then(Result::ok).ok_or(Fault::Client)?;
         }
         Err(Fault::Response(MANY_INTERIM))
     }

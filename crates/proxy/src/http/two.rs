@@ -33,7 +33,7 @@ use tokio::{
 };
 
 use super::{
-    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM, SHORT_HEAD,
+    HEAD_TIME, IDLE_TIME, LATE, MANY_INTERIM, MOST_INTERIM, SHORT_HEAD, UNHEARD,
     activity::Activity,
     frames::{self, Reader},
     may_trail,
@@ -219,7 +219,7 @@ impl Shared<'_> {
             Ok(admitted) => {
                 let body = (!body.is_end_stream()).then_some(body);
                 let method = parts.method;
-                Some(Stream { shared: self, admitted, method, body, respond })
+                Some(Stream { shared: self, admitted, method, body, respond, told: false })
             }
             Err(refusal) => {
                 refusal.say(&mut respond, parts.method == Method::HEAD);
@@ -549,12 +549,25 @@ struct Stream<'g> {
     /// None: the request has none.
     body: Option<RecvStream>,
     respond: SendResponse<Bytes>,
+    /// A record says how it was answered, or why not.
+    told: bool,
+}
+
+impl Drop for Stream<'_> {
+    /// Whatever it was that ended it, be it the end of the connection: the server may have it.
+    fn drop(&mut self) {
+        if !self.told {
+            let Admitted { asking, begun, judged, .. } = &self.admitted;
+            let asked = asking.asked(&self.method, *begun);
+            self.shared.gate.log(&asked, judged, None, Some(UNHEARD));
+        }
+    }
 }
 
 impl Stream<'_> {
     /// Sees it answered.
     async fn run(&mut self) -> Ended {
-        let Self { shared, admitted, method, body, respond } = self;
+        let Self { shared, admitted, method, body, respond, told } = self;
         let Admitted { asking, begun, judged, forward, .. } = admitted;
         let gate = shared.gate;
         let asked = asking.asked(method, *begun);
@@ -565,6 +578,7 @@ impl Stream<'_> {
             biased;
             () = gate.revoked(&asked, judged, &asking.fields) => {
                 gate.log_cut(&asked, &asking.fields);
+                *told = true;
                 // Dropping it would still send what waits to be sent.
                 if let Some(mut up) = up {
                     up.send_reset(Reason::CANCEL);
@@ -572,7 +586,7 @@ impl Stream<'_> {
                 respond.send_reset(Reason::CANCEL);
                 Ended::Well
             }
-            outcome = exchange.run(forward, body, respond, &mut up) => match outcome {
+            outcome = exchange.run(forward, body, respond, &mut up, told) => match outcome {
                 Ok(()) => Ended::Well,
                 Err(Break::Client) => Ended::TakenBack,
                 Err(Break::Reset(reason)) => {
@@ -580,11 +594,15 @@ impl Stream<'_> {
                     Ended::Well
                 }
                 Err(Break::Malformed) => {
+                    if !std::mem::replace(told, true) {
+                        gate.log(&asked, judged, None, Some("the request's body is malformed"));
+                    }
                     respond.send_reset(Reason::PROTOCOL_ERROR);
                     Ended::TakenBack
                 }
                 Err(Break::Reply(reply, why)) => {
                     gate.log(&asked, judged, Some(reply.status), Some(why));
+                    *told = true;
                     answer(respond, reply, *method == Method::HEAD);
                     Ended::Well
                 }
@@ -607,6 +625,7 @@ impl Exchange<'_> {
         body: &mut Option<RecvStream>,
         respond: &mut SendResponse<Bytes>,
         up: &mut Option<SendStream<Bytes>>,
+        told: &mut bool,
     ) -> Result<(), Break> {
         let mut send = tokio::select! {
             biased;
@@ -671,6 +690,7 @@ impl Exchange<'_> {
                 ),
             })?;
             self.shared.gate.log(self.asked, self.judged, Some(head.status().as_u16()), None);
+            *told = true;
             let (parts, answer) = head.into_parts();
             let end = answer.is_end_stream();
             let sent = respond.send_response(Response::from_parts(parts, ()), end);
