@@ -7,7 +7,7 @@ use anyhow::{Context, Result};
 use futures::{StreamExt, stream};
 use k8s_openapi::api::core::v1::Pod;
 use kube::Api;
-use palisade_api::admin::Status;
+use palisade_api::{admin::Status, client::chain};
 use tokio::time::{Instant, timeout_at};
 
 use super::{Installation, client, exec, on_runtime};
@@ -45,7 +45,7 @@ pub(crate) fn ask(global: &Global, installation: &Installation) -> Result<Vec<As
         let questions = running.map(|pod| async {
             let answer = timeout_at(deadline, answer(&pods, &pod.name)).await;
             let answer = answer.context("no answer in time").flatten();
-            let answer = answer.unwrap_or_else(|error| Answer::Unasked(format!("{error:#}")));
+            let answer = answer.unwrap_or_else(|error| Answer::Unasked(chain(&*error)));
             Asked { pod: pod.name.clone(), answer }
         });
         Ok(stream::iter(questions).buffered(AT_ONCE).collect().await)

@@ -7,7 +7,10 @@ use std::{
 };
 
 use anyhow::Result;
-use palisade_api::admin::{EndpointObject, Status};
+use palisade_api::{
+    admin::{EndpointObject, Status},
+    client::chain,
+};
 use serde_json::{Value, json};
 
 use super::{
@@ -71,7 +74,7 @@ impl Installed {
     /// Takes over what the agents said. `again`: the pods after that.
     pub(super) fn hear(&mut self, asked: Result<Vec<Asked>>, again: impl FnOnce() -> Result<Pods>) {
         let asked = asked.unwrap_or_else(|error| {
-            self.not_collected.insert(format!("agents: {error:#}"));
+            self.not_collected.insert(format!("agents: {}", chain(&*error)));
             Vec::new()
         });
         for Asked { pod, answer } in asked {
@@ -145,7 +148,7 @@ impl Installed {
             return pods;
         }
         let now = again().unwrap_or_else(|error| {
-            self.not_collected.insert(format!("pods once more: {error:#}"));
+            self.not_collected.insert(format!("pods once more: {}", chain(&*error)));
             Pods::new()
         });
         pods.retain(|name, pod| now.get(name) == Some(pod));
