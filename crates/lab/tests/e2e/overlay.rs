@@ -292,8 +292,9 @@ fn forged_envelopes_gain_nothing() {
         }
         // Without an envelope.
         netns::run_in(std::path::Path::new("/run/netns/palisade-test-outside"), move || {
-            let length = if honest.is_ipv4() { 32 } else { 128 };
-            let line = format!("addr add {honest}/{length} dev lo");
+            // The kernel would else have the address usable a moment later.
+            let how = if honest.is_ipv4() { "/32 dev lo" } else { "/128 dev lo nodad" };
+            let line = format!("addr add {honest}{how}");
             Command::new("ip").args(line.split(' ')).status().map(drop)
         })
         .unwrap();
