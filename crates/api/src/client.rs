@@ -34,7 +34,10 @@ use kube::{
 };
 use palisade_abi::mark;
 use socket2::{SockRef, TcpKeepalive};
-use tokio::net::{TcpSocket, TcpStream, lookup_host};
+use tokio::{
+    net::{TcpSocket, TcpStream, lookup_host},
+    time::timeout,
+};
 use tower::{BoxError, Service, ServiceBuilder, service_fn, util::MapRequestLayer};
 
 pub use patience::{CALM, Patience, patient};
@@ -52,6 +55,10 @@ const PROBE: Duration = Duration::from_secs(5);
 const DEAD: Duration = Duration::from_secs(15);
 /// Until a new connection, handshake included, has failed.
 const CONNECT: Duration = Duration::from_secs(10);
+/// An address that says nothing for so long has failed, which leaves time for the next one. The API
+/// server's Service is such a one before kube-proxy serves it, and what was sent until then does not
+/// find the server later either: only another connection does.
+const SILENT: Duration = Duration::from_secs(3);
 /// Until a request without an answer has failed; longer than any watch is quiet.
 const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);
 
@@ -213,7 +220,7 @@ async fn reach(address: SocketAddr, past_services: bool) -> io::Result<TcpStream
         // It takes a capability that the operator has not; the agent beside it has.
         let _ = options.set_mark(mark::PAST_SERVICES);
     }
-    socket.connect(address).await
+    timeout(SILENT, socket.connect(address)).await?
 }
 
 /// The same client, and a flag that is raised whenever the server begins a watch for it. Nothing else
@@ -310,6 +317,19 @@ mod tests {
         works.store(false, Relaxed);
         connect().await.unwrap_err();
         assert!(!ways.past_services());
+    }
+
+    #[tokio::test]
+    async fn an_address_that_says_nothing_leaves_time_for_another_connection() {
+        // The kernel says nothing to whom there is no room for.
+        let full = TcpSocket::new_v4().unwrap();
+        full.bind(([127, 0, 0, 1], 0).into()).unwrap();
+        let full = full.listen(0).unwrap();
+        let address = full.local_addr().unwrap();
+        let _room = TcpStream::connect(address).await.unwrap();
+        let tried = timeout(CONNECT / 2, reach(address, false)).await;
+        let failure = tried.expect("given up in time").unwrap_err();
+        assert_eq!(failure.kind(), io::ErrorKind::TimedOut);
     }
 
     #[test]
