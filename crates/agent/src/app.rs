@@ -52,6 +52,9 @@ const QUEUE: usize = 4096;
 /// How long other tables may lack what the kernel refuses before they are taken as they are.
 const PATIENCE: Duration = Duration::from_secs(30);
 
+/// What is wrong while pods wait for it.
+const UPLINK: &str = "the uplink";
+
 /// Connects, isolates and watches the pods of one node.
 #[derive(Debug, Parser)]
 #[command(name = "palisade-agent", version)]
@@ -280,7 +283,13 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
         if masquerades {
             let uplink = match &options.uplink {
                 Some(uplink) => uplink.clone(),
-                None => masquerade::await_uplink(&netlink, &reader, &options.node_name).await,
+                None => {
+                    let name = &options.node_name;
+                    let tell = |missing| health.set(UPLINK, missing);
+                    let uplink = masquerade::await_uplink(&netlink, &reader, name, tell).await;
+                    health.clear(UPLINK);
+                    uplink
+                }
             };
             let (tables, name) = (reader.clone(), options.node_name.clone());
             let masquerade =
@@ -300,7 +309,8 @@ pub async fn run(options: Options) -> anyhow::Result<()> {
                 let (netlink, tables) = (netlink.clone(), reader.clone());
                 let name = options.node_name.clone();
                 keeping.spawn(async move {
-                    let uplink = masquerade::await_uplink(&netlink, &tables, &name).await;
+                    let tell = |missing| warn!("{missing}");
+                    let uplink = masquerade::await_uplink(&netlink, &tables, &name, tell).await;
                     answers_come_in_by(datapath, netlink, uplink, health).await;
                 });
             }

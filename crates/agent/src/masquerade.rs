@@ -94,8 +94,13 @@ pub fn end(datapath: &Datapath) -> anyhow::Result<()> {
 }
 
 /// The interface that has an address of the node, waited for where there is none yet: until a node
-/// that got another address says so, nothing leaves.
-pub async fn await_uplink(netlink: &Netlink, tables: &TablesReader, node: &str) -> String {
+/// that got another address says so, nothing leaves. `tell` is told what it waits for.
+pub async fn await_uplink(
+    netlink: &Netlink,
+    tables: &TablesReader,
+    node: &str,
+    tell: impl Fn(String),
+) -> String {
     loop {
         let known = tables.read().node(node).cloned();
         let found = match known {
@@ -104,12 +109,12 @@ pub async fn await_uplink(netlink: &Netlink, tables: &TablesReader, node: &str) 
         };
         match found {
             Ok(Some(uplink)) => return uplink,
-            Ok(None) => warn!(
+            Ok(None) => tell(format!(
                 "node {node}: no interface has one of its addresses; name the one to other nodes \
                  and to the outside with --uplink, or go without: --routing overlay \
                  --masquerade never"
-            ),
-            Err(error) => warn!("cannot look for the uplink: {error:#}"),
+            )),
+            Err(error) => tell(format!("cannot look for the uplink: {error:#}")),
         }
         tokio::time::sleep(LOOK).await;
     }
@@ -123,4 +128,35 @@ async fn find_uplink(netlink: &Netlink, node: &Node) -> anyhow::Result<Option<St
         own.any(|found| node.addresses.contains(&found.address.addr()))
     };
     Ok(links.into_iter().find(|link| link.name != LOOPBACK && has(link)).map(|link| link.name))
+}
+
+#[cfg(test)]
+mod tests {
+    use tokio::{sync::mpsc, time::timeout};
+
+    use super::*;
+    use crate::tables::{TablesWriter, nodes::NodeSource};
+
+    #[tokio::test]
+    async fn who_waits_for_the_uplink_is_told_what_for() {
+        let mut tables = TablesWriter::default();
+        let node = Node {
+            name: "node1".into(),
+            source: NodeSource::Node,
+            uid: String::new(),
+            addresses: vec!["192.0.2.1".parse().unwrap()],
+            router_addresses: Vec::new(),
+            pod_cidrs: Vec::new(),
+        };
+        tables.write().nodes.put(node);
+        let (netlink, reader) = (Netlink::current().unwrap(), tables.reader());
+        let (sender, mut told) = mpsc::unbounded_channel();
+        let tell = move |missing| _ = sender.send(missing);
+        let waiting = std::pin::pin!(await_uplink(&netlink, &reader, "node1", tell));
+        let told = tokio::select! {
+            uplink = waiting => panic!("{uplink} has the address of an example"),
+            told = timeout(LOOK, told.recv()) => told.expect("told").unwrap(),
+        };
+        assert!(told.contains("node1: no interface has one of its addresses"), "{told}");
+    }
 }
