@@ -489,7 +489,7 @@ mod tests {
         let records: Vec<_> =
             [Some(0), Some(1), None, Some(0)].map(|n| record(n.map(|n: usize| &rules[n]))).into();
         let sent = Records { lost: 3, ..of(records.clone()) };
-        assert_eq!((sent.rules.len(), sent.len()), (2, 4));
+        assert_eq!((sent.rules.len(), sent.len(), sent.lost), (2, 4, 3));
         let got = passed_on(sent);
         assert_eq!(got, records);
         let rule = |n: usize| got[n].egress.as_ref().unwrap().rule.as_ref().unwrap();
