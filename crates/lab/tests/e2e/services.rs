@@ -4,10 +4,11 @@
 use std::{
     collections::{BTreeMap, BTreeSet},
     io::{self, BufRead, BufReader, Read, Write},
-    net::{IpAddr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, TcpListener, TcpStream, UdpSocket},
+    ops::Range,
     sync::{
         Arc,
-        atomic::{AtomicBool, AtomicUsize, Ordering::Relaxed},
+        atomic::{AtomicBool, AtomicU16, AtomicUsize, Ordering::Relaxed},
     },
     thread,
     time::{Duration, Instant},
@@ -31,6 +32,8 @@ const ENDURANCE: Duration = Duration::from_secs(5);
 const AT_ONCE: Duration = Duration::from_millis(300);
 /// So many questions meet both backends of a Service: one is missed once in 32,768 times.
 const OFTEN: usize = 16;
+/// Where questions come from: below the ports that the kernel gives (`ip_local_port_range`).
+const OWN_PORTS: Range<u16> = 20_000..32_000;
 
 const HTTP: (Protocol, u16) = (Protocol::Tcp, 80);
 const ALT: (Protocol, u16) = (Protocol::Tcp, 443);
@@ -150,6 +153,19 @@ impl Question {
         let kind = if self.protocol == Protocol::Tcp { Type::STREAM } else { Type::DGRAM };
         (Domain::for_address(self.to), kind)
     }
+
+    /// Where it comes from: a port that no other question has. The kernel gives one port to two
+    /// sockets whose destinations differ, and both may lead to one backend, where the second one is
+    /// refused ([`World::one_port_has_one_use`]).
+    fn from(&self) -> SocketAddr {
+        static NEXT: AtomicU16 = AtomicU16::new(0);
+        let turn = NEXT.fetch_add(1, Relaxed) % (OWN_PORTS.end - OWN_PORTS.start);
+        let port = OWN_PORTS.start + turn;
+        match self.to {
+            SocketAddr::V4(_) => (Ipv4Addr::UNSPECIFIED, port).into(),
+            SocketAddr::V6(_) => (Ipv6Addr::UNSPECIFIED, port).into(),
+        }
+    }
 }
 
 /// Asks from `pod`, everything at the same time. The answers are in the order of the questions.
@@ -181,7 +197,9 @@ fn said(result: io::Result<String>) -> Said {
     }
 }
 
-fn converse(socket: Socket, Question { protocol, to, .. }: Question) -> io::Result<String> {
+fn converse(socket: Socket, question: Question) -> io::Result<String> {
+    let Question { protocol, to, .. } = question;
+    socket.bind(&question.from().into())?;
     socket.set_read_timeout(Some(PATIENCE))?;
     socket.connect_timeout(&to.into(), PATIENCE)?;
     let peer = socket.peer_addr()?.as_socket();
