@@ -437,23 +437,26 @@ fn follow(skb: *mut __sk_buff, s: &mut Scratch, flow: &mut FlowValue) -> Result<
     }
     if !opener && flow.flags & flow_flags::TRANSLATED != 0 {
         let (address, port) = (flow.nat_address, flow.nat_port);
+        let backend = (s.packet.source, s.packet.source_port);
         rewrite(skb, &mut s.packet, End::Source, &address, port)?;
         if !tcp {
-            keep(s, now);
+            keep(s, &backend, now);
         }
     }
     Ok(())
 }
 
-/// What a backend answered, now in the name of its Service, keeps the flow with it: a client that
-/// mostly listens may say nothing for long. That of TCP says at least what it heard.
+/// What a backend answered, now in the name of its Service, keeps the flow with it if it is with it
+/// still: a client that mostly listens may say nothing for long. That of TCP says at least what it
+/// heard.
 #[inline(always)]
-fn keep(s: &mut Scratch, now: u32) {
+fn keep(s: &mut Scratch, backend: &(Address, u16), now: u32) {
     s.key.set(&s.packet);
     let Some(flow) = s.key.find() else { return };
     // SAFETY: a live map value.
     let flow = unsafe { &mut *flow };
-    if flow.flags & flow_flags::KEPT != 0 && !clock::passed(flow.expires, now) {
+    let own = flow.flags & flow_flags::KEPT != 0 && (flow.nat_address, flow.nat_port) == *backend;
+    if own && !clock::passed(flow.expires, now) {
         renew(flow, flow::translation_lifetime(false, false), now);
     }
 }
@@ -707,7 +710,8 @@ fn relation(key: &Key) -> Relation {
     let Some(flow) = key.find() else { return Relation::None };
     // SAFETY: a live map value.
     let flow = unsafe { &*flow };
-    if clock::passed(flow.expires, clock::now()) || !flow::fresh(flow) {
+    let kept = flow.flags & flow_flags::KEPT != 0;
+    if kept || clock::passed(flow.expires, clock::now()) || !flow::fresh(flow) {
         return Relation::None;
     }
     if flow.flags & (flow_flags::PROXIED | flow_flags::UPSTREAM) != 0 {

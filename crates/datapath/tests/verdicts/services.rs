@@ -156,24 +156,29 @@ fn what_ended_leaves_the_port_to_any_backend() {
 fn a_client_that_listens_keeps_its_backend() {
     let node = node();
     node.hasten(10);
-    let ports = 40_000..40_000 + OFTEN;
+    let (ports, moved) = (40_000..40_000 + OFTEN, 41_000..41_000 + OFTEN);
+    let says = |ipv6, port| node.leaves(&call(ipv6, protocol::UDP, port));
     for ipv6 in [false, true] {
         node.back(1, ipv6, vec![other(ipv6)]);
-        assert!(ports.clone().all(|port| node.leaves(&call(ipv6, protocol::UDP, port)) == OK));
-        node.back(2, ipv6, vec![other(ipv6), denied(ipv6, 9)]);
+        assert!(ports.clone().chain(moved.clone()).all(|port| says(ipv6, port) == OK));
+        // Some ask again while there is another one only.
+        node.back(2, ipv6, vec![denied(ipv6, 9)]);
+        assert!(moved.clone().all(|port| says(ipv6, port) == SHOT));
+        node.back(3, ipv6, vec![other(ipv6), denied(ipv6, 9)]);
     }
     // More than two minutes.
     for _ in 0..22 {
         for ipv6 in [false, true] {
             let heard = |port| node.enters(&answer(ipv6, protocol::UDP, port)) == OK;
-            assert!(ports.clone().all(heard));
+            assert!(ports.clone().chain(moved.clone()).all(heard));
         }
         thread::sleep(Duration::from_millis(600));
     }
     for ipv6 in [false, true] {
         for port in ports.clone() {
-            assert_eq!(node.leaves(&call(ipv6, protocol::UDP, port)), OK, "from {port}");
+            assert_eq!(says(ipv6, port), OK, "from {port}");
         }
+        assert!(moved.clone().any(|port| says(ipv6, port) == OK), "not the one that speaks");
     }
 }
 
