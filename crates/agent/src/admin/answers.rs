@@ -288,7 +288,7 @@ fn metrics(admin: &Admin, tables: &Tables) -> String {
     line("endpoint", tables.endpoints.len() as u64);
     line("policy", tables.policies.rows().count() as u64);
     line("identity", tables.identities.len() as u64);
-    line("endpoint_programs_failing", admin.health.problems().len() as u64);
+    line("problems", admin.health.problems().len() as u64);
     line("endpoint_programs_reattached_total", admin.health.reattached());
     let Ok(counters) = admin.datapath.metrics() else { return text };
     for reason in DropReason::ALL {

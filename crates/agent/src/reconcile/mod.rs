@@ -157,7 +157,7 @@ impl Pending {
 /// where nothing is known, and beyond what is known else.
 fn first_version(highest: Option<u32>) -> u32 {
     let drawn = RandomState::new().hash_one(()) as u32;
-    highest.unwrap_or(drawn >> 1) + 1 + (drawn & 0xffff)
+    highest.unwrap_or(drawn >> 1).wrapping_add(1 + (drawn & 0xffff))
 }
 
 /// How a round ended.

@@ -60,7 +60,7 @@ fn write_one(
         return Ok(());
     }
     let version = *next_version;
-    *next_version += 1;
+    *next_version = next_version.wrapping_add(1);
     let mut steps: Vec<Step> = (0u32..)
         .zip(&entry.backends)
         .map(|(index, backend)| {
