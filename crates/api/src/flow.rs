@@ -102,12 +102,12 @@ impl L7 {
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Http {
     /// Method; empty where it could not be read.
-    pub method: String,
+    pub method: Cow<'static, str>,
     /// `http://host/path?query` as it was judged; of a request that was refused unread, as much as
     /// could be told of it.
     pub url: String,
     /// `HTTP/1.1`, `HTTP/2`.
-    pub version: String,
+    pub version: Cow<'static, str>,
     /// Status of the answer: the server's, or the proxy's own; none: there was no answer.
     pub status: Option<u16>,
     /// What the proxy answered to a call of gRPC in the server's place; `status` says that it is an
@@ -164,6 +164,25 @@ pub fn escaped(bytes: &[u8]) -> String {
 
 const fn is_plain(byte: u8) -> bool {
     byte.is_ascii_graphic() && !matches!(byte, b'"' | b'\\')
+}
+
+/// As [`escaped`]; most text has nothing to escape.
+#[must_use]
+pub fn escaped_text(text: String) -> String {
+    if text.bytes().all(is_plain) { text } else { escaped(text.as_bytes()) }
+}
+
+/// Methods and versions of HTTP that most requests have.
+const WORDS: [&str; 10] =
+    ["GET", "POST", "PUT", "DELETE", "HEAD", "PATCH", "OPTIONS", "HTTP/1.1", "HTTP/2", "HTTP/1.0"];
+
+/// A method or a version of HTTP. The usual ones take no memory: each record has one of each.
+#[must_use]
+pub fn word(text: &str) -> Cow<'static, str> {
+    match WORDS.into_iter().find(|word| *word == text) {
+        Some(word) => word.into(),
+        None => text.to_owned().into(),
+    }
 }
 
 /// What a [`Flow`] tells.

@@ -28,8 +28,10 @@ pub const SOCKET: &str = "proxy.sock";
 pub const USER: u32 = 14240;
 /// Version of these messages.
 pub const VERSION: u32 = 4;
-/// Longest frame.
-pub const MAX_FRAME: usize = 64 << 20;
+/// Most records in a message.
+pub const MOST_RECORDS: usize = 1024;
+/// Bytes of records after which a message takes no more.
+const MUCH_OF_RECORDS: usize = 1 << 20;
 
 /// The first message each way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -219,6 +221,7 @@ fn change<K: Ord, V>(map: &mut BTreeMap<K, V>, changes: BTreeMap<K, Option<V>>) 
 /// each is written and read once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Records {
+    #[serde(deserialize_with = "wire::rules")]
     rules: Vec<Arc<RuleSource>>,
     count: usize,
     /// Of postcard: each an [`AccessRecord`] whose rules are places in `rules`.
@@ -239,6 +242,12 @@ impl Records {
     #[must_use]
     pub const fn is_empty(&self) -> bool {
         self.count == 0
+    }
+
+    /// Whether the next record belongs in another message.
+    #[must_use]
+    pub const fn is_full(&self) -> bool {
+        self.count == MOST_RECORDS || self.records.len() >= MUCH_OF_RECORDS
     }
 
     /// Adds a record after the others.
@@ -267,10 +276,10 @@ impl Records {
     /// # Errors
     ///
     /// Of an item: it is no record, or names a rule that the message does not hold; or bytes are
-    /// left after the last one.
+    /// left after the last one, or after as many as a message may have.
     pub fn into_records(self) -> impl Iterator<Item = io::Result<AccessRecord>> {
         let Self { rules, count, records, .. } = self;
-        let (mut left, mut at) = (count, 0);
+        let (mut left, mut at) = (count.min(MOST_RECORDS), 0);
         std::iter::from_fn(move || {
             let rest = &records[at..];
             at = records.len();
@@ -354,6 +363,8 @@ impl<R> AccessRecord<R> {
 
 /// A message, and how a frame holds it.
 pub trait Message: Sized {
+    /// Bytes of the longest frame.
+    const LONGEST: usize;
     /// Adds it to a frame.
     ///
     /// # Errors
@@ -369,8 +380,10 @@ pub trait Message: Sized {
 }
 
 macro_rules! in_json {
-    ($($message:ty),+) => {$(
+    ($($message:ty: $longest:expr),+) => {$(
         impl Message for $message {
+            const LONGEST: usize = $longest;
+
             fn write(&self, frame: &mut Vec<u8>) -> io::Result<()> {
                 Ok(serde_json::to_writer(frame, self)?)
             }
@@ -382,9 +395,12 @@ macro_rules! in_json {
     )+};
 }
 
-in_json!(Hello, ToProxy);
+in_json!(Hello: 1 << 10, ToProxy: 64 << 20);
 
 impl Message for FromProxy {
+    /// Who speaks to everybody may be made to say anything: what the agent takes for it is bounded.
+    const LONGEST: usize = 4 << 20;
+
     fn write(&self, frame: &mut Vec<u8>) -> io::Result<()> {
         wire::append(self, frame)
     }
@@ -398,16 +414,28 @@ impl Message for FromProxy {
 ///
 /// # Errors
 ///
-/// The message is longer than [`MAX_FRAME`].
-pub fn encode(message: &impl Message) -> io::Result<Vec<u8>> {
+/// The message is longer than [`Message::LONGEST`].
+pub fn encode<T: Message>(message: &T) -> io::Result<Vec<u8>> {
     let mut frame = vec![0; 4];
     message.write(&mut frame)?;
     let length = frame.len() - 4;
-    let prefix = u32::try_from(length).ok().filter(|_| length <= MAX_FRAME).ok_or_else(|| {
-        io::Error::other(format!("a message of {length} bytes; at most {MAX_FRAME} fit a frame"))
-    })?;
+    let prefix = u32::try_from(length).map_err(io::Error::other)?;
     frame[..4].copy_from_slice(&prefix.to_be_bytes());
+    body_length::<T>(prefix)?;
     Ok(frame)
+}
+
+/// The length of a frame's body, of the four bytes that begin it.
+///
+/// # Errors
+///
+/// The frame is too long for such a message.
+pub fn body_length<T: Message>(prefix: u32) -> io::Result<usize> {
+    let (length, longest) = (prefix as usize, T::LONGEST);
+    if length > longest {
+        return Err(io::Error::other(format!("a frame of {length} bytes; at most {longest}")));
+    }
+    Ok(length)
 }
 
 /// Takes a frame apart: the message and the bytes that it took, `None` while it is not complete.
@@ -417,10 +445,7 @@ pub fn encode(message: &impl Message) -> io::Result<Vec<u8>> {
 /// The frame is too long, or holds no message.
 pub fn decode<T: Message>(bytes: &[u8]) -> io::Result<Option<(T, usize)>> {
     let Some((prefix, rest)) = bytes.split_first_chunk::<4>() else { return Ok(None) };
-    let length = u32::from_be_bytes(*prefix) as usize;
-    if length > MAX_FRAME {
-        return Err(io::Error::other(format!("a frame of {length} bytes; at most {MAX_FRAME}")));
-    }
+    let length = body_length::<T>(u32::from_be_bytes(*prefix))?;
     let Some(body) = rest.get(..length) else { return Ok(None) };
     Ok(Some((T::read(body)?, 4 + length)))
 }
@@ -456,6 +481,34 @@ mod tests {
             all.push(record).unwrap();
         }
         all
+    }
+
+    /// A proxy in the wrong hands says what it likes.
+    #[test]
+    fn what_a_message_holds_is_bounded() {
+        let rule = Arc::new(RuleSource::NoDefaultDeny);
+        let rules = |count| Records { rules: vec![Arc::clone(&rule); count], ..Records::default() };
+        let read = |records| {
+            let mut body = Vec::new();
+            FromProxy::Records(records).write(&mut body).unwrap();
+            FromProxy::read(&body)
+        };
+        assert!(read(rules(2 * MOST_RECORDS)).is_ok());
+        assert!(read(rules(2 * MOST_RECORDS + 1)).is_err());
+
+        let mut many = Records::default();
+        for _ in 0..=MOST_RECORDS {
+            assert_eq!(many.is_full(), many.len() == MOST_RECORDS);
+            many.push(record(None)).unwrap();
+        }
+        let read: Vec<_> = many.into_records().collect();
+        assert_eq!(read.len(), MOST_RECORDS + 1);
+        assert!(read[MOST_RECORDS].is_err());
+
+        let long = L7::Stream { error: "x".repeat(MUCH_OF_RECORDS) };
+        assert!(of(vec![AccessRecord { l7: long, ..record(None) }]).is_full());
+        assert!(body_length::<FromProxy>(4 << 20).is_ok());
+        assert!(body_length::<FromProxy>((4 << 20) + 1).is_err());
     }
 
     /// Whatever is left out where people read it.

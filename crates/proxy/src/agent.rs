@@ -135,7 +135,9 @@ impl Link {
                 }
                 _ = again.tick(), if !proxy.rules.is_kept() => proxy.rules.save()?,
                 records = proxy.log.next() => {
-                    send(&mut write, &FromProxy::Records(records)).await?;
+                    let told = records.len() as u64 + records.lost;
+                    let sent = send(&mut write, &FromProxy::Records(records)).await;
+                    sent.inspect_err(|_| proxy.log.lose(told))?;
                 }
             }
         }
@@ -209,5 +211,46 @@ impl Frames {
                 return Err(io::ErrorKind::UnexpectedEof.into());
             }
         }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::fs;
+
+    use palisade_api::proxy::{Records, SOCKET};
+    use tokio::net::UnixListener;
+
+    use super::*;
+    use crate::log::tests::record;
+
+    /// What the proxy says after its greeting, once an agent was greeted.
+    async fn accept(listener: &UnixListener) -> (Frames, OwnedWriteHalf) {
+        let (read, mut write) = listener.accept().await.unwrap().0.into_split();
+        let mut frames = Frames { read, buffer: Vec::new() };
+        send(&mut write, &Hello { version: VERSION }).await.unwrap();
+        let _: Hello = frames.next().await.unwrap();
+        (frames, write)
+    }
+
+    #[tokio::test]
+    async fn records_that_nobody_got_are_counted() {
+        let directory = std::env::temp_dir().join(format!("palisade-link-{}", std::process::id()));
+        fs::create_dir_all(&directory).unwrap();
+        let listener = UnixListener::bind(directory.join(SOCKET)).unwrap();
+        let (proxy, link) = Proxy::alone(&directory);
+        let running = tokio::spawn(link.run(Arc::clone(&proxy)));
+        let (deaf, _write) = accept(&listener).await;
+        let socket = socket2::SockRef::from(deaf.read.as_ref());
+        socket.shutdown(std::net::Shutdown::Read).unwrap();
+        proxy.log.add(record());
+        proxy.log.add(record());
+        let (mut next, _write) = accept(&listener).await;
+        proxy.log.add(record());
+        let heard: FromProxy = next.next().await.unwrap();
+        let FromProxy::Records(Records { lost, .. }) = heard else { panic!("{heard:?}") };
+        assert_eq!(lost, 2);
+        running.abort();
+        fs::remove_dir_all(&directory).unwrap();
     }
 }

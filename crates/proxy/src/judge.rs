@@ -8,10 +8,10 @@ use std::{
     time::Instant,
 };
 
-use arc_swap::ArcSwap;
+use arc_swap::{ArcSwap, Guard};
 use http::{HeaderMap, HeaderName, HeaderValue};
 use palisade_api::{
-    flow::{Http, L7, escaped},
+    flow::{Http, L7},
     proxy::{AccessRecord, EndRecord, Peer, Rules, TableId},
 };
 use palisade_policy::{
@@ -340,10 +340,10 @@ pub struct Asked<'a> {
 
 impl Asked<'_> {
     fn record(&self, judged: &Judged, status: Option<u16>, error: Option<&str>) -> Http {
-        let url = format!("http://{}{}", self.authority.as_str(), self.target);
+        let url = ["http://", self.authority.as_str(), self.target].concat();
         Http {
-            method: log::shortened(self.method.into()),
-            url: log::shortened(escaped(log::without_credentials(&url).as_bytes())),
+            method: log::told_method(self.method),
+            url: log::told(url),
             version: self.version.into(),
             status,
             grpc_status: None,
@@ -474,15 +474,15 @@ impl Gate {
         self.ends().redirected
     }
 
-    fn ends(&self) -> Arc<Ends> {
+    fn ends(&self) -> Guard<Arc<Ends>> {
         let snapshot = self.proxy.rules.load();
-        let ends = self.ends.load_full();
+        let ends = self.ends.load();
         if ends.generation == snapshot.generation {
             return ends;
         }
         let ends = Arc::new(Ends::find(&snapshot, self.protocol, self.client, self.server));
         self.ends.store(Arc::clone(&ends));
-        ends
+        Guard::from_inner(ends)
     }
 
     /// Judges a request with the fields that it came with. The server's end is asked about what
@@ -635,11 +635,11 @@ impl Gate {
     }
 
     /// Records what was no request, and what can be told of it.
-    pub fn log_malformed(&self, version: &str, fault: Malformed, gist: Gist) {
+    pub fn log_malformed(&self, version: &'static str, fault: Malformed, gist: Gist) {
         self.record(
             &Judged::unasked(),
             L7::Http(Http {
-                method: gist.method,
+                method: gist.method.into(),
                 url: gist.url,
                 version: version.into(),
                 status: Some(fault.status),

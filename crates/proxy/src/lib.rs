@@ -66,6 +66,21 @@ pub struct Proxy {
     pub main: Handle,
 }
 
+#[cfg(test)]
+impl Proxy {
+    /// On the runtime of a test, with nothing to listen to, and the link to an agent whose socket would
+    /// be in the directory.
+    fn alone(directory: &std::path::Path) -> (Arc<Self>, agent::Link) {
+        let rules = Store::open(directory).unwrap();
+        let (agent, link) = agent::link(directory.join(palisade_api::proxy::SOCKET));
+        let (log, dns) = (Log::default(), Dns::new(agent));
+        let workers = Workers::start(std::num::NonZero::<usize>::MIN).unwrap();
+        let long_heads = Arc::new(Shares::new(http::MOST_LONG_HEADS));
+        let main = Handle::current();
+        (Arc::new(Self { rules, log, dns, long_heads, workers, main }), link)
+    }
+}
+
 /// Runs until the process is told to end.
 ///
 /// # Errors

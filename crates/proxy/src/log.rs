@@ -9,7 +9,7 @@ use std::{
 };
 
 use palisade_api::{
-    flow::escaped,
+    flow::{escaped, escaped_text, word},
     proxy::{AccessRecord, Records},
 };
 use percent_encoding::percent_decode_str;
@@ -22,8 +22,6 @@ use crate::http::syntax::{MOST_METHOD, is_token};
 
 /// Records that wait; more are counted only.
 const MOST: usize = 4096;
-/// Records in one message.
-const BATCH: usize = 1024;
 /// Records are collected this long, so that the agent is not woken for each.
 const COLLECT: Duration = Duration::from_millis(10);
 
@@ -59,6 +57,11 @@ impl Log {
         }
     }
 
+    /// Counts records that were taken, and that nobody got.
+    pub fn lose(&self, count: u64) {
+        self.waiting().lost += count;
+    }
+
     /// The next records. May be dropped at any time: whoever asks again does not wait anew.
     pub async fn next(&self) -> Records {
         loop {
@@ -82,7 +85,7 @@ impl Log {
 impl Waiting {
     /// Written at once: what a record is made of is still at hand.
     fn push(&mut self, record: AccessRecord) -> io::Result<()> {
-        if self.messages.back().is_none_or(|last| last.len() == BATCH) {
+        if self.messages.back().is_none_or(Records::is_full) {
             self.messages.push_back(Records::default());
         }
         if let Some(last) = self.messages.back_mut() {
@@ -179,8 +182,25 @@ fn decoded(text: &str) -> Cow<'_, str> {
 /// Longest text that a record holds of one: many records wait for the agent at times.
 const MOST_TEXT: usize = 4096;
 
+/// A URL as a record holds it.
+pub fn told(url: String) -> String {
+    let url = match without_credentials(&url) {
+        Cow::Owned(url) => url,
+        Cow::Borrowed(_) => url,
+    };
+    shortened(escaped_text(url))
+}
+
+/// A method as a record holds it: a token, which needs no escaping.
+pub fn told_method(method: &str) -> Cow<'static, str> {
+    match method.len() {
+        0..=MOST_METHOD => word(method),
+        _ => shortened(method.to_owned()).into(),
+    }
+}
+
 /// As much of an escaped text as a record holds.
-pub fn shortened(mut text: String) -> String {
+fn shortened(mut text: String) -> String {
     if text.len() > MOST_TEXT {
         text.truncate(text.floor_char_boundary(MOST_TEXT));
         text.push_str("[cut]");
@@ -251,12 +271,12 @@ fn without_user(url: &str) -> Cow<'_, str> {
 }
 
 #[cfg(test)]
-mod tests {
-    use palisade_api::flow::L7;
+pub(crate) mod tests {
+    use palisade_api::{flow::L7, proxy::MOST_RECORDS};
 
     use super::*;
 
-    fn record() -> AccessRecord {
+    pub(crate) fn record() -> AccessRecord {
         let address = ([10, 0, 0, 1], 80).into();
         AccessRecord {
             time: 0,
@@ -275,7 +295,7 @@ mod tests {
     async fn records_go_out_whatever_else_happens() {
         let log = Log::default();
         let (mut sent, begun) = (Vec::new(), Instant::now());
-        for _ in 0..=BATCH {
+        for _ in 0..=MOST_RECORDS {
             log.add(record());
         }
         while sent.len() < 2 {
@@ -286,7 +306,7 @@ mod tests {
             }
             assert!(sent.is_empty() || begun.elapsed() >= COLLECT);
         }
-        assert_eq!(sent, [BATCH, 1]);
+        assert_eq!(sent, [MOST_RECORDS, 1]);
         log.add(record());
         assert_eq!(log.next().await.len(), 1);
     }

@@ -173,7 +173,7 @@ fn each_stream_has_its_own_verdict() {
     assert_eq!(*origin.connections.lock().unwrap(), 1);
     let record = world.agent.record(|record| record.allowed);
     let L7::Http(seen) = record.l7 else { panic!() };
-    assert_eq!((seen.version.as_str(), seen.status), ("HTTP/2", Some(200)));
+    assert_eq!((&*seen.version, seen.status), ("HTTP/2", Some(200)));
 }
 
 /// The same forms as over HTTP/1, although others read the frames.

@@ -160,9 +160,9 @@ mod tests {
 
     fn request() -> Flow {
         flow(Some(L7::Http(Http {
-            method: "GET".to_owned(),
+            method: "GET".into(),
             url: "http://[fd00::1]:80/v1/a/b?c=/d".to_owned(),
-            version: "HTTP/1.1".to_owned(),
+            version: "HTTP/1.1".into(),
             status: Some(503),
             grpc_status: None,
             latency_ns: 1,

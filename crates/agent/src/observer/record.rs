@@ -72,6 +72,8 @@ struct Naming<'a> {
     progress: &'a Progress,
     /// By address, identity and row; without ports.
     ends: HashMap<(Address, u32, u32), FlowEnd>,
+    /// Of requests, by address; without ports.
+    request_ends: HashMap<IpAddr, FlowEnd>,
     /// By table and rule.
     judgements: HashMap<(u32, u32), Option<Arc<Judgement>>>,
     /// By what the proxy said and the rule that it names, which records share.
@@ -85,6 +87,7 @@ impl<'a> Naming<'a> {
             tables,
             progress,
             ends: HashMap::new(),
+            request_ends: HashMap::new(),
             judgements: HashMap::new(),
             request_judgements: HashMap::new(),
         }
@@ -170,9 +173,13 @@ impl<'a> Naming<'a> {
     }
 
     fn request_end(&mut self, address: SocketAddr) -> FlowEnd {
-        let entry = self.tables.addresses.get(&address.ip());
-        let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
-        self.end(address_bytes(address.ip()), address.port(), identity, row)
+        let Self { node, tables, .. } = *self;
+        let named = self.request_ends.entry(address.ip()).or_insert_with_key(|ip| {
+            let entry = tables.addresses.get(ip);
+            let (identity, row) = entry.map_or((0, ROW_NONE), |entry| (entry.identity, entry.row));
+            name_end(node, tables, address_bytes(*ip), identity, row)
+        });
+        FlowEnd { port: address.port(), ..named.clone() }
     }
 
     /// What the policy of a pod said to a request. The proxy names the rule that decided; that none

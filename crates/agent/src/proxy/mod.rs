@@ -16,13 +16,14 @@ use std::{
 
 pub use book::{RuleBook, Tables};
 use palisade_api::proxy::{
-    FromProxy, Hello, MAX_FRAME, Message, RulesDelta, SOCKET, ToProxy, USER, VERSION, encode,
+    FromProxy, Hello, Message, RulesDelta, SOCKET, ToProxy, USER, VERSION, body_length, encode,
 };
 use palisade_policy::{l7::Secrets, model::PolicyRef};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream, unix::OwnedReadHalf},
     sync::{broadcast, mpsc, watch},
+    task::AbortHandle,
 };
 use tracing::{info, warn};
 
@@ -187,13 +188,17 @@ pub fn listen(run_dir: &Path) -> io::Result<UnixListener> {
     Ok(listener)
 }
 
-/// Serves whatever proxy connects; the newest one counts.
+/// Serves whatever proxy connects; the newest one counts, and the one before is heard no more.
 pub async fn serve(desk: Arc<Desk>, listener: UnixListener) {
+    let mut newest: Option<AbortHandle> = None;
     loop {
         match listener.accept().await {
             Ok((stream, _)) => {
+                if let Some(before) = newest.take() {
+                    before.abort();
+                }
                 let desk = desk.clone();
-                tokio::spawn(async move {
+                let conversation = tokio::spawn(async move {
                     let number = desk.link.connected();
                     info!("the L7 proxy is connected");
                     let ended = converse(&desk, number, stream).await;
@@ -203,6 +208,7 @@ pub async fn serve(desk: Arc<Desk>, listener: UnixListener) {
                         ended.err().map_or("it closed the connection".into(), |e| e.to_string());
                     warn!("the L7 proxy is gone: {why}");
                 });
+                newest = Some(conversation.abort_handle());
             }
             Err(error) => {
                 warn!(%error, "cannot accept on the proxy's socket");
@@ -302,11 +308,7 @@ async fn hear(
 }
 
 async fn receive<T: Message>(read: &mut OwnedReadHalf) -> io::Result<T> {
-    let length = read.read_u32().await? as usize;
-    if length > MAX_FRAME {
-        return Err(io::Error::other(format!("a frame of {length} bytes; at most {MAX_FRAME}")));
-    }
-    let mut body = vec![0; length];
+    let mut body = vec![0; body_length::<T>(read.read_u32().await?)?];
     read.read_exact(&mut body).await?;
     T::read(&body)
 }

@@ -107,7 +107,7 @@ pub const WEBSOCKET: (&str, &[u8]) = ("upgrade", b"websocket");
 pub fn is_own(name: &str) -> bool {
     is_hop(name)
         || matches!(name, "host" | "content-length" | "expect" | "trailer")
-        || name.contains('_')
+        || name.as_bytes().contains(&b'_')
 }
 
 /// Fields between two neighbours. `proxy-authorization` is none of them: nobody asked for this proxy,

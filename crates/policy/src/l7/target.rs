@@ -245,9 +245,10 @@ impl Authority {
             let digits = port.strip_prefix(':').filter(|port| is_number(port)).ok_or(bad)?;
             digits.parse::<u16>().map_err(|_| bad)?;
         }
-        let host = canonical_host(host).ok_or(bad)?;
-        let length = host.len();
-        Ok(Self { text: host + port, host: length })
+        let canonical = canonical_host(host).ok_or(bad)?;
+        let length = canonical.len();
+        let changed = (canonical != host).then(|| canonical.into_owned() + port);
+        Ok(Self { text: changed.unwrap_or(text), host: length })
     }
 
     /// With the port, where there is one.
@@ -267,10 +268,10 @@ fn is_number(text: &str) -> bool {
     !text.is_empty() && text.bytes().all(|byte| byte.is_ascii_digit())
 }
 
-fn canonical_host(host: &str) -> Option<String> {
+fn canonical_host(host: &str) -> Option<Cow<'_, str>> {
     if let Some(address) = host.strip_prefix('[') {
         let address: Ipv6Addr = address.strip_suffix(']')?.parse().ok()?;
-        return Some(format!("[{address}]"));
+        return Some(format!("[{address}]").into());
     }
     let name = host.strip_suffix('.').unwrap_or(host);
     let letter = |byte: u8| byte.is_ascii_alphanumeric() || matches!(byte, b'-' | b'_');

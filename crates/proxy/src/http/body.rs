@@ -1,6 +1,6 @@
 //! Bodies over HTTP/1: where they end.
 
-use super::syntax::{Fields, MOST_FIELDS, Malformed, is_value};
+use super::syntax::{Fields, MOST_FIELDS, Malformed, is_value, write_number};
 
 /// How the end of a body is told.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -32,7 +32,7 @@ impl Framing {
             Self::None | Self::UntilClose => {}
             Self::Length(length) => {
                 out.extend_from_slice(b"content-length: ");
-                out.extend_from_slice(length.to_string().as_bytes());
+                write_number(out, length);
                 out.extend_from_slice(b"\r\n");
             }
             Self::Chunked => out.extend_from_slice(b"transfer-encoding: chunked\r\n"),

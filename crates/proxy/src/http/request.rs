@@ -1,5 +1,8 @@
 //! Requests over HTTP/1.
 
+use std::borrow::Cow;
+
+use palisade_api::flow::word;
 use palisade_policy::l7::field::WEBSOCKET;
 pub(super) use palisade_policy::l7::field::{Hops, is_hop, is_own, only};
 
@@ -13,7 +16,7 @@ use super::{
 #[derive(Clone, Debug)]
 pub struct Request {
     /// Method.
-    pub method: String,
+    pub method: Cow<'static, str>,
     /// Path and query.
     pub target: Target,
     /// Host.
@@ -90,7 +93,7 @@ pub(super) fn split_line(head: &[u8]) -> Result<(&[u8], &[u8]), Malformed> {
     }
 }
 
-fn read_line(line: &[u8]) -> Result<(String, &[u8], bool), Malformed> {
+fn read_line(line: &[u8]) -> Result<(Cow<'static, str>, &[u8], bool), Malformed> {
     let method = read_method(line)?.ok_or(NO_METHOD)?;
     let rest = &line[method.len() + 1..];
     let end = memchr::memchr(b' ', rest).ok_or(Malformed::bad("the first line has no version"))?;
@@ -104,7 +107,7 @@ fn read_line(line: &[u8]) -> Result<(String, &[u8], bool), Malformed> {
         }
         _ => return Err(Malformed::bad("the first line is not three words")),
     };
-    Ok((ascii(method).into(), &rest[..end], old))
+    Ok((word(ascii(method)), &rest[..end], old))
 }
 
 const NO_METHOD: Malformed = Malformed::bad("what begins with no method is no HTTP");

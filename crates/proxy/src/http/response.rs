@@ -3,7 +3,7 @@
 use super::{
     body::Framing,
     request::{Hops, Request, is_chunked, is_hop, only, read_length, split_line},
-    syntax::{Fields, Malformed, ascii, is_value, write_field},
+    syntax::{Fields, Malformed, ascii, is_value, write_field, write_number},
 };
 
 /// An answer as it is forwarded.
@@ -65,7 +65,7 @@ impl Response {
     /// Writes the head for the client; `close` tells it that the connection ends.
     pub fn write(&self, out: &mut Vec<u8>, body: Framing, close: bool) {
         out.extend_from_slice(b"HTTP/1.1 ");
-        out.extend_from_slice(self.status.to_string().as_bytes());
+        write_number(out, self.status.into());
         out.push(b' ');
         out.extend_from_slice(&self.reason);
         out.extend_from_slice(b"\r\n");

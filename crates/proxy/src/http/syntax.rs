@@ -11,8 +11,9 @@ pub use palisade_policy::l7::{field::trim, target::Malformed};
 
 /// Most fields in a head, or in trailers.
 pub const MOST_FIELDS: usize = 100;
-/// Fields of most heads.
+/// Fields of most heads, and what they take.
 const USUAL_FIELDS: usize = 16;
+const USUAL_LENGTH: usize = 512;
 /// Longest head.
 pub const MOST_HEAD: usize = 64 << 10;
 /// Longest first line.
@@ -173,6 +174,10 @@ impl Fields {
 
     /// Adds a field, whose name is in lower case.
     pub fn push(&mut self, name: &str, value: &[u8]) {
+        if self.spans.capacity() == 0 {
+            self.spans.reserve(USUAL_FIELDS);
+            self.text.reserve(USUAL_LENGTH);
+        }
         let start = self.text.len();
         let middle = start + name.len();
         self.text.extend_from_slice(name.as_bytes());
@@ -194,8 +199,8 @@ impl Fields {
 
     /// Writes each field as a line.
     pub fn write(&self, out: &mut Vec<u8>) {
-        for (name, value) in self.iter() {
-            write_field(out, name, value);
+        for span in &self.spans {
+            write_field(out, &self.text[range(&span.name)], self.value(span));
         }
     }
 
@@ -209,11 +214,25 @@ impl Fields {
 }
 
 /// Writes one field as a line.
-pub fn write_field(out: &mut Vec<u8>, name: &str, value: &[u8]) {
-    out.extend_from_slice(name.as_bytes());
+pub fn write_field(out: &mut Vec<u8>, name: impl AsRef<[u8]>, value: &[u8]) {
+    out.extend_from_slice(name.as_ref());
     out.extend_from_slice(b": ");
     out.extend_from_slice(value);
     out.extend_from_slice(b"\r\n");
+}
+
+/// Writes a number in decimal digits.
+pub(super) fn write_number(out: &mut Vec<u8>, number: u64) {
+    let start = out.len();
+    let mut rest = number;
+    loop {
+        out.push(b'0' + (rest % 10) as u8);
+        rest /= 10;
+        if rest == 0 {
+            break;
+        }
+    }
+    out[start..].reverse();
 }
 
 /// A token as text. Tokens are ASCII.

@@ -1,6 +1,6 @@
 //! Who does nothing for long: the time for that is short in these tests.
 
-use std::{fs, future::poll_fn, net::SocketAddr, num::NonZero, path::PathBuf, sync::Arc};
+use std::{fs, future::poll_fn, net::SocketAddr, path::PathBuf, sync::Arc};
 
 use bytes::Bytes;
 use palisade_abi::protocol;
@@ -13,14 +13,13 @@ use palisade_policy::{
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::TcpListener,
-    runtime::Handle,
     sync::mpsc,
     task::JoinHandle,
     time::timeout,
 };
 
 use super::*;
-use crate::{Proxy, accept::Workers, agent, dns::Dns, log::Log, rules::Store, shares::Shares};
+use crate::Proxy;
 
 /// Whatever is to happen happens long before.
 const WAIT: Duration = Duration::from_secs(20);
@@ -39,14 +38,8 @@ impl Bench {
         let directory =
             std::env::temp_dir().join(format!("palisade-{name}-{}", std::process::id()));
         fs::create_dir_all(&directory).unwrap();
-        let store = Store::open(&directory).unwrap();
-        store.put(rules(origin));
-        let (agent, _) = agent::link(directory.join("nobody"));
-        let workers = Workers::start(NonZero::<usize>::MIN).unwrap();
-        let (log, dns) = (Log::default(), Dns::new(agent));
-        let main = Handle::current();
-        let long_heads = Arc::new(Shares::new(MOST_LONG_HEADS));
-        let proxy = Arc::new(Proxy { rules: store, log, dns, long_heads, workers, main });
+        let (proxy, _) = Proxy::alone(&directory);
+        proxy.rules.put(rules(origin));
         let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
         // What nobody reads is soon too much for the kernel.
         socket2::SockRef::from(&listener).set_send_buffer_size(1 << 16).unwrap();

@@ -122,7 +122,7 @@ fn other_reader(request: &Request, written: &[u8]) {
     let mut headers = [httparse::EMPTY_HEADER; 256];
     let mut other = httparse::Request::new(&mut headers);
     assert_eq!(other.parse(written), Ok(httparse::Status::Complete(written.len())));
-    assert_eq!(other.method, Some(request.method.as_str()));
+    assert_eq!(other.method, Some(&*request.method));
     assert_eq!(other.path, Some(request.target.as_str()));
     let hosts = other.headers.iter().filter(|header| header.name.eq_ignore_ascii_case("host"));
     assert_eq!(hosts.count(), 1);

@@ -25,7 +25,20 @@ pub(super) fn compact(flow: &Flow, node: bool) -> String {
         line += &format!(" [{ground}]");
     }
     line += &format!(" ({})", summary(flow));
-    line
+    printable(line)
+}
+
+/// Nothing in it that a terminal obeys. Who writes records escapes what came from the network; the one
+/// who reads them does not rely on it.
+fn printable(line: String) -> String {
+    if !line.contains(char::is_control) {
+        return line;
+    }
+    let shown = |char: char| match char.is_control() {
+        true => char.escape_unicode().to_string(),
+        false => char.to_string(),
+    };
+    line.chars().map(shown).collect()
 }
 
 fn end(end: &FlowEnd, flow: &Flow) -> String {
@@ -135,7 +148,7 @@ fn summary(flow: &Flow) -> String {
 
 /// `HTTP/1.1 GET http://host/path: 200, 1.3 ms`.
 fn http_summary(http: &Http) -> String {
-    let asked = match (http.method.as_str(), http.url.as_str()) {
+    let asked = match (&*http.method, http.url.as_str()) {
         ("", _) => "that cannot be read".to_owned(),
         (method, "") => method.to_owned(),
         (method, url) => format!("{method} {url}"),
@@ -303,11 +316,18 @@ mod tests {
         Flow { kind, verdict, drop_reason: None, tcp_flags, l7: Some(l7), ..flow() }
     }
 
+    #[test]
+    fn a_terminal_obeys_nothing_in_it() {
+        let l7 = L7::Stream { error: "\u{1b}[2J\u{9b}31m\nx".to_owned() };
+        let line = compact(&request(Verdict::Dropped, l7), false);
+        assert!(line.contains("\\u{1b}[2J\\u{9b}31m\\u{a}x"), "{line}");
+    }
+
     fn http(status: Option<u16>) -> Http {
         Http {
-            method: "PUT".to_owned(),
+            method: "PUT".into(),
             url: "http://deathstar/v1/exhaust-port".to_owned(),
-            version: "HTTP/1.1".to_owned(),
+            version: "HTTP/1.1".into(),
             status,
             grpc_status: None,
             latency_ns: 1_340_000,
@@ -340,7 +360,7 @@ mod tests {
              wants: x-token)",
         );
         ends(
-            L7::Http(Http { method: String::new(), url: String::new(), ..http(Some(400)) }),
+            L7::Http(Http { method: "".into(), url: String::new(), ..http(Some(400)) }),
             "(HTTP/1.1 that cannot be read: 400, 1.3 ms)",
         );
         let dns = Dns {
