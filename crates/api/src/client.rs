@@ -57,7 +57,8 @@ const DEAD: Duration = Duration::from_secs(15);
 const CONNECT: Duration = Duration::from_secs(10);
 /// An address that says nothing for so long has failed, which leaves time for the next one. The API
 /// server's Service is such a one before kube-proxy serves it, and what was sent until then does not
-/// find the server later either: only another connection does.
+/// find the server later either: only another connection does. The kernel calls at once, after one
+/// second and after three, and the third call has to be heard.
 const SILENT: Duration = Duration::from_millis(3500);
 /// Until a request without an answer has failed; longer than any watch is quiet.
 const ANSWER: Duration = Duration::from_secs(WATCH_SECONDS as u64 + 10);

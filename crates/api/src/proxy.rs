@@ -32,6 +32,14 @@ pub const VERSION: u32 = 4;
 pub const MOST_RECORDS: usize = 1024;
 /// Bytes of records after which a message takes no more.
 const MUCH_OF_RECORDS: usize = 1 << 20;
+/// Bytes of a record; one whose texts are cut and whose lists are as long as they may be has fewer.
+const MOST_OF_RECORD: usize = 32 << 10;
+/// Names of headers in a record.
+pub const MOST_NAMES: usize = 64;
+/// Addresses of an answer of DNS.
+pub const MOST_ADDRESSES: usize = 1000;
+/// Rules that the records of a message may name.
+const MOST_RULES: usize = 2 * MOST_RECORDS;
 
 /// The first message each way.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -73,9 +81,12 @@ pub enum FromProxy {
         id: u64,
         /// Who asked.
         client: IpAddr,
-        /// Lower case, without the trailing dot.
+        /// Lower case, without the trailing dot, what is no letter, digit, hyphen or underscore as
+        /// `\NNN`.
+        #[serde(deserialize_with = "wire::name")]
         name: String,
-        /// What the client would hear.
+        /// What the client would hear; at most [`MOST_ADDRESSES`].
+        #[serde(deserialize_with = "wire::few::<_, _, MOST_ADDRESSES>")]
         addresses: Vec<IpAddr>,
         /// Seconds for which it holds.
         ttl: u32,
@@ -221,7 +232,7 @@ fn change<K: Ord, V>(map: &mut BTreeMap<K, V>, changes: BTreeMap<K, Option<V>>) 
 /// each is written and read once.
 #[derive(Clone, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
 pub struct Records {
-    #[serde(deserialize_with = "wire::rules")]
+    #[serde(deserialize_with = "wire::few::<_, _, MOST_RULES>")]
     rules: Vec<Arc<RuleSource>>,
     count: usize,
     /// Of postcard: each an [`AccessRecord`] whose rules are places in `rules`.
@@ -254,9 +265,10 @@ impl Records {
     ///
     /// # Errors
     ///
-    /// The serializer's; nothing is added.
+    /// The serializer's, or the record is too long; nothing is added.
     pub fn push(&mut self, record: AccessRecord) -> io::Result<()> {
         let Self { rules, records, count, .. } = self;
+        let (known, end) = (rules.len(), records.len());
         let place = |rule: Arc<RuleSource>| {
             let known = rules.iter().position(|other| Arc::ptr_eq(other, &rule));
             Some(known.unwrap_or_else(|| {
@@ -265,10 +277,18 @@ impl Records {
             }))
         };
         let placed = record.try_map(place).ok_or_else(unnamed)?;
-        let end = records.len();
-        wire::append(&placed, records).inspect_err(|_| records.truncate(end))?;
-        *count += 1;
-        Ok(())
+        let written = wire::append(&placed, records).and_then(|()| match records.len() - end {
+            0..=MOST_OF_RECORD => Ok(()),
+            long => Err(io::Error::other(format!("a record of {long} bytes"))),
+        });
+        match written {
+            Ok(()) => *count += 1,
+            Err(_) => {
+                rules.truncate(known);
+                records.truncate(end);
+            }
+        }
+        written
     }
 
     /// The records, up to one that cannot be read; those of the same rule share it.
@@ -282,14 +302,14 @@ impl Records {
         let (mut left, mut at) = (count.min(MOST_RECORDS), 0);
         std::iter::from_fn(move || {
             let rest = &records[at..];
-            at = records.len();
+            let begun = std::mem::replace(&mut at, records.len());
             if left == 0 {
                 return (!rest.is_empty()).then(|| Err(io::Error::other("more than its records")));
             }
             match read_record(rest, &rules) {
-                Ok((record, after)) => {
+                Ok((record, length)) => {
                     left -= 1;
-                    at -= after;
+                    at = begun + length;
                     Some(Ok(record))
                 }
                 // Where the next one begins is not known.
@@ -306,12 +326,13 @@ fn unnamed() -> io::Error {
     io::Error::other("a record names a rule that is not with it")
 }
 
-/// The first record, and how many bytes come after it.
+/// The first record, and its length.
 fn read_record(bytes: &[u8], rules: &[Arc<RuleSource>]) -> io::Result<(AccessRecord, usize)> {
+    let bytes = &bytes[..bytes.len().min(MOST_OF_RECORD)];
     let read = postcard::take_from_bytes::<AccessRecord<usize>>(bytes);
     let (record, rest) = read.map_err(io::Error::other)?;
     let named = record.try_map(|place| rules.get(place).cloned());
-    Ok((named.ok_or_else(unnamed)?, rest.len()))
+    Ok((named.ok_or_else(unnamed)?, bytes.len() - rest.len()))
 }
 
 /// One exchange that the proxy judged: a request with its answer, or the refusal of one.
@@ -493,8 +514,8 @@ mod tests {
             FromProxy::Records(records).write(&mut body).unwrap();
             FromProxy::read(&body)
         };
-        assert!(read(rules(2 * MOST_RECORDS)).is_ok());
-        assert!(read(rules(2 * MOST_RECORDS + 1)).is_err());
+        assert!(read(rules(MOST_RULES)).is_ok());
+        assert!(read(rules(MOST_RULES + 1)).is_err());
 
         let mut many = Records::default();
         for _ in 0..=MOST_RECORDS {
@@ -505,10 +526,57 @@ mod tests {
         assert_eq!(read.len(), MOST_RECORDS + 1);
         assert!(read[MOST_RECORDS].is_err());
 
-        let long = L7::Stream { error: "x".repeat(MUCH_OF_RECORDS) };
-        assert!(of(vec![AccessRecord { l7: long, ..record(None) }]).is_full());
+        // As long as one that is written may be, and one that is not.
+        let of_text = |length| {
+            let l7 = L7::Stream { error: "x".repeat(length) };
+            AccessRecord { l7, ..record(Some(&rule)) }
+        };
+        let mut few = Records::default();
+        few.push(of_text(MOST_OF_RECORD)).unwrap_err();
+        assert_eq!(few, Records::default());
+        while !few.is_full() {
+            few.push(of_text(MOST_OF_RECORD - 100)).unwrap();
+        }
+        assert!(few.len() < MOST_RECORDS / 10, "{}", few.len());
+        let frame = encode(&FromProxy::Records(few.clone())).unwrap();
+        assert!(frame.len() < FromProxy::LONGEST / 2);
+        assert_eq!(passed_on(few.clone()).len(), few.len());
         assert!(body_length::<FromProxy>(4 << 20).is_ok());
         assert!(body_length::<FromProxy>((4 << 20) + 1).is_err());
+    }
+
+    #[test]
+    fn what_a_list_holds_is_bounded() {
+        for (names, addresses, fine) in [
+            (MOST_NAMES, MOST_ADDRESSES, true),
+            (MOST_NAMES + 1, 0, false),
+            (0, MOST_ADDRESSES + 1, false),
+        ] {
+            let dns = format!(
+                r#"{{"dns": {{"query": "a", "qtype": "A", "rcode": null, "latency_ns": 1,
+                    "addresses": {}}}}}"#,
+                serde_json::to_string(&vec![IpAddr::from([0; 16]); addresses]).unwrap()
+            );
+            let http = format!(
+                r#"{{"http": {{"method": "A", "url": "", "version": "", "status": null,
+                    "latency_ns": 1, "mismatches": {}}}}}"#,
+                serde_json::to_string(&vec!["x"; names]).unwrap()
+            );
+            let all = [dns, http]
+                .map(|l7| AccessRecord { l7: serde_json::from_str(&l7).unwrap(), ..record(None) });
+            let read: io::Result<Vec<_>> = of(all.into()).into_records().collect();
+            assert_eq!(read.is_ok(), fine, "{names} names, {addresses} addresses");
+        }
+        let learn = |name: &str, addresses: usize| {
+            let addresses = vec![IpAddr::from([0; 16]); addresses];
+            let client = IpAddr::from([0; 16]);
+            let learn = FromProxy::Learn { id: 1, client, name: name.into(), addresses, ttl: 1 };
+            let mut body = Vec::new();
+            learn.write(&mut body).unwrap();
+            FromProxy::read(&body).is_ok()
+        };
+        assert!(learn(&"x".repeat(1020), MOST_ADDRESSES));
+        assert!(!learn(&"x".repeat(1021), 0) && !learn("x", MOST_ADDRESSES + 1));
     }
 
     /// Whatever is left out where people read it.

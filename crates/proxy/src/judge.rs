@@ -439,7 +439,7 @@ impl Judged {
     }
 
     fn mismatches(&self) -> Vec<String> {
-        self.edits.iter().map(|edit| edit.name.clone()).collect()
+        log::told_names(self.edits.iter().map(|edit| edit.name.as_str()))
     }
 }
 

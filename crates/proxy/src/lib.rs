@@ -68,8 +68,8 @@ pub struct Proxy {
 
 #[cfg(test)]
 impl Proxy {
-    /// On the runtime of a test, with nothing to listen to, and the link to an agent whose socket would
-    /// be in the directory.
+    /// On the runtime of a test, with nothing to listen to, and the link to an agent whose socket
+    /// would be in the directory.
     fn alone(directory: &std::path::Path) -> (Arc<Self>, agent::Link) {
         let rules = Store::open(directory).unwrap();
         let (agent, link) = agent::link(directory.join(palisade_api::proxy::SOCKET));

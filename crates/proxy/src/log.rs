@@ -10,7 +10,7 @@ use std::{
 
 use palisade_api::{
     flow::{escaped, escaped_text, word},
-    proxy::{AccessRecord, Records},
+    proxy::{AccessRecord, MOST_NAMES, Records},
 };
 use percent_encoding::percent_decode_str;
 use tokio::{
@@ -57,7 +57,7 @@ impl Log {
         }
     }
 
-    /// Counts records that were taken, and that nobody got.
+    /// Counts records that were taken, and that nobody got; that is told with the next ones.
     pub fn lose(&self, count: u64) {
         self.waiting().lost += count;
     }
@@ -193,14 +193,25 @@ pub fn told(url: String) -> String {
 
 /// A method as a record holds it: a token, which needs no escaping.
 pub fn told_method(method: &str) -> Cow<'static, str> {
-    match method.len() {
-        0..=MOST_METHOD => word(method),
-        _ => shortened(method.to_owned()).into(),
+    if method.len() > MOST_TEXT { shortened(method.to_owned()).into() } else { word(method) }
+}
+
+/// As many names of headers as a record holds.
+pub fn told_names<'n>(names: impl Iterator<Item = &'n str>) -> Vec<String> {
+    let (mut told, mut length) = (Vec::new(), 0);
+    for name in names {
+        length += name.len();
+        if length > MOST_TEXT || told.len() == MOST_NAMES - 1 {
+            told.push("[cut]".to_owned());
+            break;
+        }
+        told.push(name.to_owned());
     }
+    told
 }
 
 /// As much of an escaped text as a record holds.
-fn shortened(mut text: String) -> String {
+pub fn shortened(mut text: String) -> String {
     if text.len() > MOST_TEXT {
         text.truncate(text.floor_char_boundary(MOST_TEXT));
         text.push_str("[cut]");
@@ -288,6 +299,17 @@ pub(crate) mod tests {
             ingress: None,
             l7: L7::Stream { error: String::new() },
         }
+    }
+
+    #[test]
+    fn of_names_a_record_holds_some() {
+        let told = |names: &[String]| told_names(names.iter().map(String::as_str));
+        let (short, long) = ("x".to_owned(), "x".repeat(MOST_TEXT));
+        assert_eq!(told(&[]), [""; 0]);
+        assert_eq!(told(std::slice::from_ref(&long)), [&*long]);
+        assert_eq!(told(&[short.clone(), long]), ["x", "[cut]"]);
+        let many = told(&vec![short; 2 * MOST_NAMES]);
+        assert_eq!((many.len(), many.last().map(String::as_str)), (MOST_NAMES, Some("[cut]")));
     }
 
     /// Whoever asks has other things to do more often than records are collected.

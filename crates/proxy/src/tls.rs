@@ -16,6 +16,7 @@ use crate::{
     buffer::Buffer,
     connection,
     judge::{Application, Gate},
+    log::shortened,
     net,
 };
 
@@ -32,7 +33,7 @@ pub(crate) async fn serve(gate: &Gate, client: TcpStream) {
     let allowed = |name: &str| gate.judge_name(Application::Tls, name);
     // What names nobody is allowed by no name.
     let judged = allowed(name.as_deref().unwrap_or_default());
-    let server_name = name.as_deref().map(|name| escaped(name.as_bytes()));
+    let server_name = name.as_deref().map(|name| shortened(escaped(name.as_bytes())));
     let Some(name) = name.filter(|_| judged.allowed) else {
         gate.record(&judged.refused(), L7::Tls { server_name, error: None });
         return net::reset(&client);

@@ -22,7 +22,7 @@ use palisade_policy::{l7::Secrets, model::PolicyRef};
 use tokio::{
     io::{AsyncReadExt, AsyncWriteExt},
     net::{UnixListener, UnixStream, unix::OwnedReadHalf},
-    sync::{broadcast, mpsc, watch},
+    sync::{Semaphore, broadcast, mpsc, watch},
     task::AbortHandle,
 };
 use tracing::{info, warn};
@@ -33,6 +33,8 @@ use crate::{engine::Command, fqdn::Names, observer::Observer, reconcile::mirror:
 const BEHIND: usize = 256;
 /// Answers that may wait for a connection.
 const ANSWERS: usize = 1024;
+/// What may be learned at a time, of all connections: twice as much as a proxy has under way.
+static LEARNING: Semaphore = Semaphore::const_new(8192);
 /// So long a round waits for the proxy to take over what changed.
 const PATIENCE: Duration = Duration::from_millis(500);
 
@@ -139,6 +141,7 @@ impl ProxyLink {
             acknowledged: 0,
             late: true,
         };
+        self.changed.notify_all();
         number
     }
 
@@ -197,9 +200,10 @@ pub async fn serve(desk: Arc<Desk>, listener: UnixListener) {
                 if let Some(before) = newest.take() {
                     before.abort();
                 }
+                // In their order: from now on the one before has no say, whatever became of it.
+                let number = desk.link.connected();
                 let desk = desk.clone();
                 let conversation = tokio::spawn(async move {
-                    let number = desk.link.connected();
                     info!("the L7 proxy is connected");
                     let ended = converse(&desk, number, stream).await;
                     desk.link.disconnected(number);
@@ -289,8 +293,12 @@ async fn hear(
                 }
             }
             FromProxy::Learn { id, client, name, addresses, ttl } => {
+                // Waiting for a turn would be waiting for a proxy that waits for its answers.
+                let turn =
+                    LEARNING.try_acquire().map_err(|_| io::Error::other("it learns too much"))?;
                 let (names, answers) = (desk.names.clone(), answers.clone());
                 tokio::spawn(async move {
+                    let _turn = turn;
                     let answer = match names.learn(client, &name, &addresses, ttl).await {
                         Ok(()) => ToProxy::Learned { id },
                         Err(why) => {

@@ -1,16 +1,14 @@
 //! What the proxy saw, as its messages hold it. Their format has no names of fields, so that none
 //! may be left out as it is where people read them.
 
-use std::{borrow::Cow, fmt, io, net::IpAddr, sync::Arc};
-
-use palisade_policy::RuleSource;
+use std::{borrow::Cow, fmt, io, marker::PhantomData, net::IpAddr};
 
 use serde::{
     Deserialize, Deserializer, Serialize,
     de::{self, SeqAccess, Visitor},
 };
 
-use super::MOST_RECORDS;
+use super::{MOST_ADDRESSES, MOST_NAMES};
 use crate::flow;
 
 /// Writes a value behind what is there.
@@ -29,31 +27,39 @@ pub(super) fn append(value: &impl Serialize, to: &mut Vec<u8>) -> io::Result<()>
     Ok(())
 }
 
-/// Rules of records. A rule may be written in one byte and takes a hundred: no more are read than
-/// the records of a message can name.
-pub(super) fn rules<'de, D: Deserializer<'de>>(
+/// A list of no more than so many. A thing may be written in one byte and take a hundred.
+pub(super) fn few<'de, D: Deserializer<'de>, T: Deserialize<'de>, const MOST: usize>(
     deserializer: D,
-) -> Result<Vec<Arc<RuleSource>>, D::Error> {
-    struct Rules;
-    impl<'de> Visitor<'de> for Rules {
-        type Value = Vec<Arc<RuleSource>>;
+) -> Result<Vec<T>, D::Error> {
+    struct Few<T, const MOST: usize>(PhantomData<T>);
+    impl<'de, T: Deserialize<'de>, const MOST: usize> Visitor<'de> for Few<T, MOST> {
+        type Value = Vec<T>;
 
         fn expecting(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-            f.write_str("the rules of records")
+            write!(f, "a list of at most {MOST}")
         }
 
-        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Self::Value, A::Error> {
-            let mut rules = Vec::new();
-            while let Some(rule) = seq.next_element()? {
-                if rules.len() == 2 * MOST_RECORDS {
-                    return Err(de::Error::custom("more rules than records can name"));
+        fn visit_seq<A: SeqAccess<'de>>(self, mut seq: A) -> Result<Vec<T>, A::Error> {
+            let mut list = Vec::new();
+            while let Some(one) = seq.next_element()? {
+                if list.len() == MOST {
+                    return Err(de::Error::invalid_length(MOST + 1, &self));
                 }
-                rules.push(rule);
+                list.push(one);
             }
-            Ok(rules)
+            Ok(list)
         }
     }
-    deserializer.deserialize_seq(Rules)
+    deserializer.deserialize_seq(Few::<T, MOST>(PhantomData))
+}
+
+/// A name: at most 255 bytes (RFC 1035 section 2.3.4), each of which may be written as four.
+pub(super) fn name<'de, D: Deserializer<'de>>(deserializer: D) -> Result<String, D::Error> {
+    let name = <&str>::deserialize(deserializer)?;
+    match name.len() {
+        0..=1020 => Ok(name.to_owned()),
+        long => Err(de::Error::invalid_length(long, &"a name of at most 1020 bytes")),
+    }
 }
 
 /// Bytes at one go; a list of them is written and read one by one.
@@ -108,6 +114,7 @@ struct Http {
     status: Option<u16>,
     grpc_status: Option<u16>,
     latency_ns: u64,
+    #[serde(deserialize_with = "few::<_, _, MOST_NAMES>")]
     mismatches: Vec<String>,
     error: Option<String>,
 }
@@ -122,6 +129,7 @@ struct Dns {
     query: String,
     qtype: String,
     rcode: Option<String>,
+    #[serde(deserialize_with = "few::<_, _, MOST_ADDRESSES>")]
     addresses: Vec<IpAddr>,
     ttl: Option<u32>,
     latency_ns: u64,

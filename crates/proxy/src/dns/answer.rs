@@ -14,7 +14,7 @@ use super::{
 /// Most aliases between a name and its addresses.
 const MAX_CHAIN: usize = 16;
 /// Most addresses that a name has room for.
-pub const MAX_ADDRESSES: usize = 1000;
+pub const MAX_ADDRESSES: usize = palisade_api::proxy::MOST_ADDRESSES;
 /// From here on a TTL counts as negative, that is as none (RFC 2181, section 8).
 const TTL_LIMIT: u32 = 1 << 31;
 

@@ -28,8 +28,8 @@ pub(super) fn compact(flow: &Flow, node: bool) -> String {
     printable(line)
 }
 
-/// Nothing in it that a terminal obeys. Who writes records escapes what came from the network; the one
-/// who reads them does not rely on it.
+/// Without control characters, which terminals obey. Who writes records escapes what came from the
+/// network; who reads them does not rely on it.
 fn printable(line: String) -> String {
     if !line.contains(char::is_control) {
         return line;
