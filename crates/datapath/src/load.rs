@@ -143,12 +143,10 @@ impl Datapath {
         let maps = Arc::new(Maps::take(&mut object)?);
         let cgroup = config.cgroup.clone();
         let datapath = Self { object: Mutex::new(object), maps, links, cgroup, anew, begun };
-        if anew {
-            datapath
-                .maps
-                .begin_revisions()
-                .map_err(|source| LoadError::Map { name: map::ENDPOINT_ROWS, source })?;
-        } else {
+        let maps = &datapath.maps;
+        let revised = if anew { maps.begin_revisions() } else { maps.judge_again() };
+        revised.map_err(|source| LoadError::Map { name: map::ENDPOINT_ROWS, source })?;
+        if !anew {
             datapath.attach_sockets()?;
         }
         Ok(datapath)

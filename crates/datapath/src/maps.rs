@@ -140,6 +140,15 @@ impl Maps {
         (0..limits::SHARDS).try_for_each(|shard| tables.shards.set(shard, revision, 0))
     }
 
+    /// Has every flow judged again, by the tables as they are. Who wrote them before may have died
+    /// after a change and before the revision of what it concerns was bumped: whoever finds the change
+    /// made would not bump it either.
+    pub(crate) fn judge_again(&self) -> Result<(), MapError> {
+        let mut tables = self.lock();
+        (1..limits::ENDPOINT_ROWS).try_for_each(|row| tables.bump_row(row))?;
+        (0..limits::SHARDS).try_for_each(|shard| tables.bump_shard(shard))
+    }
+
     /// Removes the TCP flows that expired before `now` (low 32 bits of the jiffies), and brings what
     /// follows from flows in line: how many each endpoint has, and whose which ports are.
     pub(crate) fn collect_flows(&self, now: u32, time: u64) -> Result<FlowStats, MapError> {
@@ -490,8 +499,7 @@ impl Tables {
         self.rows.set(number, Wire(EndpointRow { revision, ..row }), 0)
     }
 
-    fn bump_shard(&mut self, address: &Address) -> Result<(), MapError> {
-        let shard = shard_of(address);
+    fn bump_shard(&mut self, shard: u32) -> Result<(), MapError> {
         let revision = self.shards.get(&shard, 0)?;
         self.shards.set(shard, revision.wrapping_add(1), 0)
     }
@@ -614,7 +622,7 @@ impl Kernel for Maps {
             Step::Put(entry) => tables.put(entry),
             Step::Delete(key) => tables.delete(key),
             Step::BumpRow(number) => tables.bump_row(*number),
-            Step::BumpShard(address) => tables.bump_shard(address),
+            Step::BumpShard(address) => tables.bump_shard(shard_of(address)),
             Step::FlushFlows(address) => tables.flush_flows(address),
         };
         done.map_err(|error| {

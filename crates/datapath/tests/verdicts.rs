@@ -78,6 +78,12 @@ impl Node {
         node
     }
 
+    /// Another agent begins where the one before ended.
+    fn taken_over(&self) {
+        let [bpffs, cgroup] = self.directories.clone();
+        Datapath::open(&Config { bpffs, cgroup }).unwrap();
+    }
+
     fn put(&self, entry: Entry) {
         self.kernel.apply(&Step::Put(entry)).unwrap();
     }
@@ -380,6 +386,44 @@ fn a_change_stops_live_flows_and_spares_the_allowed() {
             node.peer(other(ipv6), PEER + 1, 0);
             assert_eq!(node.leaves(&kept.clone().flags(ACK)), SHOT);
             node.peer(other(ipv6), PEER, 0);
+        }
+    }
+}
+
+/// An agent dies after a change and before flows are told of it; the next one finds the change made.
+#[test]
+fn what_an_agent_changed_when_it_died_holds_for_live_flows() {
+    let node = Node::new();
+    let renamed = |ipv6| {
+        let value = EndpointValue { identity: PEER + 1, prefix: 0, row: ROW_NONE, node: NODE_NONE };
+        Step::Put(Entry::Endpoint(EndpointKey { address: other(ipv6) }, value))
+    };
+    let closed = |_| Step::Delete(Key::Chunk(ChunkKey { table: 2, chunk: 0 }));
+    let flows = [false, true].map(|ipv6| {
+        [protocol::TCP, protocol::UDP].map(|protocol| (ipv6, Packet::out(ipv6, protocol, 80)))
+    });
+    let flows = flows.as_flattened();
+    for change in [renamed as fn(bool) -> Step, closed] {
+        node.allow_80(2);
+        node.row(TABLE_ALLOW_ALL, 2);
+        for (ipv6, opened) in flows {
+            node.peer(other(*ipv6), PEER, 0);
+            assert_eq!(node.leaves(opened), OK);
+            assert_eq!(node.enters(&opened.reversed().flags(SYN | ACK)), OK);
+        }
+        node.taken_over();
+        for (_, opened) in flows {
+            assert_eq!(node.leaves(&opened.clone().flags(ACK)), OK, "nothing changed");
+            assert_eq!(node.enters(&opened.reversed().flags(ACK)), OK, "nothing changed");
+        }
+        for (ipv6, opened) in flows {
+            node.kernel.apply(&change(*ipv6)).unwrap();
+            assert_eq!(node.leaves(&opened.clone().flags(ACK)), OK, "the flow was not told");
+        }
+        node.taken_over();
+        for (_, opened) in flows {
+            assert_eq!(node.leaves(&opened.clone().flags(ACK)), SHOT);
+            assert_eq!(node.enters(&opened.reversed().flags(ACK)), SHOT);
         }
     }
 }
