@@ -2,72 +2,33 @@
 //! client runs beside it, and nothing redirects.
 
 use std::{
-    io,
-    net::{Ipv4Addr, SocketAddr, TcpStream},
-    path::{Path, PathBuf},
-    process::{Child, Command, Stdio},
-    time::{Duration, Instant},
+    net::{Ipv4Addr, SocketAddr},
+    path::Path,
+    process::Command,
 };
 
-use anyhow::{Result, bail};
+use anyhow::Result;
 use serde_json::{Value, json};
 
-use crate::sys::netns;
+use super::program::{Program, find};
 
 const PORT: u16 = 7790;
-const SOON: Duration = Duration::from_secs(10);
 
-/// A running Envoy; it ends with this value.
-pub(super) struct Envoy(Child);
-
-impl Envoy {
-    /// Starts one in front of `upstream`; none where there is none on the search path.
-    pub(super) fn start(netns: &Path, upstream: SocketAddr) -> Result<Option<Self>> {
-        let Some(program) = find() else { return Ok(None) };
-        let config = config(upstream).to_string();
-        let child = netns::run_in(netns, move || {
-            Command::new(program)
-                .args(["--concurrency", "1", "--log-level", "error", "--use-dynamic-base-id"])
-                .args(["--disable-hot-restart", "--config-yaml", &config])
-                .stdin(Stdio::null())
-                .stdout(Stdio::null())
-                .stderr(Stdio::null())
-                .spawn()
-        })?;
-        let envoy = Self(child);
-        let begun = Instant::now();
-        while begun.elapsed() < SOON {
-            let to = envoy.address();
-            if netns::run_in(netns, move || TcpStream::connect(to).map(drop)).is_ok() {
-                return Ok(Some(envoy));
-            }
-            std::thread::sleep(Duration::from_millis(50));
-        }
-        bail!("Envoy was started and does not listen")
-    }
-
-    pub(super) fn address(&self) -> SocketAddr {
-        (Ipv4Addr::LOCALHOST, PORT).into()
-    }
-
-    pub(super) fn pid(&self) -> u32 {
-        self.0.id()
-    }
+/// Where it listens, in its own network namespace.
+pub(super) fn address() -> SocketAddr {
+    (Ipv4Addr::LOCALHOST, PORT).into()
 }
 
-impl Drop for Envoy {
-    fn drop(&mut self) {
-        // One that ended by itself is as good.
-        let _: io::Result<()> = self.0.kill();
-        let _ = self.0.wait();
-    }
-}
-
-fn find() -> Option<PathBuf> {
-    let path = std::env::var_os("PATH")?;
-    std::env::split_paths(&path)
-        .map(|directory| directory.join("envoy"))
-        .find(|file| file.is_file())
+/// Starts one in front of `upstream`; none where there is none on the search path.
+pub(super) fn start(netns: &Path, upstream: SocketAddr) -> Result<Option<Program>> {
+    let Some(program) = find("envoy") else { return Ok(None) };
+    let mut command = Command::new(program);
+    command.args(["--concurrency", "1", "--log-level", "error", "--use-dynamic-base-id"]).args([
+        "--disable-hot-restart",
+        "--config-yaml",
+        &config(upstream).to_string(),
+    ]);
+    Program::start(netns, command, address()).map(Some)
 }
 
 /// One listener, one rule (method and path), one upstream.

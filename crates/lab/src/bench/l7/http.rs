@@ -5,6 +5,7 @@ use std::{
     fmt, io,
     net::SocketAddr,
     path::Path,
+    pin::Pin,
     thread::JoinHandle,
     time::{Duration, Instant},
 };
@@ -20,11 +21,12 @@ use tokio::{
     task::JoinSet,
 };
 
+use super::nginx;
 use crate::sys::netns;
 
 /// How long one measurement goes on.
-const SLICE: Duration = Duration::from_millis(1000);
-const BODY: &[u8] = b"hello, world";
+pub(super) const SLICE: Duration = Duration::from_millis(1000);
+pub(super) const BODY: &[u8] = b"hello, world";
 const ANSWER: &[u8] = b"HTTP/1.1 200 OK\r\ncontent-length: 12\r\n\r\nhello, world";
 const QUESTION: &[u8] =
     b"GET /public/index.html HTTP/1.1\r\nhost: server\r\nuser-agent: bench\r\n\r\n";
@@ -36,6 +38,8 @@ const STREAMS: usize = 8;
 pub(super) enum Protocol {
     Http1,
     Http2,
+    /// HTTP/1.1 between a server and a client of others.
+    Wrk,
 }
 
 /// Requests over so many connections, all the time.
@@ -50,6 +54,7 @@ impl fmt::Display for Load {
         let protocol = match self.protocol {
             Protocol::Http1 => "HTTP/1.1",
             Protocol::Http2 => "HTTP/2",
+            Protocol::Wrk => "HTTP/1.1 from wrk to nginx",
         };
         let plural = if self.connections == 1 { "" } else { "s" };
         write!(f, "{protocol}, {} connection{plural}", self.connections)
@@ -135,18 +140,21 @@ async fn serve(mut stream: TcpStream) -> io::Result<()> {
     }
 }
 
+/// The latencies of what one connection asks.
+type Asking = Pin<Box<dyn Future<Output = io::Result<Vec<Duration>>> + Send>>;
+
 impl Load {
     /// Asks `to` for a while; runs where its thread is.
     pub(super) fn run(self, to: SocketAddr) -> io::Result<Done> {
+        let ask: fn(SocketAddr, Instant) -> Asking = match self.protocol {
+            Protocol::Http1 => |to, end| Box::pin(ask_http1(to, end)),
+            Protocol::Http2 => |to, end| Box::pin(ask_http2(to, end)),
+            Protocol::Wrk => return nginx::ask(to, self.connections).map_err(io::Error::other),
+        };
         runtime()?.block_on(async {
-            let mut clients = JoinSet::new();
             let end = Instant::now() + SLICE;
-            for _ in 0..self.connections {
-                match self.protocol {
-                    Protocol::Http1 => _ = clients.spawn(ask_http1(to, end)),
-                    Protocol::Http2 => _ = clients.spawn(ask_http2(to, end)),
-                }
-            }
+            let mut clients: JoinSet<_> =
+                std::iter::repeat_with(|| ask(to, end)).take(self.connections).collect();
             let mut latencies = Vec::new();
             while let Some(client) = clients.join_next().await {
                 latencies.extend(client.map_err(io::Error::other)??);

@@ -1,17 +1,17 @@
 //! What a rule on HTTP costs: requests through the L7 proxy beside the same requests without it,
-//! and beside Envoy with the same rule where that is installed.
+//! and beside Envoy with the same rule where that is installed. Where nginx and wrk are, requests from
+//! the one to the other as well.
 
 mod envoy;
 mod http;
+mod nginx;
+mod program;
 
 use std::{net::SocketAddr, path::PathBuf, time::Instant};
 
 use anyhow::{Context, Result};
 
-use self::{
-    envoy::Envoy,
-    http::{Load, Protocol, Server},
-};
+use self::http::{Load, Protocol, Server};
 use super::{
     blocking,
     cluster::{Cluster, Pods},
@@ -42,40 +42,41 @@ struct Way {
 /// Measures all ways, round by round.
 pub(super) async fn measure(cluster: &Cluster, pods: &Pods) -> Result<Vec<Row>> {
     let path = pods.path();
-    let _servers = [
-        Server::start(&path.server, SocketAddr::new(path.address, RULED))?,
-        Server::start(&path.server, SocketAddr::new(path.address, PLAIN))?,
-    ];
+    let listen = [RULED, PLAIN].map(|port| SocketAddr::new(path.address, port));
+    let [ruled, plain] = listen;
     let proxy = cluster.proxy().context("no palisade-proxy runs")?;
     let mut rows = vec![
         Row::new("L7 proxy memory (RSS), idle", resident(proxy)?, "MB").goal(Goal::AtMost(15.0)),
     ];
-    let pod = |name, port, proxy| Way {
-        name,
-        client: path.client.clone(),
-        to: SocketAddr::new(path.address, port),
-        proxy,
-    };
-    let direct = pod("direct", PLAIN, None);
-    let ruled = pod("L7 policy", RULED, Some(proxy));
-    let envoy = Envoy::start(&cluster.node.netns_path(), SocketAddr::new(path.address, PLAIN))?;
-    let envoy_way = envoy.as_ref().map(|envoy| Way {
+    let envoy = envoy::start(&cluster.node.netns_path(), plain)?;
+    let pod = |name, to, proxy| Way { name, client: path.client.clone(), to, proxy };
+    let mut ways = vec![pod("direct", plain, None), pod("L7 policy", ruled, Some(proxy))];
+    ways.extend(envoy.as_ref().map(|envoy| Way {
         name: "Envoy",
         client: cluster.node.netns_path(),
-        to: envoy.address(),
+        to: envoy::address(),
         proxy: Some(envoy.pid()),
-    });
-    for protocol in [Protocol::Http1, Protocol::Http2] {
-        for connections in CONNECTIONS {
-            let load = Load { protocol, connections };
-            let ways: Vec<Way> = [Some(direct.clone()), Some(ruled.clone()), envoy_way.clone()]
-                .into_iter()
-                .flatten()
-                .collect();
-            rows.extend(blocking(move || compare(load, &ways)).await?);
+    }));
+    {
+        let _servers = [Server::start(&path.server, ruled)?, Server::start(&path.server, plain)?];
+        for protocol in [Protocol::Http1, Protocol::Http2] {
+            rows.extend(compare_all(protocol, &ways).await?);
         }
     }
+    let files = cluster.layout.run_dir().join("nginx");
+    if let Some(_server) = nginx::start(&path.server, &files, listen)? {
+        rows.extend(compare_all(Protocol::Wrk, &ways).await?);
+    }
     rows.push(Row::new("L7 proxy memory (RSS), after the load", resident(proxy)?, "MB"));
+    Ok(rows)
+}
+
+async fn compare_all(protocol: Protocol, ways: &[Way]) -> Result<Vec<Row>> {
+    let mut rows = Vec::new();
+    for connections in CONNECTIONS {
+        let (load, ways) = (Load { protocol, connections }, ways.to_owned());
+        rows.extend(blocking(move || compare(load, &ways)).await?);
+    }
     Ok(rows)
 }
 
