@@ -1,4 +1,5 @@
-//! An API server with two nodes and nothing else. Nobody may write the first one.
+//! An API server with two nodes, a pod of one that is lost, and nothing else. Nobody may write the
+//! first node.
 
 use std::{
     convert::Infallible,
@@ -19,6 +20,7 @@ pub(crate) fn api() -> (Client, Written) {
         let path = request.uri().path().to_owned();
         let (status, answer) = match *request.method() {
             Method::GET if path.ends_with("/nodes") => (StatusCode::OK, nodes()),
+            Method::GET if path == "/api/v1/pods" => (StatusCode::OK, pods()),
             Method::GET => (StatusCode::OK, json!({ "metadata": {}, "items": [] })),
             _ if path.ends_with("/first") => (StatusCode::FORBIDDEN, denial()),
             _ => (StatusCode::OK, json!({ "metadata": { "name": "second" } })),
@@ -36,6 +38,11 @@ pub(crate) fn api() -> (Client, Written) {
 fn nodes() -> Value {
     let node = |name| json!({ "metadata": { "name": name, "resourceVersion": "1" } });
     json!({ "metadata": {}, "items": [node("first"), node("second")] })
+}
+
+fn pods() -> Value {
+    let status = json!({ "podIPs": [{ "ip": "10.0.9.7" }] });
+    json!({ "metadata": {}, "items": [{ "metadata": { "name": "left" }, "status": status }] })
 }
 
 fn denial() -> Value {

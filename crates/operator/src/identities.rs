@@ -154,7 +154,7 @@ fn resource(kind: &str, plural: &str) -> ApiResource {
 }
 
 /// All objects, as the API server has them now.
-async fn list<K>(api: &Api<K>) -> kube::Result<Vec<K>>
+pub(crate) async fn list<K>(api: &Api<K>) -> kube::Result<Vec<K>>
 where
     K: Clone + std::fmt::Debug + serde::de::DeserializeOwned,
 {

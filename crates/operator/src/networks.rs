@@ -5,6 +5,7 @@
 //! was told to, and only for nodes that have none.
 
 use std::{
+    net::IpAddr,
     sync::{Arc, atomic::Ordering::Relaxed},
     time::Duration,
 };
@@ -12,7 +13,7 @@ use std::{
 use anyhow::ensure;
 use futures::TryStreamExt;
 use ipnet::IpNet;
-use k8s_openapi::api::core::v1::Node;
+use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
     Api, Client, ResourceExt,
     api::{DynamicObject, ListParams, Patch, PatchParams},
@@ -26,7 +27,7 @@ use palisade_api::{
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use crate::{leader::Watch, metrics::Metrics};
+use crate::{identities::list, leader::Watch, metrics::Metrics};
 
 /// Nodes are looked at when one changes, and at least so often.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -94,6 +95,7 @@ async fn round(
         warn!("a part of the pods' networks is not given to nodes: config.{fault}");
     }
     taken.extend(others.into_iter().map(|other| other.network));
+    taken.extend(claimed(client).await?);
     for node in without {
         let name = node.name_any();
         let Some(found) = pools.allocate(&taken) else {
@@ -151,6 +153,15 @@ async fn recorded(client: &Client) -> kube::Result<Vec<IpNet>> {
     Ok(texts.filter_map(|text| text.parse().ok()).collect())
 }
 
+/// Addresses of pods: those of a node that is lost are there for some time after its own object, and
+/// until they are gone, others take who has such an address for one of them.
+async fn claimed(client: &Client) -> kube::Result<Vec<IpNet>> {
+    let pods = list(&Api::<Pod>::all(client.clone())).await?;
+    let statuses = pods.into_iter().filter_map(|pod| pod.status);
+    let addresses = statuses.flat_map(|status| status.pod_ips.unwrap_or_default());
+    Ok(addresses.filter_map(|address| address.ip.parse::<IpAddr>().ok()).map(IpNet::from).collect())
+}
+
 fn networks(node: &Node) -> impl Iterator<Item = IpNet> {
     let spec = node.spec.as_ref();
     let all = spec.and_then(|spec| spec.pod_cidrs.as_deref()).unwrap_or_default();
@@ -171,5 +182,14 @@ mod tests {
         assert_eq!(*written.lock().unwrap(), ["/api/v1/nodes/first", "/api/v1/nodes/second"]);
         let counts = [&metrics.errors, &metrics.networks_allocated, &metrics.nodes_without_network];
         assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
+    }
+
+    #[tokio::test]
+    async fn a_network_in_which_a_pod_is_left_is_given_to_no_node() {
+        let (client, written) = crate::fake::api();
+        let pools = Pools::parse("10.0.9.0/24", 24, "", 0).unwrap();
+        let (metrics, term) = (Metrics::default(), Watch::lasting());
+        round(&client, &Api::all(client.clone()), Some(&pools), &term, &metrics).await.unwrap();
+        assert_eq!(*written.lock().unwrap(), [""; 0]);
     }
 }
