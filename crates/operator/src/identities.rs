@@ -18,8 +18,7 @@ use k8s_openapi::{
 };
 use kube::{
     Api, Client, ResourceExt,
-    api::{DeleteParams, DynamicObject, ListParams, Patch, PatchParams, Preconditions},
-    core::{ApiResource, GroupVersionKind},
+    api::{DeleteParams, DynamicObject, Patch, PatchParams, Preconditions},
 };
 use palisade_abi::identity as number;
 use palisade_api::{
@@ -33,10 +32,12 @@ use palisade_policy::{
 use serde_json::{Value, json};
 use tracing::{info, warn};
 
-use crate::{leader::Watch, metrics::Metrics};
+use crate::{
+    leader::Watch,
+    metrics::Metrics,
+    objects::{list, resource},
+};
 
-/// Objects are read in pages of this size.
-const PAGE: u32 = 500;
 /// Between two rounds: a part of the grace, within these bounds.
 const ROUNDS_PER_GRACE: u32 = 6;
 const PERIOD: (Duration, Duration) = (Duration::from_secs(1), Duration::from_secs(300));
@@ -146,27 +147,6 @@ impl Collector {
             service_account: account.filter(|name| !name.is_empty()).unwrap_or("default"),
             cluster: &self.cluster,
         })
-    }
-}
-
-fn resource(kind: &str, plural: &str) -> ApiResource {
-    ApiResource::from_gvk_with_plural(&GroupVersionKind::gvk("cilium.io", "v2", kind), plural)
-}
-
-/// All objects, as the API server has them now.
-pub(crate) async fn list<K>(api: &Api<K>) -> kube::Result<Vec<K>>
-where
-    K: Clone + std::fmt::Debug + serde::de::DeserializeOwned,
-{
-    let mut params = ListParams::default().limit(PAGE);
-    let mut all = Vec::new();
-    loop {
-        let page = api.list(&params).await?;
-        all.extend(page.items);
-        match page.metadata.continue_.filter(|token| !token.is_empty()) {
-            Some(token) => params = params.continue_token(&token),
-            None => return Ok(all),
-        }
     }
 }
 

@@ -11,6 +11,7 @@ mod leader;
 mod metrics;
 mod networks;
 mod nodes;
+mod objects;
 mod serve;
 
 use std::{net::SocketAddr, path::PathBuf, sync::Arc, time::Duration};

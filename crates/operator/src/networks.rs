@@ -16,8 +16,7 @@ use ipnet::IpNet;
 use k8s_openapi::api::core::v1::{Node, Pod};
 use kube::{
     Api, Client, ResourceExt,
-    api::{DynamicObject, ListParams, Patch, PatchParams},
-    core::{ApiResource, GroupVersionKind},
+    api::{DynamicObject, Patch, PatchParams},
     runtime::{WatchStreamExt, watcher},
 };
 use palisade_api::{
@@ -27,7 +26,11 @@ use palisade_api::{
 use serde_json::json;
 use tracing::{error, info, warn};
 
-use crate::{identities::list, leader::Watch, metrics::Metrics};
+use crate::{
+    leader::Watch,
+    metrics::Metrics,
+    objects::{list, resource},
+};
 
 /// Nodes are looked at when one changes, and at least so often.
 const PERIOD: Duration = Duration::from_secs(60);
@@ -70,7 +73,7 @@ async fn round(
     term: &Watch,
     metrics: &Metrics,
 ) -> anyhow::Result<()> {
-    let nodes = api.list(&ListParams::default()).await?.items;
+    let nodes = list(api).await?;
     let without: Vec<&Node> = nodes.iter().filter(|node| networks(node).next().is_none()).collect();
     metrics.nodes.store(nodes.len() as u64, Relaxed);
     metrics.nodes_without_network.store(without.len() as u64, Relaxed);
@@ -143,10 +146,9 @@ async fn write(api: &Api<Node>, node: &Node, networks: &[IpNet]) -> kube::Result
 /// Networks of `CiliumNode`s: a node that another installation gave networks to may still have
 /// pods in them.
 async fn recorded(client: &Client) -> kube::Result<Vec<IpNet>> {
-    let kind = GroupVersionKind::gvk("cilium.io", "v2", "CiliumNode");
-    let resource = ApiResource::from_gvk_with_plural(&kind, "ciliumnodes");
+    let resource = resource("CiliumNode", "ciliumnodes");
     let api: Api<DynamicObject> = Api::all_with(client.clone(), &resource);
-    let nodes = api.list(&ListParams::default()).await?.items;
+    let nodes = list(&api).await?;
     let lists =
         nodes.iter().filter_map(|node| node.data.pointer("/spec/ipam/podCIDRs")?.as_array());
     let texts = lists.flatten().filter_map(|network| network.as_str());
@@ -173,23 +175,27 @@ fn networks(node: &Node) -> impl Iterator<Item = IpNet> {
 mod tests {
     use super::*;
 
-    #[tokio::test]
-    async fn a_node_that_cannot_be_written_keeps_no_other_waiting() {
+    /// What a round writes, with this pool.
+    async fn written(pool: &str) -> (Vec<String>, Metrics) {
         let (client, written) = crate::fake::api();
-        let pools = Pools::parse("10.0.0.0/16", 24, "", 0).unwrap();
+        let pools = Pools::parse(pool, 24, "", 0).unwrap();
         let (metrics, term) = (Metrics::default(), Watch::lasting());
         round(&client, &Api::all(client.clone()), Some(&pools), &term, &metrics).await.unwrap();
-        assert_eq!(*written.lock().unwrap(), ["/api/v1/nodes/first", "/api/v1/nodes/second"]);
+        let paths = std::mem::take(&mut *written.lock().unwrap());
+        (paths, metrics)
+    }
+
+    #[tokio::test]
+    async fn a_node_that_cannot_be_written_keeps_no_other_waiting() {
+        let (written, metrics) = written("10.0.0.0/16").await;
+        assert_eq!(written, ["/api/v1/nodes/first", "/api/v1/nodes/second"]);
         let counts = [&metrics.errors, &metrics.networks_allocated, &metrics.nodes_without_network];
         assert_eq!(counts.map(|count| count.load(Relaxed)), [1, 1, 1]);
     }
 
     #[tokio::test]
     async fn a_network_in_which_a_pod_is_left_is_given_to_no_node() {
-        let (client, written) = crate::fake::api();
-        let pools = Pools::parse("10.0.9.0/24", 24, "", 0).unwrap();
-        let (metrics, term) = (Metrics::default(), Watch::lasting());
-        round(&client, &Api::all(client.clone()), Some(&pools), &term, &metrics).await.unwrap();
-        assert_eq!(*written.lock().unwrap(), [""; 0]);
+        let (written, _) = written("10.0.9.0/24").await;
+        assert_eq!(written, [""; 0]);
     }
 }
